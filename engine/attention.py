@@ -1,0 +1,157 @@
+"""Attention: rotary positions, and one signature for every way to look keys and values up.
+
+`Attend` is what a decoder layer calls: given this layer's queries, keys and values of a flat batch
+of T tokens, return the attended values. Training and the naive `generate` use `causal_attend` over
+whole sequences; the engine uses `PagedAttend` over its block-structured cache. Both end in the
+same scaled-dot-product attention.
+
+Shapes: T tokens, H query heads, G key-value heads, d head dimension, B sequences, L length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# (layer, q [T, H, d], k [T, G, d], v [T, G, d]) -> [T, H, d]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+def rope_table(max_positions: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each [max_positions, d/2] (RoFormer, Su et al. 2021)."""
+    inverse = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.outer(torch.arange(max_positions, dtype=torch.float64), inverse)
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
+    """Rotate the halves of each head by its token's position; [T, H, d] in the input's dtype."""
+    first, second = x_THd.float().chunk(2, dim=-1)
+    cos, sin = cos_Td[:, None], sin_Td[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x_THd.dtype)
+
+
+def causal_attend(batch: int, length: int) -> Attend:
+    """Attention inside each of `batch` sequences of `length` tokens laid out one after another."""
+
+    def attend(_layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+        q, k, v = (t.view(batch, length, *t.shape[1:]).transpose(1, 2) for t in (q_THd, k_TGd, v_TGd))
+        gqa = q_THd.shape[1] != k_TGd.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        return out.transpose(1, 2).reshape(q_THd.shape)
+
+    return attend
+
+
+@dataclass(frozen=True)
+class SequenceSpan:
+    """One sequence's part of a flat batch.
+
+    Attributes:
+        start: its first row in the batch.
+        length: its rows: 1 when decoding, more for a chunk of a prompt.
+        context: tokens in the cache once this step's are written (the chunk included).
+        blocks: the cache blocks that hold them, in order.
+    """
+
+    start: int
+    length: int
+    context: int
+    blocks: list[int]
+
+
+class KVCache:
+    """Keys and values of all layers in blocks of `block_size` tokens: [layers, 2, blocks * bs, G, d]."""
+
+    def __init__(
+        self,
+        layers: int,
+        num_blocks: int,
+        block_size: int,
+        heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.block_size = block_size
+        shape = (layers, 2, num_blocks * block_size, heads, head_dim)
+        self.slots = torch.zeros(shape, dtype=dtype, device=device)
+
+    @staticmethod
+    def bytes_per_block(
+        layers: int, block_size: int, heads: int, head_dim: int, dtype: torch.dtype
+    ) -> int:
+        return layers * 2 * block_size * heads * head_dim * dtype.itemsize
+
+
+class PagedAttend:
+    """Attention of one flat batch over the paged cache; an `Attend`.
+
+    Writes the batch's keys and values to their slots, then attends: all decoding sequences in one
+    padded call, each prompt chunk in one of its own.
+    """
+
+    def __init__(self, cache: KVCache, spans: list[SequenceSpan]) -> None:
+        self.cache = cache
+        device = cache.slots.device
+        self._slots_T = torch.cat([self._span_slots(s) for s in spans]).to(device)
+        self._chunks = [(s, self._context_slots(s).to(device)) for s in spans if s.length > 1]
+        decoding = [s for s in spans if s.length == 1]
+        self._decode_rows = torch.tensor([s.start for s in decoding], device=device)
+        if decoding:
+            longest = max(s.context for s in decoding)
+            table = torch.zeros((len(decoding), longest), dtype=torch.long)
+            mask = torch.zeros((len(decoding), 1, 1, longest), dtype=torch.bool)
+            for row, span in enumerate(decoding):
+                table[row, : span.context] = self._context_slots(span)
+                mask[row, ..., : span.context] = True
+            self._decode_slots, self._decode_mask = table.to(device), mask.to(device)
+
+    def _context_slots(self, span: SequenceSpan) -> Tensor:
+        """Cache slots of a sequence's tokens, in order: [context]."""
+        size = self.cache.block_size
+        slots = torch.tensor(span.blocks)[:, None] * size + torch.arange(size)
+        return slots.flatten()[: span.context]
+
+    def _span_slots(self, span: SequenceSpan) -> Tensor:
+        """Cache slots of the rows that this step computes: [length]."""
+        return self._context_slots(span)[span.context - span.length :]
+
+    def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+        keys, values = self.cache.slots[layer]
+        keys.index_copy_(0, self._slots_T, k_TGd)
+        values.index_copy_(0, self._slots_T, v_TGd)
+        out_THd = torch.empty_like(q_THd)
+        if self._decode_rows.numel():
+            out_THd[self._decode_rows] = self._decode(q_THd[self._decode_rows], keys, values)
+        for span, slots in self._chunks:
+            rows = slice(span.start, span.start + span.length)
+            out_THd[rows] = self._chunk(q_THd[rows], keys[slots], values[slots])
+        return out_THd
+
+    def _decode(self, q_BHd: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """One query a sequence over its own context, padded to the longest."""
+        k_BGLd = keys[self._decode_slots].transpose(1, 2)
+        v_BGLd = values[self._decode_slots].transpose(1, 2)
+        out = F.scaled_dot_product_attention(
+            q_BHd[:, :, None],
+            k_BGLd,
+            v_BGLd,
+            attn_mask=self._decode_mask,
+            enable_gqa=q_BHd.shape[1] != k_BGLd.shape[1],
+        )
+        return out[:, :, 0]
+
+    @staticmethod
+    def _chunk(q_nHd: Tensor, k_LGd: Tensor, v_LGd: Tensor) -> Tensor:
+        """A chunk of n queries at the end of a context of L tokens, causal among themselves."""
+        n, length = q_nHd.shape[0], k_LGd.shape[0]
+        q, k, v = (t.transpose(0, 1)[None] for t in (q_nHd, k_LGd, v_LGd))
+        mask = torch.ones((n, length), dtype=torch.bool, device=q.device).tril(length - n)
+        gqa = q_nHd.shape[1] != k_LGd.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+        return out[0].transpose(0, 1)

@@ -1,0 +1,224 @@
+"""Frozen configurations, validated at construction; unknown keys raise.
+
+`ModelConfig` and `ExpertConfig` are what a checkpoint's `config.json` says (Hugging Face's names
+where they exist); `EngineConfig` is what a host decides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Self
+
+from engine.errors import ConfigError, require
+
+MODEL_TYPE: Final = "ambidex"
+DTYPES: Final = ("float32", "bfloat16", "float16")
+ACTIVATIONS: Final = ("relu", "relu2")
+MAX_EXPERTS: Final = 256  # the routing kernel ranks a token's experts in registers
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise ConfigError unless `low <= value <= high`."""
+    require(low <= value <= high, f"{name} must be between {low} and {high}, got {value}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ConfigError unless `value` is one of `choices`."""
+    require(value in choices, f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def known_fields(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`values` as keyword arguments of the dataclass `cls`; raises ConfigError on unknown keys."""
+    names = {f.name for f in dataclasses.fields(cls) if f.init}
+    unknown = sorted(set(values) - names)
+    require(not unknown, f"{where} has unknown keys: {', '.join(unknown)}")
+    return dict(values)
+
+
+@dataclass(frozen=True)
+class QualityPoint:
+    """Held-out perplexity when each token uses `top_k` experts.
+
+    Attributes:
+        top_k: experts per token.
+        share: top_k / num_experts.
+        perplexity: held-out perplexity of the routed model.
+        relative: perplexity over that of the dense mode, minus 1.
+    """
+
+    top_k: int
+    share: float
+    perplexity: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """How the neurons of every FFN are grouped, and how that was found to work.
+
+    Attributes:
+        num_experts: experts per layer; expert e owns neurons e*S .. (e+1)*S.
+        expert_size: S, neurons per expert.
+        default_policy: what the policy `auto` means for this checkpoint, such as "top_k:8".
+        quality: measured quality by k, ascending.
+    """
+
+    num_experts: int
+    expert_size: int
+    default_policy: str = "dense"
+    quality: tuple[QualityPoint, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_range("experts.num_experts", self.num_experts, 1, MAX_EXPERTS)
+        check_range("experts.expert_size", self.expert_size, 1, 1 << 20)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        fields = known_fields(cls, values, "config.json: experts")
+        points = fields.pop("quality", ())
+        quality = tuple(
+            QualityPoint(**known_fields(QualityPoint, p, "config.json: experts.quality"))
+            for p in points
+        )
+        return cls(quality=quality, **fields)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder's shape. Keys are Hugging Face's where they exist."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int
+    experts: ExpertConfig
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    hidden_act: str = "relu"
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    torch_dtype: str = "float32"
+    bos_token_id: int = 0
+    eos_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        check_range("vocab_size", self.vocab_size, 2, 1 << 20)
+        check_range("hidden_size", self.hidden_size, 2, 1 << 16)
+        check_range("intermediate_size", self.intermediate_size, 1, 1 << 20)
+        check_range("num_hidden_layers", self.num_hidden_layers, 1, 1024)
+        check_range("num_attention_heads", self.num_attention_heads, 1, 1024)
+        check_range("num_key_value_heads", self.num_key_value_heads, 1, self.num_attention_heads)
+        check_range("max_position_embeddings", self.max_position_embeddings, 1, 1 << 20)
+        check_range("rms_norm_eps", self.rms_norm_eps, 1e-12, 1e-2)
+        check_range("rope_theta", self.rope_theta, 1.0, 1e9)
+        check_range("bos_token_id", self.bos_token_id, 0, self.vocab_size - 1)
+        check_range("eos_token_id", self.eos_token_id, 0, self.vocab_size - 1)
+        check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
+        check_choice("torch_dtype", self.torch_dtype, DTYPES)
+        require(self.tie_word_embeddings, "tie_word_embeddings must be true: embeddings are tied")
+        require(
+            self.hidden_size % (2 * self.num_attention_heads) == 0,
+            f"hidden_size {self.hidden_size} must be an even multiple of num_attention_heads "
+            f"{self.num_attention_heads}",
+        )
+        require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"num_key_value_heads {self.num_key_value_heads} must divide num_attention_heads "
+            f"{self.num_attention_heads}",
+        )
+        require(
+            self.experts.num_experts * self.experts.expert_size == self.intermediate_size,
+            f"experts: {self.experts.num_experts} experts of {self.experts.expert_size} neurons "
+            f"do not make up intermediate_size {self.intermediate_size}",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters, the router excluded (it is derived from `up`)."""
+        d, kv = self.hidden_size, self.num_key_value_heads * self.head_dim
+        layer = 2 * d * d + 2 * d * kv + 2 * d * self.intermediate_size + 2 * d
+        return self.vocab_size * d + self.num_hidden_layers * layer + d
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `config.json`."""
+        return {
+            "model_type": MODEL_TYPE,
+            "architectures": ["AmbidexForCausalLM"],
+            **dataclasses.asdict(self),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Parse `config.json`.
+
+        Raises:
+            ConfigError: for another model type, unknown or missing keys, values out of range.
+        """
+        fields = dict(values)
+        model_type = fields.pop("model_type", None)
+        require(
+            model_type == MODEL_TYPE,
+            f"config.json: model_type must be {MODEL_TYPE!r}, got {model_type!r}",
+        )
+        fields.pop("architectures", None)
+        fields = known_fields(cls, fields, "config.json")
+        try:
+            fields["experts"] = ExpertConfig.from_dict(fields["experts"])
+            return cls(**fields)
+        except (TypeError, KeyError) as error:
+            raise ConfigError(f"config.json: {error}") from error
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What a host decides about running a model.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        dtype: of weights, activations and KV cache; "auto" takes the checkpoint's.
+        block_size: tokens per KV block.
+        kv_cache_bytes: memory for the KV cache.
+        max_model_len: prompt plus output tokens of one request; 0 takes the model's limit.
+        max_num_seqs: requests that run at the same time.
+        max_num_batched_tokens: tokens of one step's flat batch (decodes and prompt chunks).
+        max_waiting: requests that may wait; beyond that `Overloaded`.
+        max_waiting_tokens: prompt tokens that may wait; beyond that `Overloaded`.
+        num_threads: CPU threads of one step; 0 leaves torch's choice.
+    """
+
+    device: str = "cpu"
+    dtype: str = "auto"
+    block_size: int = 16
+    kv_cache_bytes: int = field(default=256 << 20)
+    max_model_len: int = 0
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_waiting: int = 256
+    max_waiting_tokens: int = 1 << 18
+    num_threads: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("device", self.device, ("cpu", "cuda"))
+        check_choice("dtype", self.dtype, ("auto", *DTYPES))
+        check_range("block_size", self.block_size, 1, 1024)
+        check_range("kv_cache_bytes", self.kv_cache_bytes, 1 << 10, 1 << 44)
+        check_range("max_model_len", self.max_model_len, 0, 1 << 20)
+        check_range("max_num_seqs", self.max_num_seqs, 1, 4096)
+        check_range("max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 17)
+        check_range("max_waiting", self.max_waiting, 1, 1 << 20)
+        check_range("max_waiting_tokens", self.max_waiting_tokens, 1, 1 << 30)
+        check_range("num_threads", self.num_threads, 0, 1024)
+        require(
+            self.max_num_seqs <= self.max_num_batched_tokens,
+            f"max_num_seqs {self.max_num_seqs} must not exceed max_num_batched_tokens "
+            f"{self.max_num_batched_tokens}: every running request decodes one token a step",
+        )

@@ -1,0 +1,401 @@
+"""The serving engine: schedule, run, sample, emit.
+
+`Engine.step` is the whole of it. Each step plans one flat batch (decoding tokens first, then chunks
+of prompts), computes it, draws the next token of every request whose known tokens are all computed,
+and returns what readers see of them as `TokenEvent`s. Not thread-safe but for `make_request` and
+`stats`: one thread adds, aborts and steps (`engine.worker` while serving, `generate` offline).
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from engine import checkpoint as checkpoints
+from engine.checkpoint import Checkpoint
+from engine.config import EngineConfig, ModelConfig
+from engine.errors import InvalidRequest, Overloaded, require
+from engine.kv_blocks import BlockAllocator
+from engine.request import (
+    ExpertPolicy,
+    FinishReason,
+    Request,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprob,
+    Usage,
+)
+from engine.runner import Runner, StepResult, plan_cache
+from engine.sampler import Sampled, sample
+from engine.scheduler import Plan, Scheduler
+from engine.stats import Stats, usage_of
+from engine.tokenizer import IncrementalDecoder, Tokenizer
+
+
+class StopMatcher:
+    """Finds the first stop string in a text that arrives in pieces.
+
+    What may be the beginning of a stop string is held back until that is decided. So text once
+    emitted stands, and a stop string comes whole, at the end of the last piece: a reader that wants
+    it hidden cuts it there.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """(the text that is certain now, whether it ends with a stop string)."""
+        text = self._held + text
+        ends = [at + len(stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if ends:
+            self._held = ""
+            return text[: min(ends)], True
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def flush(self) -> str:
+        """What was held back, when nothing follows."""
+        text, self._held = self._held, ""
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest proper prefix of `stop` that ends `text`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class _Output:
+    """The text side of one running request."""
+
+    def __init__(self, tokenizer: Tokenizer, request: Request) -> None:
+        self.decoder = IncrementalDecoder(tokenizer, request.prompt_ids)
+        self.stops = StopMatcher(request.sampling.stop)
+        self.prompt_logprobs: list[float | None] = [None] * request.prompt_len
+
+    def end(self) -> tuple[str, bool]:
+        """All text that is left, and whether a stop string ends it."""
+        text, stopped = self.stops.push(self.decoder.flush())
+        return (text, True) if stopped else (text + self.stops.flush(), False)
+
+
+@dataclass
+class Generation:
+    """The result of one prompt of `Engine.generate`."""
+
+    prompt_ids: list[int]
+    text: str = ""
+    tokens: list[TokenLogprob] = field(default_factory=list)
+    top_tokens: list[tuple[TokenLogprob, ...]] = field(default_factory=list)
+    prompt: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token.token_id for token in self.tokens]
+
+    def add(self, event: TokenEvent) -> None:
+        self.text += event.text
+        if event.token is not None:
+            self.tokens.append(event.token)
+            self.top_tokens.append(event.top_tokens)
+        self.prompt = self.prompt or event.prompt
+        self.finish_reason, self.usage = event.finish_reason, event.usage
+
+
+class Engine:
+    """One model, its KV cache, and the requests that it works on."""
+
+    def __init__(self, checkpoint: Checkpoint, config: EngineConfig | None = None) -> None:
+        """Allocate the KV cache and pack the weights for inference.
+
+        Raises:
+            ConfigError: if `config` does not fit the model.
+        """
+        self.config = config or EngineConfig()
+        if self.config.num_threads:
+            torch.set_num_threads(self.config.num_threads)
+        self.checkpoint = checkpoint
+        self.tokenizer = checkpoint.tokenizer
+        self.model_config: ModelConfig = checkpoint.config
+        dtype = checkpoint.model.embedding.weight.dtype
+        self.num_blocks, self.max_model_len = plan_cache(checkpoint.config, self.config, dtype)
+        self.allocator = BlockAllocator(self.num_blocks, self.config.block_size)
+        self.scheduler = Scheduler(self.config, self.allocator, self.max_model_len)
+        self.runner = Runner(checkpoint.model, self.config, self.num_blocks)
+        self.num_experts = checkpoint.config.experts.num_experts
+        self.num_layers = checkpoint.config.num_hidden_layers
+        self.stats = Stats(self.num_layers, self.num_experts, self.num_blocks)
+        self._outputs: dict[str, _Output] = {}
+        self._undelivered: list[TokenEvent] = []
+
+    @classmethod
+    def load(cls, path: Path | str, config: EngineConfig | None = None) -> Engine:
+        """An engine for the checkpoint directory `path`.
+
+        Raises:
+            CheckpointError: if the directory is damaged or foreign.
+            ConfigError: if `config` does not fit the model.
+        """
+        config = config or EngineConfig()
+        return cls(checkpoints.load(Path(path), config.device, config.dtype), config)
+
+    # Requests
+
+    def make_request(
+        self,
+        prompt: str | list[int],
+        sampling: SamplingParams,
+        policy: ExpertPolicy,
+        *,
+        request_id: str | None = None,
+        truncate: int | None = None,
+    ) -> Request:
+        """Tokenise and validate a request. Thread-safe; it is served once it is added.
+
+        Args:
+            prompt: text, or token ids.
+            sampling: how to draw tokens and when to stop.
+            policy: which experts its tokens use; `auto` becomes what the checkpoint recommends.
+            request_id: its name; None makes one.
+            truncate: keep only the last so many tokens of the prompt.
+
+        Raises:
+            InvalidRequest: if it can never be served as asked.
+        """
+        with self.stats.counting_rejections():
+            request = Request(
+                request_id=request_id or uuid.uuid4().hex,
+                prompt_ids=self._prompt_ids(prompt, truncate),
+                sampling=sampling,
+                policy=self._resolve(policy),
+                seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
+            )
+            self.scheduler.check_fits(request)
+        return request
+
+    def _prompt_ids(self, prompt: str | list[int], truncate: int | None) -> list[int]:
+        if truncate is not None:
+            require(truncate >= 1, f"truncate must be at least 1, got {truncate}", InvalidRequest)
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        require(bool(ids), "inputs must have at least 1 token", InvalidRequest)
+        limit = self.model_config.vocab_size
+        require(
+            min(ids) >= 0 and max(ids) < limit,
+            f"token ids of inputs must be between 0 and {limit - 1}",
+            InvalidRequest,
+        )
+        return ids[-truncate:] if truncate else ids
+
+    def _resolve(self, policy: ExpertPolicy) -> ExpertPolicy:
+        resolved = policy.resolve(self.model_config.experts.default_policy)
+        require(
+            resolved.kind != "oracle",
+            "experts must be dense, auto, top_k or mass; oracle is for evaluation only",
+            InvalidRequest,
+        )
+        resolved.validate(self.num_experts)
+        return resolved
+
+    def add(self, request: Request) -> None:
+        """Accept a request: from now on it owes exactly one terminal event.
+
+        Raises:
+            InvalidRequest: it can never fit, or its id is in use.
+            Overloaded: the queue is full.
+        """
+        with self.stats.counting_rejections():
+            self.scheduler.add(request)
+        self._outputs[request.request_id] = _Output(self.tokenizer, request)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request; `step` returns its terminal event. False if it is not in the engine."""
+        known = request_id in self.scheduler
+        if known:
+            self._undelivered.append(self._end(request_id, "abort"))
+        return known
+
+    def end_all(self, reason: FinishReason, error: str | None = None) -> list[TokenEvent]:
+        """End every request, and return all events that are still owed."""
+        for request in (*self.scheduler.running, *self.scheduler.waiting):
+            self._undelivered.append(self._end(request.request_id, reason, error))
+        self._record_state()
+        events, self._undelivered = self._undelivered, []
+        return events
+
+    def _end(self, request_id: str, reason: FinishReason, error: str | None = None) -> TokenEvent:
+        """Take a request out from outside of a step; its terminal event."""
+        now = time.monotonic()
+        request = self.scheduler.abort(request_id)
+        assert request is not None
+        request.finish_reason = reason
+        text, _ = self._outputs.pop(request_id).end()
+        self.stats.record_finish(request, now)
+        return TokenEvent(
+            request_id,
+            request.num_output,
+            token=None,
+            text=text,
+            finish_reason=reason,
+            error=error,
+            usage=usage_of(request, now),
+        )
+
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do or to return."""
+        return self.scheduler.has_work or bool(self._undelivered)
+
+    # The step
+
+    def step(self) -> list[TokenEvent]:
+        """Advance every request that the plan reaches; what their readers see of it."""
+        plan = self.scheduler.schedule()
+        if plan:
+            self._note_admissions(plan)
+            result = self.runner.run(plan)
+            tokens = sample(result.logits_BV, result.ready)
+            self._account(plan, result)
+            self._emit(result, tokens)
+        self._record_state()
+        if not self.scheduler.has_work:
+            self.check_integrity()
+        events, self._undelivered = self._undelivered, []
+        return events
+
+    def check_integrity(self) -> None:
+        """Assert that every block is free or owned exactly once, and that no request is lost."""
+        self.scheduler.check_integrity()
+        line = [*self.scheduler.running, *self.scheduler.waiting]
+        assert {request.request_id for request in line} == set(self._outputs)
+
+    def _note_admissions(self, plan: Plan) -> None:
+        now = time.monotonic()
+        for request, _ in plan:
+            if request.admitted is None:
+                request.admitted = now
+
+    def _account(self, plan: Plan, result: StepResult) -> None:
+        """Book the tokens and experts that were computed."""
+        self.scheduler.advance(plan)
+        per_token = self.num_layers * self.num_experts
+        for (request, tokens), activated in zip(plan, result.activated, strict=True):
+            request.experts_activated += activated
+            request.experts_available += tokens * per_token
+        for part in result.prompts:
+            known = self._outputs[part.request.request_id].prompt_logprobs
+            known[part.first : part.first + len(part.logprobs)] = part.logprobs
+        total = sum(tokens for _, tokens in plan)
+        self.stats.record_step(total, result.layer_activated, result.layer_loaded)
+
+    def _emit(self, result: StepResult, tokens: list[Sampled]) -> None:
+        """Hand out the drawn tokens; an event made stays owed even if a later one fails."""
+        now, available = time.monotonic(), self.num_layers * self.num_experts
+        for request, token, used in zip(result.ready, tokens, result.last_activated, strict=True):
+            self._undelivered.append(self._take_token(request, token, used / available, now))
+
+    def _take_token(self, request: Request, drawn: Sampled, ratio: float, now: float) -> TokenEvent:
+        """Append a token to its request, finish it if it is done, and describe both."""
+        output = self._outputs[request.request_id]
+        index = request.num_output
+        self.stats.record_token(request, now)
+        request.token_ids.append(drawn.token_id)
+        request.first_token = now if request.first_token is None else request.first_token
+        request.last_token = now
+        text, reason = self._read_token(request, output, drawn.token_id)
+        prompt = self._prompt_tokens(request, output) if index == 0 else ()
+        request.finish_reason = reason
+        if reason is not None:
+            self.scheduler.finish(request)
+            del self._outputs[request.request_id]
+            self.stats.record_finish(request, now)
+        return TokenEvent(
+            request.request_id,
+            index,
+            self._describe(drawn.token_id, drawn.logprob),
+            text,
+            tuple(self._describe(token_id, logprob) for token_id, logprob in drawn.top),
+            ratio,
+            reason,
+            prompt=prompt,
+            usage=None if reason is None else usage_of(request, now),
+        )
+
+    def _read_token(
+        self, request: Request, output: _Output, token_id: int
+    ) -> tuple[str, FinishReason | None]:
+        """The text that a new token made final, and whether it ends the request."""
+        sampling = request.sampling
+        is_eos = token_id == self.model_config.eos_token_id
+        text, stopped = "", False
+        if not is_eos:
+            text, stopped = output.stops.push(output.decoder.push(token_id))
+        ended = is_eos and not sampling.ignore_eos
+        full = request.num_output >= sampling.max_new_tokens
+        if not stopped and (ended or full):
+            rest, stopped = output.end()
+            text += rest
+        if ended:
+            return text, "eos_token"
+        if stopped:
+            return text, "stop_sequence"
+        return text, "length" if full else None
+
+    def _prompt_tokens(self, request: Request, output: _Output) -> tuple[TokenLogprob, ...]:
+        """The prompt with its log-probabilities, if asked for."""
+        if not request.sampling.prompt_logprobs:
+            return ()
+        pairs = zip(request.prompt_ids, output.prompt_logprobs, strict=True)
+        return tuple(self._describe(token_id, logprob) for token_id, logprob in pairs)
+
+    def _describe(self, token_id: int, logprob: float | None) -> TokenLogprob:
+        text, special = self.tokenizer.token_text(token_id), self.tokenizer.is_special(token_id)
+        return TokenLogprob(token_id, text, logprob, special)
+
+    def _record_state(self) -> None:
+        line, used = self.scheduler, self.allocator.num_used
+        self.stats.record_state(len(line.running), len(line.waiting), used, line.preemptions)
+
+    # Offline
+
+    def generate(
+        self,
+        prompts: Sequence[str | list[int]],
+        sampling: SamplingParams | None = None,
+        policy: ExpertPolicy | None = None,
+    ) -> list[Generation]:
+        """Complete every prompt; results in the order of the prompts."""
+        requests = [
+            self.make_request(prompt, sampling or SamplingParams(), policy or ExpertPolicy.auto())
+            for prompt in prompts
+        ]
+        results = {request.request_id: Generation(request.prompt_ids) for request in requests}
+        for event in self.run(requests):
+            results[event.request_id].add(event)
+        return list(results.values())
+
+    def run(self, requests: Sequence[Request]) -> Iterator[TokenEvent]:
+        """Serve `requests` to their ends, as fast as the queue takes them; yields their events.
+
+        Closing the iterator, or a failing step, aborts what is left.
+        """
+        pending = deque(requests)
+        try:
+            while pending or self.has_work():
+                with suppress(Overloaded):
+                    while pending:
+                        self.scheduler.check_room(pending[0].prompt_len)
+                        self.add(pending.popleft())
+                yield from self.step()
+        finally:
+            self.end_all("abort")

@@ -1,0 +1,307 @@
+"""Experts: the layout of neurons, the router, the choice, and the FFN that runs dense or sparse.
+
+An expert is a contiguous slice of neurons. With `up [F, D]` and `down [F, D]` stored neuron by
+neuron, expert e owns rows e*S .. (e+1)*S of both, and
+
+    FFN(x) = act(x @ up.T) @ down
+
+is computed over all rows (dense) or over the chosen experts' rows (sparse). No gate multiplies an
+expert's output, so choosing every expert is the dense FFN.
+
+Shapes: T tokens, D model, F neurons, E experts, S neurons per expert, P token-expert pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import ModelConfig
+from engine.errors import require
+from engine.kernels import cpu_ffn, expert_ffn, grouped_ffn, routing
+from engine.request import ExpertPolicy
+
+# The GPU's few-token kernel reads each (token, expert) pair's weights anew; past this many tokens
+# the grouped kernel's reuse wins (measured by benchmarks/gpu.py).
+FEW_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """Which neuron goes where: row i of the new order is row `order_F[i]` of the old one.
+
+    After `apply`, expert e owns rows e*S .. (e+1)*S. The same layout must be applied to every
+    tensor that is indexed by neuron: `up`, `down`, and the optimiser's moments of both.
+    """
+
+    order_F: Tensor
+    num_experts: int
+
+    @classmethod
+    def from_labels(cls, labels_F: Tensor, num_experts: int) -> Self:
+        """Group neurons by their expert label, keeping the old order inside an expert.
+
+        Raises:
+            ConfigError: unless every one of the `num_experts` labels occurs equally often.
+        """
+        counts_E = torch.bincount(labels_F, minlength=num_experts)
+        size = labels_F.numel() // num_experts
+        require(
+            counts_E.numel() == num_experts and bool((counts_E == size).all()),
+            f"every expert must own exactly {size} neurons, got {counts_E.tolist()}",
+        )
+        return cls(torch.argsort(labels_F, stable=True), num_experts)
+
+    @classmethod
+    def identity(cls, num_neurons: int, num_experts: int) -> Self:
+        return cls(torch.arange(num_neurons), num_experts)
+
+    @property
+    def expert_size(self) -> int:
+        return self.order_F.numel() // self.num_experts
+
+    def apply(self, rows_F: Tensor) -> Tensor:
+        """`rows_F` [F, ...] in the new order."""
+        return rows_F[self.order_F.to(rows_F.device)]
+
+    def inverse(self) -> ExpertLayout:
+        """The layout that undoes this one."""
+        return ExpertLayout(torch.argsort(self.order_F), self.num_experts)
+
+
+def centroid_router(up_FD: Tensor, num_experts: int, norm: float = 1.0) -> Tensor:
+    """Router rows from the experts' own neurons: [E, D].
+
+    The mean of an expert's L2-normalised rows of `up`, renormalised, at one common norm for all
+    experts (the released MoEfication/SSD clustering code; see docs/ssd.md). The common norm does
+    not change any ranking; it sets how sharp the predicted shares softmax(scores) are.
+    """
+    unit_FD = nn.functional.normalize(up_FD.detach().float(), dim=1)
+    mean_ED = unit_FD.view(num_experts, -1, up_FD.shape[1]).mean(1)
+    return nn.functional.normalize(mean_ED, dim=1) * norm
+
+
+def activate(hidden: Tensor, activation: str) -> Tensor:
+    """`relu` or `relu2` (its square), elementwise."""
+    rectified = torch.relu(hidden)
+    return rectified.square() if activation == "relu2" else rectified
+
+
+def true_mass(x_TD: Tensor, up_FD: Tensor, num_experts: int, activation: str) -> Tensor:
+    """Activation mass of each expert, [T, E]: the sum of its neurons' activations."""
+    hidden_TF = activate(x_TD @ up_FD.T, activation)
+    return hidden_TF.view(x_TD.shape[0], num_experts, -1).sum(-1)
+
+
+@dataclass(frozen=True)
+class PolicyBatch:
+    """The expert policies of a flat batch, as tensors: one row a token.
+
+    Attributes:
+        k_T: most experts per token, int32.
+        mass_T: predicted mass that suffices, float32; NO_MASS_LIMIT where it never binds.
+        max_k: the largest k of the tokens that are not dense; 0 if all are dense.
+        dense_rows: indices of dense tokens; None if there are none.
+        sparse_rows: indices of the other tokens; None if there are no dense ones.
+        oracle: choose by true activation mass instead of the router (evaluation).
+    """
+
+    k_T: Tensor
+    mass_T: Tensor
+    max_k: int
+    dense_rows: Tensor | None
+    sparse_rows: Tensor | None
+    oracle: bool = False
+
+    @classmethod
+    def build(
+        cls,
+        policies: Sequence[tuple[ExpertPolicy, int]],
+        num_experts: int,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """One entry per request in batch order: (its resolved policy, its number of tokens)."""
+        k: list[int] = []
+        mass: list[float] = []
+        is_dense: list[bool] = []
+        for policy, tokens in policies:
+            policy_k, policy_mass = policy.limits(num_experts)
+            k += [policy_k] * tokens
+            mass += [policy_mass] * tokens
+            # All experts by any name is the dense FFN; running it as such costs nothing.
+            dense = policy.kind == "dense" or (policy.kind == "top_k" and policy_k == num_experts)
+            is_dense += [dense] * tokens
+        oracle = {policy.kind == "oracle" for policy, _ in policies}
+        assert len(oracle) <= 1, "oracle does not mix with other policies in one batch"
+        dense_rows = [i for i, dense in enumerate(is_dense) if dense]
+        sparse_rows = [i for i, dense in enumerate(is_dense) if not dense]
+
+        def rows(indices: list[int]) -> Tensor:
+            return torch.tensor(indices, dtype=torch.long, device=device)
+
+        return cls(
+            k_T=torch.tensor(k, dtype=torch.int32, device=device),
+            mass_T=torch.tensor(mass, dtype=torch.float32, device=device),
+            max_k=max((k[i] for i in sparse_rows), default=0),
+            dense_rows=rows(dense_rows) if dense_rows else None,
+            sparse_rows=rows(sparse_rows) if dense_rows else None,
+            oracle=True in oracle,
+        )
+
+    @classmethod
+    def uniform(
+        cls, policy: ExpertPolicy, tokens: int, num_experts: int, device: torch.device | str = "cpu"
+    ) -> Self:
+        """The same policy for every one of `tokens` tokens."""
+        return cls.build([(policy, tokens)], num_experts, device)
+
+    @property
+    def all_dense(self) -> bool:
+        return self.max_k == 0
+
+
+@dataclass
+class Trace:
+    """What the FFNs did in one forward pass, layer by layer.
+
+    Attributes:
+        keep_inputs: also keep each layer's input and choice (training's penalty, evaluation).
+        counts: per layer, the number of experts of each token, [T].
+        union: per layer, the number of distinct experts that any token chose, 0-dim.
+        inputs: per layer, the FFN's input [T, D], if kept.
+        chosen: per layer, the choice [T, E] (None where all were dense), if kept.
+    """
+
+    keep_inputs: bool = False
+    counts: list[Tensor] = field(default_factory=list)
+    union: list[Tensor] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+    chosen: list[Tensor | None] = field(default_factory=list)
+
+    def add(self, x_TD: Tensor, chosen_TE: Tensor | None, num_experts: int) -> None:
+        """Record one layer; `chosen_TE` None means that every token used every expert."""
+        if chosen_TE is None:
+            self.counts.append(x_TD.new_full((x_TD.shape[0],), num_experts, dtype=torch.int32))
+            self.union.append(x_TD.new_full((), num_experts, dtype=torch.int32))
+        else:
+            self.counts.append(chosen_TE.sum(1, dtype=torch.int32))
+            self.union.append(chosen_TE.any(0).sum(dtype=torch.int32))
+        if self.keep_inputs:
+            self.inputs.append(x_TD)
+            self.chosen.append(chosen_TE)
+
+
+def sparse_ffn(
+    x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, chosen_TE: Tensor, activation: str
+) -> Tensor:
+    """The chosen experts only, by slices; differentiable in x, up and down. Returns [T, D].
+
+    Token-expert pairs are sorted by expert: one gather of inputs, two products per expert that has
+    tokens, one scatter-add. Neither the forward nor the backward pass computes an unchosen pair.
+    """
+    num_experts = chosen_TE.shape[1]
+    expert_P, token_P = chosen_TE.T.nonzero(as_tuple=True)
+    counts = torch.bincount(expert_P, minlength=num_experts).tolist()
+    x_PD = x_TD.index_select(0, token_P)
+    # unbind's backward writes each expert's gradient once; slicing would add up E full-size zeros
+    up_experts = up_FD.view(num_experts, -1, up_FD.shape[1]).unbind(0)
+    down_experts = down_FD.view(num_experts, -1, down_FD.shape[1]).unbind(0)
+    y_PD = torch.cat(
+        [
+            activate(x_nD @ up_SD.T, activation) @ down_SD
+            for x_nD, up_SD, down_SD in zip(
+                x_PD.split(counts), up_experts, down_experts, strict=True
+            )
+            if x_nD.shape[0]
+        ]
+        or [x_PD]
+    )
+    return torch.zeros_like(x_TD).index_add(0, token_P, y_PD)
+
+
+class ExpertFFN(nn.Module):
+    """An FFN stored neuron by neuron that runs dense or sparse, per token.
+
+    Parameters `up` and `down` are [F, D]; the buffer `router` is [E, D], float32. Training and
+    evaluation use plain differentiable products; `prepare` switches to the inference paths: packed
+    weights on the CPU, Triton kernels on CUDA.
+    """
+
+    router: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_experts = config.experts.num_experts
+        self.activation = config.hidden_act
+        shape = (config.intermediate_size, config.hidden_size)
+        self.up = nn.Parameter(torch.empty(shape))
+        self.down = nn.Parameter(torch.empty(shape))
+        router_shape = (self.num_experts, config.hidden_size)
+        self.register_buffer("router", torch.zeros(router_shape, dtype=torch.float32))
+        self._packed: cpu_ffn.PackedExpertFFN | None = None
+        self._use_kernels = False
+
+    def prepare(self) -> None:
+        """Switch to the inference paths; the parameters must not change afterwards."""
+        if self.up.is_cuda:
+            self._use_kernels = True
+        else:
+            self._packed = cpu_ffn.PackedExpertFFN(
+                self.up.detach(), self.down.detach(), self.num_experts, self.activation
+            )
+
+    def forward(self, x_TD: Tensor, policy: PolicyBatch, trace: Trace | None = None) -> Tensor:
+        """[T, D] -> [T, D], each token by its own policy; records the choice in `trace`."""
+        if policy.all_dense:
+            chosen_TE = None
+            y_TD = self.dense(x_TD)
+        elif policy.sparse_rows is None:
+            y_TD, chosen_TE = self.sparse(x_TD, policy.k_T, policy.mass_T, policy)
+        else:
+            y_TD, chosen_TE = self._mixed(x_TD, policy)
+        if trace is not None:
+            trace.add(x_TD, chosen_TE, self.num_experts)
+        return y_TD
+
+    def _mixed(self, x_TD: Tensor, policy: PolicyBatch) -> tuple[Tensor, Tensor]:
+        """Dense tokens and sparse tokens of one batch, each on its own path."""
+        assert policy.dense_rows is not None
+        assert policy.sparse_rows is not None
+        rows = policy.sparse_rows
+        sparse_nD, chosen_nE = self.sparse(
+            x_TD[rows], policy.k_T[rows], policy.mass_T[rows], policy
+        )
+        chosen_TE = chosen_nE.new_ones((x_TD.shape[0], self.num_experts))
+        chosen_TE[rows] = chosen_nE
+        dense_mD = self.dense(x_TD[policy.dense_rows])
+        y_TD = torch.empty_like(x_TD).index_copy(0, rows, sparse_nD)
+        return y_TD.index_copy(0, policy.dense_rows, dense_mD), chosen_TE
+
+    def dense(self, x_TD: Tensor) -> Tensor:
+        """Every neuron: act(x @ up.T) @ down."""
+        if self._packed is not None:
+            return self._packed.dense(x_TD)
+        return activate(x_TD @ self.up.T, self.activation) @ self.down
+
+    def sparse(
+        self, x_TD: Tensor, k_T: Tensor, mass_T: Tensor, policy: PolicyBatch
+    ) -> tuple[Tensor, Tensor]:
+        """The chosen experts only; returns (y [T, D], chosen [T, E])."""
+        if self._use_kernels:
+            return self._sparse_kernels(x_TD, k_T, mass_T, policy)
+        scores_TE = self.scores(x_TD, oracle=policy.oracle)
+        chosen_TE = routing.choose_reference(scores_TE, k_T, mass_T)
+        if self._packed is not None:
+            return self._packed.sparse(x_TD, chosen_TE), chosen_TE
+        return sparse_ffn(x_TD, self.up, self.down, chosen_TE, self.activation), chosen_TE
+
+    def scores(self, x_TD: Tensor, *, oracle: bool = False) -> Tensor:
+        """Scores [T, E] whose softmax is the (predicted or true) share of activation mass."""
+        if oracle:
+            mass_TE = true_mass(x_TD, self.up, self.num_experts, self.activation)
+            return mass_TE.detach().float().clamp_min(1e-30).log()
+        return x_TD.detach().float() @ self.router.T

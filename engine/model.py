@@ -1,0 +1,184 @@
+"""The decoder, and a naive `generate` that is the oracle of the fast engine.
+
+RMSNorm, rotary positions, grouped-query attention, expert FFN, tied embeddings; no biases. The
+model works on a flat batch of T tokens: which tokens belong together is known to `attend` alone,
+and which experts a token may use to `policy` alone.
+
+Shapes: T tokens, D model, V vocabulary, H query heads, G key-value heads, d head dimension,
+B sequences, L length.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.attention import Attend, causal_attend, rope_table, rotate
+from engine.config import ModelConfig
+from engine.experts import ExpertFFN, PolicyBatch, Trace
+from engine.kernels.cpu_ffn import PackedLinear
+from engine.request import ExpertPolicy
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias that `prepare` packs for inference on the CPU."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+        self._packed: PackedLinear | None = None
+
+    def prepare(self) -> None:
+        if not self.weight.is_cuda:
+            self._packed = PackedLinear(self.weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._packed(x) if self._packed is not None else super().forward(x)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions; keys and values may have fewer heads."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.qkv = Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim)
+        self.out = Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x_TD: Tensor, cos_Td: Tensor, sin_Td: Tensor, attend: Attend) -> Tensor:
+        heads = self.qkv(x_TD).view(x_TD.shape[0], -1, self.head_dim)
+        q_THd, k_TGd, v_TGd = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        q_THd, k_TGd = rotate(q_THd, cos_Td, sin_Td), rotate(k_TGd, cos_Td, sin_Td)
+        out: Tensor = self.out(attend(self.layer, q_THd, k_TGd, v_TGd).reshape(x_TD.shape))
+        return out
+
+
+class Layer(nn.Module):
+    """One decoder layer: x + attention(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, layer)
+        self.ffn_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ffn = ExpertFFN(config)
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        cos_Td: Tensor,
+        sin_Td: Tensor,
+        attend: Attend,
+        policy: PolicyBatch,
+        trace: Trace | None,
+    ) -> Tensor:
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), cos_Td, sin_Td, attend)
+        ffn_TD: Tensor = self.ffn(self.ffn_norm(x_TD), policy, trace)
+        return x_TD + ffn_TD
+
+
+class Decoder(nn.Module):
+    """The language model. One set of weights; `policy` decides dense or sparse per token."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._packed_head: PackedLinear | None = None
+        self.materialize_tables(self.embedding.weight.device)
+
+    def materialize_tables(self, device: torch.device | str) -> None:
+        """(Re)compute the rotary tables; they are derived, so no checkpoint holds them."""
+        config = self.config
+        cos, sin = rope_table(config.max_position_embeddings, config.head_dim, config.rope_theta)
+        self.register_buffer("cos", cos.to(device), persistent=False)
+        self.register_buffer("sin", sin.to(device), persistent=False)
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Fresh weights: normal(0, initializer_range), residual outputs scaled by 1/sqrt(2 layers)."""
+        std = self.config.initializer_range
+        residual = std / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                nn.init.ones_(parameter)
+            else:
+                into_residual = name.endswith(("attention.out.weight", "ffn.down"))
+                scale = residual if into_residual else std
+                nn.init.normal_(parameter, std=scale, generator=generator)
+
+    def ffns(self) -> list[ExpertFFN]:
+        """The expert FFN of each layer, in order."""
+        return [layer.ffn for layer in self.layers if isinstance(layer, Layer)]
+
+    def prepare(self) -> None:
+        """Switch every matrix to its inference form; parameters must not change afterwards."""
+        for module in self.modules():
+            if isinstance(module, Linear | ExpertFFN):
+                module.prepare()
+        if not self.embedding.weight.is_cuda:
+            self._packed_head = PackedLinear(self.embedding.weight.detach())
+
+    def forward(
+        self,
+        ids_T: Tensor,
+        positions_T: Tensor,
+        attend: Attend,
+        policy: PolicyBatch,
+        trace: Trace | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [T, V] in float32, or [len(rows), V] of the given rows of the batch alone."""
+        x_TD = self.embedding(ids_T)
+        cos_Td, sin_Td = self.cos[positions_T], self.sin[positions_T]
+        for layer in self.layers:
+            x_TD = layer(x_TD, cos_Td, sin_Td, attend, policy, trace)
+        if rows is not None:
+            x_TD = x_TD[rows]
+        return self.head(self.norm(x_TD)).float()
+
+    def head(self, x_TD: Tensor) -> Tensor:
+        """Logits through the tied embedding."""
+        if self._packed_head is not None:
+            return self._packed_head(x_TD)
+        return F.linear(x_TD, self.embedding.weight)
+
+    def logits(
+        self, ids_BL: Tensor, policy: ExpertPolicy, trace: Trace | None = None
+    ) -> Tensor:
+        """Logits [B, L, V] of whole sequences under one policy."""
+        batch, length = ids_BL.shape
+        positions_T = torch.arange(length, device=ids_BL.device).repeat(batch)
+        policies = PolicyBatch.uniform(
+            policy, ids_BL.numel(), self.config.experts.num_experts, ids_BL.device
+        )
+        attend = causal_attend(batch, length)
+        logits_TV = self(ids_BL.flatten(), positions_T, attend, policies, trace)
+        return logits_TV.view(batch, length, -1)
+
+
+@torch.inference_mode()
+def generate(
+    model: Decoder, prompt_ids: list[int], max_new_tokens: int, policy: ExpertPolicy
+) -> list[int]:
+    """Greedy continuation, recomputing the whole sequence for every token.
+
+    Slow and obviously right: the engine's output is tested against it. Stops after the model's
+    end-of-text token, which is included.
+    """
+    ids = list(prompt_ids)
+    for _ in range(max_new_tokens):
+        logits_1LV = model.logits(torch.tensor([ids]), policy)
+        ids.append(int(logits_1LV[0, -1].argmax()))
+        if ids[-1] == model.config.eos_token_id:
+            break
+    return ids[len(prompt_ids) :]

@@ -1,0 +1,313 @@
+"""The engine's vocabulary: expert policies, sampling parameters, requests, token events.
+
+Who sets which field of a `Request`: the caller at construction (id, prompt, sampling, policy), the
+scheduler (status, blocks, num_computed), the engine (everything about output and time).
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Final, Literal, Self
+
+from engine.errors import InvalidRequest, require
+
+PolicyKind = Literal["dense", "top_k", "mass", "auto", "oracle"]
+FinishReason = Literal["length", "eos_token", "stop_sequence", "abort", "error"]
+
+NO_MASS_LIMIT: Final = 2.0  # predicted shares sum to 1, so a limit of 2 never binds
+MAX_STOPS: Final = 16
+MAX_STOP_LENGTH: Final = 256
+MAX_TOP_N: Final = 20
+MAX_SEED: Final = (1 << 63) - 1
+
+
+def _check(condition: bool, message: str) -> None:
+    require(condition, message, InvalidRequest)
+
+
+@dataclass(frozen=True)
+class ExpertPolicy:
+    """How many experts a token of this request may use.
+
+    - `dense`: all of them; the dense FFN.
+    - `top_k`: the `value` experts with the highest router score.
+    - `mass`: as few as the router predicts to hold the share `value` of the activation mass.
+    - `auto`: what the checkpoint recommends; resolved by `resolve` before it runs.
+    - `oracle`: the `value` experts with the most *true* activation mass. It computes every neuron
+      to choose, so it saves nothing: it is the upper bound of any router, for evaluation.
+    """
+
+    kind: PolicyKind
+    value: float = 0.0
+
+    @classmethod
+    def dense(cls) -> Self:
+        return cls("dense")
+
+    @classmethod
+    def top_k(cls, k: int) -> Self:
+        return cls("top_k", k)
+
+    @classmethod
+    def mass(cls, share: float) -> Self:
+        return cls("mass", share)
+
+    @classmethod
+    def auto(cls) -> Self:
+        return cls("auto")
+
+    @classmethod
+    def oracle(cls, k: int) -> Self:
+        return cls("oracle", k)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read "dense", "auto", "top_k:8", "mass:0.95" or "oracle:8"; the inverse of `str`.
+
+        Raises:
+            InvalidRequest: if `text` is none of these.
+        """
+        kind, _, value = text.strip().partition(":")
+        if kind in ("dense", "auto") and not value:
+            return cls("dense" if kind == "dense" else "auto")
+        try:
+            if kind == "mass":
+                return cls("mass", float(value))
+            if kind in ("top_k", "oracle"):
+                return cls("top_k" if kind == "top_k" else "oracle", int(value))
+        except ValueError:
+            pass
+        raise InvalidRequest(
+            f"experts must be dense, auto, top_k:N or mass:SHARE; got {text[:40]!r}"
+        )
+
+    def __str__(self) -> str:
+        if self.kind in ("dense", "auto"):
+            return self.kind
+        return f"{self.kind}:{self.value:g}"
+
+    def resolve(self, default: str) -> ExpertPolicy:
+        """Replace `auto` by the checkpoint's `default` policy."""
+        return ExpertPolicy.parse(default) if self.kind == "auto" else self
+
+    def validate(self, num_experts: int) -> None:
+        """Raise InvalidRequest unless the value fits a model of `num_experts` experts."""
+        if self.kind in ("top_k", "oracle"):
+            _check(
+                1 <= self.value <= num_experts,
+                f"experts.{self.kind} must be between 1 and {num_experts}, got {self.value:g}",
+            )
+        if self.kind == "mass":
+            _check(
+                math.isfinite(self.value) and 0.0 < self.value <= 1.0,
+                f"experts.mass must be above 0 and at most 1, got {self.value:g}",
+            )
+
+    def limits(self, num_experts: int) -> tuple[int, float]:
+        """(most experts, predicted mass that suffices): the two numbers that routing needs."""
+        if self.kind == "mass":
+            return num_experts, self.value
+        if self.kind == "dense":
+            return num_experts, NO_MASS_LIMIT
+        assert self.kind != "auto", "auto is resolved before routing"
+        return int(self.value), NO_MASS_LIMIT
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is drawn, and when to stop.
+
+    Attributes:
+        max_new_tokens: tokens to generate at most.
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the likeliest tokens that hold this probability mass (nucleus sampling).
+        min_p: drop tokens less likely than this share of the likeliest.
+        typical_p: locally typical sampling (Meister et al., 2022); 1 keeps all.
+        repetition_penalty: divides positive and multiplies negative logits of seen tokens (CTRL).
+        frequency_penalty: subtracted once per earlier occurrence in the output.
+        presence_penalty: subtracted once if the token occurs in the output.
+        seed: makes sampling reproducible, whatever else runs; None draws one.
+        stop: strings that end the text (they are kept in it, as in TGI).
+        ignore_eos: generate past the end-of-text token.
+        top_n_tokens: alternatives to report with each token.
+        prompt_logprobs: report the log-probability of each prompt token.
+    """
+
+    max_new_tokens: int = 100
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    top_n_tokens: int = 0
+    prompt_logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        self._range("max_new_tokens", 1, 1 << 20)
+        self._range("temperature", 0.0, 100.0)
+        self._range("top_k", 0, 1 << 20)
+        self._range("top_p", 0.0, 1.0, open_low=True)
+        self._range("min_p", 0.0, 1.0)
+        self._range("typical_p", 0.0, 1.0, open_low=True)
+        self._range("repetition_penalty", 0.0, 100.0, open_low=True)
+        self._range("frequency_penalty", -2.0, 2.0)
+        self._range("presence_penalty", -2.0, 2.0)
+        self._range("top_n_tokens", 0, MAX_TOP_N)
+        if self.seed is not None:
+            self._range("seed", 0, MAX_SEED)
+        _check(len(self.stop) <= MAX_STOPS, f"stop takes at most {MAX_STOPS} strings")
+        for text in self.stop:
+            _check(
+                1 <= len(text) <= MAX_STOP_LENGTH,
+                f"stop strings must have 1 to {MAX_STOP_LENGTH} characters",
+            )
+
+    def _range(self, name: str, low: float, high: float, *, open_low: bool = False) -> None:
+        value = getattr(self, name)
+        above = value > low if open_low else value >= low
+        bounds = f"above {low:g} and at most {high:g}" if open_low else f"from {low:g} to {high:g}"
+        _check(
+            math.isfinite(value) and above and value <= high,
+            f"{name} must be {bounds}, got {value}",
+        )
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+class Status(enum.Enum):
+    """Where a request is in its life; only the scheduler moves it."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Request:
+    """One generation, from admission to its terminal event.
+
+    `token_ids` is the prompt followed by the output; `num_computed` of them have keys and values in
+    the cache. A preempted request loses its blocks and starts again at `num_computed` 0.
+    """
+
+    request_id: str
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    policy: ExpertPolicy  # resolved: never `auto`
+    seed: int = 0
+
+    # the scheduler's
+    status: Status = Status.WAITING
+    blocks: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    preemptions: int = 0
+
+    # the engine's
+    token_ids: list[int] = field(init=False)
+    finish_reason: FinishReason | None = None
+    experts_activated: int = 0
+    experts_available: int = 0
+    arrived: float = field(default_factory=time.monotonic)
+    admitted: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_ids)
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.token_ids[self.prompt_len :]
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def max_len(self) -> int:
+        """Tokens that the request has at its end, at most."""
+        return self.prompt_len + self.sampling.max_new_tokens
+
+    @property
+    def activated_ratio(self) -> float:
+        """Share of the experts that this request's tokens used, over all layers so far."""
+        return self.experts_activated / self.experts_available if self.experts_available else 0.0
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token, its text, and its log-probability (None for a prompt's first token)."""
+
+    token_id: int
+    text: str
+    logprob: float | None
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a finished request took: counts, times in seconds, activated experts."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    seed: int | None
+    queue_seconds: float
+    inference_seconds: float
+    experts_activated: int
+    experts_available: int
+
+    @property
+    def activated_ratio(self) -> float:
+        return self.experts_activated / self.experts_available if self.experts_available else 0.0
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One step of one request as its reader sees it.
+
+    Every accepted request ends with exactly one event whose `finish_reason` is set; `usage` comes
+    with it. `token` is None in a terminal event without a token of its own (abort, error).
+
+    Attributes:
+        request_id: whose event this is.
+        index: position in the output, from 0.
+        token: the generated token.
+        text: the text that became final with this token; may be empty inside a character.
+        top_tokens: the likeliest alternatives, when asked for.
+        activated_ratio: share of the experts, over all layers, used to compute this token.
+        finish_reason: set in the terminal event alone.
+        error: a sentence, when finish_reason is "error".
+        prompt: log-probabilities of the prompt, in the first event, when asked for.
+        usage: set in the terminal event.
+    """
+
+    request_id: str
+    index: int
+    token: TokenLogprob | None
+    text: str = ""
+    top_tokens: tuple[TokenLogprob, ...] = ()
+    activated_ratio: float = 0.0
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    prompt: tuple[TokenLogprob, ...] = ()
+    usage: Usage | None = None

@@ -1,0 +1,193 @@
+"""From a plan to logits: builds one step's flat batch, runs the model over the paged KV cache.
+
+Shapes: T tokens of the batch, B requests whose known tokens are all computed, V vocabulary,
+L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.attention import KVCache, PagedAttend, SequenceSpan
+from engine.config import EngineConfig, ModelConfig
+from engine.errors import ConfigError
+from engine.experts import PolicyBatch, Trace
+from engine.model import Decoder
+from engine.request import Request
+from engine.sampler import token_logprobs
+from engine.scheduler import Plan
+
+
+@dataclass(frozen=True)
+class PromptPart:
+    """Log-probabilities of the prompt tokens at `first`, `first + 1`, ..."""
+
+    request: Request
+    first: int
+    logprobs: list[float]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step computed.
+
+    Attributes:
+        ready: requests whose known tokens are all computed, so their next token can be drawn.
+        logits_BV: their logits, float32, one row each.
+        prompts: log-probabilities of prompt tokens, for requests that asked.
+        last_activated: the experts used by the last token of each ready request, over all layers.
+        activated: per plan entry, those used by all its tokens.
+        layer_activated: per layer, the (token, expert) pairs that ran.
+        layer_loaded: per layer, the distinct experts that ran.
+    """
+
+    ready: list[Request]
+    logits_BV: Tensor
+    prompts: list[PromptPart]
+    last_activated: list[int]
+    activated: list[int]
+    layer_activated: list[int]
+    layer_loaded: list[int]
+
+
+def plan_cache(model: ModelConfig, engine: EngineConfig, dtype: torch.dtype) -> tuple[int, int]:
+    """(blocks of the KV cache, longest request in tokens) that the configuration amounts to.
+
+    The cache never has more blocks than `max_num_seqs` longest requests fill. A `max_model_len` of
+    0 becomes the model's limit, or what the cache holds if that is less.
+
+    Raises:
+        ConfigError: if `max_model_len` exceeds the model's limit or the cache.
+    """
+    limit = model.max_position_embeddings
+    if engine.max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len must be at most {limit}, the model's max_position_embeddings; got "
+            f"{engine.max_model_len}"
+        )
+    length = engine.max_model_len or limit
+    size, heads = engine.block_size, model.num_key_value_heads
+    block_bytes = KVCache.bytes_per_block(
+        model.num_hidden_layers, size, heads, model.head_dim, dtype
+    )
+    blocks_each = -(-length // size)
+    blocks = min(engine.kv_cache_bytes // block_bytes, blocks_each * engine.max_num_seqs)
+    needed = blocks_each if engine.max_model_len else 1
+    if blocks < needed:
+        raise ConfigError(
+            f"kv_cache_bytes must be at least {needed * block_bytes} for "
+            f"{length if engine.max_model_len else size} tokens, got {engine.kv_cache_bytes}; "
+            "raise it, or lower max_model_len or block_size"
+        )
+    return blocks, min(length, blocks * size)
+
+
+class Runner:
+    """Owns the KV cache and is the only caller of the model."""
+
+    def __init__(self, model: Decoder, config: EngineConfig, num_blocks: int) -> None:
+        self.model = model
+        self.num_experts = model.config.experts.num_experts
+        weight = model.embedding.weight
+        self.device = weight.device
+        shape = model.config
+        self.cache = KVCache(
+            shape.num_hidden_layers,
+            num_blocks,
+            config.block_size,
+            shape.num_key_value_heads,
+            shape.head_dim,
+            weight.dtype,
+            self.device,
+        )
+        model.prepare()
+
+    @torch.inference_mode()
+    def run(self, plan: Plan) -> StepResult:
+        """Compute the plan's tokens; `num_computed` of its requests is still that before it."""
+        spans = _spans(plan)
+        ready_rows, prompt_rows = _rows(plan, spans)
+        trace = Trace()
+        logits = self.model(
+            self._tensor([i for r, n in plan for i in _tokens(r, n)]),
+            self._tensor([i for s in spans for i in range(s.context - s.length, s.context)]),
+            PagedAttend(self.cache, spans),
+            PolicyBatch.build([(r.policy, n) for r, n in plan], self.num_experts, self.device),
+            trace,
+            self._tensor(ready_rows + [row for rows in prompt_rows for row in rows]),
+        )
+        ready = [r for r, n in plan if n == r.num_uncomputed]
+        prompts = _prompt_parts(plan, prompt_rows, logits[len(ready) :])
+        counts = _count_experts(trace, spans, ready_rows)
+        return StepResult(ready, logits[: len(ready)], prompts, *counts)
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.device)
+
+
+def _tokens(request: Request, num_tokens: int) -> list[int]:
+    """The next `num_tokens` tokens to compute."""
+    return request.token_ids[request.num_computed : request.num_computed + num_tokens]
+
+
+def _spans(plan: Plan) -> list[SequenceSpan]:
+    """Where each request's tokens lie in the flat batch."""
+    spans: list[SequenceSpan] = []
+    start = 0
+    for request, num_tokens in plan:
+        context = request.num_computed + num_tokens
+        spans.append(SequenceSpan(start, num_tokens, context, request.blocks))
+        start += num_tokens
+    return spans
+
+
+def _rows(plan: Plan, spans: Sequence[SequenceSpan]) -> tuple[list[int], list[range]]:
+    """Rows of the batch that need logits.
+
+    Returns:
+        The last row of each request whose known tokens are all computed by this step; and per plan
+        entry the rows that predict a prompt token (empty unless the request wants them).
+    """
+    ready: list[int] = []
+    prompt: list[range] = []
+    for (request, num_tokens), span in zip(plan, spans, strict=True):
+        end = span.start + span.length
+        if num_tokens == request.num_uncomputed:
+            ready.append(end - 1)
+        wanted = request.sampling.prompt_logprobs and not request.num_output
+        # Position p predicts token p + 1, so the prompt's last position predicts no prompt token.
+        last = min(end, span.start + request.prompt_len - 1 - request.num_computed)
+        prompt.append(range(span.start, last) if wanted else range(0))
+    return ready, prompt
+
+
+def _prompt_parts(plan: Plan, rows: list[range], logits_NV: Tensor) -> list[PromptPart]:
+    """Split the rows that predict prompt tokens by request, and look those tokens up."""
+    parts: list[PromptPart] = []
+    start = 0
+    for (request, _), wanted in zip(plan, rows, strict=True):
+        if wanted:
+            first = request.num_computed + 1
+            targets = request.prompt_ids[first : first + len(wanted)]
+            logprobs = token_logprobs(logits_NV[start : start + len(wanted)], targets)
+            parts.append(PromptPart(request, first, logprobs))
+            start += len(wanted)
+    return parts
+
+
+def _count_experts(
+    trace: Trace, spans: Sequence[SequenceSpan], ready_rows: Sequence[int]
+) -> tuple[list[int], list[int], list[int], list[int]]:
+    """(last_activated, activated, layer_activated, layer_loaded) of a `StepResult`."""
+    counts_LT = torch.stack(trace.counts)
+    # One transfer: the totals of the tokens, of the layers, and the layers' unions.
+    numbers = torch.cat([counts_LT.sum(0), counts_LT.sum(1), torch.stack(trace.union)]).tolist()
+    layers, tokens = counts_LT.shape
+    per_token = numbers[:tokens]
+    activated = [sum(per_token[s.start : s.start + s.length]) for s in spans]
+    last = [per_token[row] for row in ready_rows]
+    return last, activated, numbers[tokens : tokens + layers], numbers[tokens + layers :]

@@ -1,0 +1,198 @@
+"""Counters, gauges and histograms of one engine: plain numbers, for whoever exports them.
+
+The engine's thread writes, any thread reads: `Stats.snapshot` copies everything under the lock that
+each writing method takes for a moment. Times are in seconds.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
+
+from engine.errors import EngineStopped, InvalidRequest, Overloaded
+from engine.request import Request, Usage
+
+# The bounds that dashboards of other servers expect, with finer ones below for small models.
+FIRST_TOKEN_BUCKETS: Final = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1, 2.5, 5, 7.5, 10, 20, 40, 80, 160),
+)
+INTER_TOKEN_BUCKETS: Final = (
+    *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5),
+    *(0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80),
+)
+REQUEST_BUCKETS: Final = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8),
+    *(1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480),
+)
+TOKEN_BUCKETS: Final = tuple(m * 10**e for e in range(6) for m in (1, 2, 5))
+BATCH_BUCKETS: Final = tuple(1 << e for e in range(14))
+RATIO_BUCKETS: Final = (0.02, 0.05, *(i / 10 for i in range(1, 11)))
+
+
+class Histogram:
+    """Counts of observations per bucket; bucket i holds values up to and including `bounds[i]`.
+
+    Attributes:
+        bounds: upper bounds, ascending.
+        counts: observations per bucket, one more than bounds: the last holds what exceeds them.
+        sum: of all observations.
+    """
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        assert list(bounds) == sorted(set(bounds)), "bucket bounds must ascend"
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(self.bounds) + 1)
+        self.sum = 0.0
+
+    @property
+    def count(self) -> int:
+        return sum(self.counts)
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+
+@dataclass
+class Numbers:
+    """Everything that is counted.
+
+    Per layer, summed over steps: `experts_activated` and `experts_available` count (token, expert)
+    pairs; `experts_loaded` counts the distinct experts that a step read, out of `num_experts` a
+    step. `finished` counts requests by finish reason, `rejected` by reason ("invalid",
+    "overloaded", "stopped"). `batch_tokens` is the number of tokens of a step.
+    """
+
+    experts_activated: list[int]
+    experts_available: list[int]
+    experts_loaded: list[int]
+    steps: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    finished: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
+
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+
+    activated_ratio: Histogram = field(default_factory=partial(Histogram, RATIO_BUCKETS))
+    first_token_seconds: Histogram = field(default_factory=partial(Histogram, FIRST_TOKEN_BUCKETS))
+    inter_token_seconds: Histogram = field(default_factory=partial(Histogram, INTER_TOKEN_BUCKETS))
+    queue_seconds: Histogram = field(default_factory=partial(Histogram, REQUEST_BUCKETS))
+    prefill_seconds: Histogram = field(default_factory=partial(Histogram, REQUEST_BUCKETS))
+    decode_seconds: Histogram = field(default_factory=partial(Histogram, REQUEST_BUCKETS))
+    request_seconds: Histogram = field(default_factory=partial(Histogram, REQUEST_BUCKETS))
+    request_prompt_tokens: Histogram = field(default_factory=partial(Histogram, TOKEN_BUCKETS))
+    request_generated_tokens: Histogram = field(default_factory=partial(Histogram, TOKEN_BUCKETS))
+    batch_tokens: Histogram = field(default_factory=partial(Histogram, BATCH_BUCKETS))
+
+    @property
+    def aborts(self) -> int:
+        return self.finished["abort"]
+
+
+class Stats:
+    """The numbers of one engine, safe to read from any thread."""
+
+    def __init__(self, num_layers: int, num_experts: int, kv_blocks: int) -> None:
+        self.num_experts = num_experts
+        self._lock = threading.Lock()
+        zeros = [0] * num_layers
+        self._numbers = Numbers(zeros[:], zeros[:], zeros[:], kv_blocks_total=kv_blocks)
+
+    def snapshot(self) -> Numbers:
+        """A consistent copy."""
+        with self._lock:
+            return copy.deepcopy(self._numbers)
+
+    @contextmanager
+    def counting_rejections(self) -> Iterator[None]:
+        """Count a refusal that leaves the block as an exception."""
+        try:
+            yield
+        except InvalidRequest:
+            self.reject("invalid")
+            raise
+        except Overloaded:
+            self.reject("overloaded")
+            raise
+        except EngineStopped:
+            self.reject("stopped")
+            raise
+
+    def reject(self, reason: str) -> None:
+        with self._lock:
+            self._numbers.rejected[reason] += 1
+
+    def record_step(self, tokens: int, activated: Sequence[int], loaded: Sequence[int]) -> None:
+        """Count one step: its tokens, and per layer the expert pairs and the distinct experts."""
+        available = tokens * self.num_experts
+        with self._lock:
+            numbers = self._numbers
+            numbers.steps += 1
+            numbers.batch_tokens.observe(tokens)
+            for layer, (pairs, union) in enumerate(zip(activated, loaded, strict=True)):
+                numbers.experts_activated[layer] += pairs
+                numbers.experts_available[layer] += available
+                numbers.experts_loaded[layer] += union
+
+    def record_state(self, running: int, waiting: int, blocks_used: int, preemptions: int) -> None:
+        """Note the state of the queue and the cache, and the preemptions so far."""
+        with self._lock:
+            numbers = self._numbers
+            numbers.running, numbers.waiting = running, waiting
+            numbers.kv_blocks_used, numbers.preemptions = blocks_used, preemptions
+
+    def record_token(self, request: Request, now: float) -> None:
+        """Count a generated token; call it before the request's own times are brought forward."""
+        with self._lock:
+            numbers = self._numbers
+            numbers.generated_tokens += 1
+            if request.last_token is not None:
+                numbers.inter_token_seconds.observe(now - request.last_token)
+                return
+            numbers.prompt_tokens += request.prompt_len
+            numbers.first_token_seconds.observe(now - request.arrived)
+            if request.admitted is not None:
+                numbers.queue_seconds.observe(request.admitted - request.arrived)
+                numbers.prefill_seconds.observe(now - request.admitted)
+
+    def record_finish(self, request: Request, now: float) -> None:
+        """Count a request that has its finish reason."""
+        assert request.finish_reason is not None
+        with self._lock:
+            numbers = self._numbers
+            numbers.finished[request.finish_reason] += 1
+            numbers.request_seconds.observe(now - request.arrived)
+            numbers.request_prompt_tokens.observe(request.prompt_len)
+            numbers.request_generated_tokens.observe(request.num_output)
+            if request.first_token is not None and request.last_token is not None:
+                numbers.decode_seconds.observe(request.last_token - request.first_token)
+            if request.experts_available:
+                numbers.activated_ratio.observe(request.activated_ratio)
+
+
+def usage_of(request: Request, now: float) -> Usage:
+    """What a request took until `now`; its seed only if one was given or used."""
+    sampling = request.sampling
+    admitted = now if request.admitted is None else request.admitted
+    return Usage(
+        prompt_tokens=request.prompt_len,
+        generated_tokens=request.num_output,
+        seed=None if sampling.greedy and sampling.seed is None else request.seed,
+        queue_seconds=admitted - request.arrived,
+        inference_seconds=now - admitted,
+        experts_activated=request.experts_activated,
+        experts_available=request.experts_available,
+    )

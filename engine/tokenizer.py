@@ -1,0 +1,95 @@
+"""Text to token ids and back, one token at a time when streaming."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import tokenizers
+
+from engine.errors import CheckpointError
+
+END_OF_TEXT: Final = "<|endoftext|>"
+_REPLACEMENT: Final = "\ufffd"  # what decoding an incomplete UTF-8 character yields
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer whose only special token is the end of text."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        eos_id = backend.token_to_id(END_OF_TEXT)
+        if eos_id is None:
+            raise CheckpointError(f"tokenizer.json: has no {END_OF_TEXT} token")
+        self.backend = backend
+        self.eos_id: int = eos_id
+        # A prompt that spells the special token must not end the text: it is encoded as plain text.
+        backend.encode_special_tokens = True
+
+    @classmethod
+    def from_file(cls, path: Path) -> Tokenizer:
+        """Read a `tokenizer.json`.
+
+        Raises:
+            CheckpointError: if the file is missing or not a tokenizer.
+        """
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(path)))
+        except CheckpointError:
+            raise
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{path.name}: not a readable tokenizer ({error})") from error
+
+    @property
+    def vocab_size(self) -> int:
+        return self.backend.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`; special tokens leave no trace."""
+        return self.backend.decode(ids, skip_special_tokens=True)
+
+    def token_text(self, token_id: int) -> str:
+        """One token's text by itself; bytes of an incomplete character show as U+FFFD."""
+        return self.backend.decode([token_id], skip_special_tokens=False)
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id == self.eos_id
+
+
+class IncrementalDecoder:
+    """Turns a stream of token ids into text without ever emitting half a character.
+
+    Decodes a short window whose start lies at a known text boundary; what the window's text gained
+    since the last call is final unless it ends inside a UTF-8 character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int]) -> None:
+        self._tokenizer = tokenizer
+        self._window = list(prompt_ids[-4:])  # context, for tokenizers that join words with spaces
+        self._emitted = len(self._decode())
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._window)
+
+    def push(self, token_id: int) -> str:
+        """The text that became final with this token; may be empty."""
+        self._window.append(token_id)
+        text = self._decode()
+        if text.endswith(_REPLACEMENT):
+            return ""
+        new = text[self._emitted :]
+        self._window = self._window[-1:] if new else self._window
+        self._emitted = len(self._decode()) if new else self._emitted
+        return new
+
+    def flush(self) -> str:
+        """What is left at the end; an incomplete character shows as U+FFFD."""
+        text = self._decode()
+        new = text[self._emitted :]
+        self._emitted = len(text)
+        return new

@@ -1,0 +1,312 @@
+"""The engine's thread while serving, and the bridge to asyncio.
+
+One thread owns the engine and is the only caller of `Engine.step`. Coroutines submit requests and
+read their events from an `EventStream`; every accepted request gets exactly one terminal event,
+also when a step fails, hangs, or the worker stops. Health follows the progress of the steps, not
+the mere existence of the thread.
+
+Who touches what: `_inbox`, `_aborts` and `_streams` under `_lock`; the engine only from the thread
+(`Engine.make_request`, `Engine.stats` and the queue's counters are safe to use elsewhere); a stream
+only from the event loop that submitted its request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Final, Self
+
+from engine.engine import Engine
+from engine.errors import EngineStopped, InvalidRequest, require
+from engine.request import FinishReason, Request, TokenEvent
+from engine.stats import usage_of
+
+logger = logging.getLogger(__name__)
+
+STEP_TIMEOUT: Final = 120.0  # seconds; the first step may compile kernels
+_POLL_SECONDS: Final = 0.01
+
+
+class EventStream:
+    """The events of one request, in order, up to and including its terminal event.
+
+    Closing the stream early aborts the request, as does cancelling a task that waits for its next
+    event. Use it as an asynchronous context manager, or call `aclose`.
+    """
+
+    def __init__(self, request: Request, abort: Callable[[str], None]) -> None:
+        self.request = request
+        self.loop = asyncio.get_running_loop()
+        self._abort = abort
+        self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        self._complete = False  # the terminal event has been put
+        self._exhausted = False  # the terminal event has been read, or nobody reads any more
+
+    def put(self, event: TokenEvent) -> None:
+        """Append an event; what follows a terminal event is dropped. On the loop's thread."""
+        if not self._complete:
+            self._complete = event.finish_reason is not None
+            self._events.put_nowait(event)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        if self._exhausted:
+            raise StopAsyncIteration
+        try:
+            event = await self._events.get()
+        except asyncio.CancelledError:
+            await self.aclose()
+            raise
+        self._exhausted = event.finish_reason is not None
+        return event
+
+    async def aclose(self) -> None:
+        """Read no further; aborts the request unless it has ended."""
+        self._exhausted = True
+        if not self._complete:
+            self._abort(self.request.request_id)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+
+class Worker:
+    """Runs an engine in a thread of its own.
+
+    Args:
+        engine: the engine; nothing else may step it.
+        step_timeout: seconds after which a step that has not returned counts as hung.
+    """
+
+    def __init__(self, engine: Engine, step_timeout: float = STEP_TIMEOUT) -> None:
+        require(step_timeout > 0, f"step_timeout must be above 0, got {step_timeout}")
+        self.engine = engine
+        self.step_timeout = step_timeout
+        self.failure: str | None = None
+        self.last_progress = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="ambidex-engine", daemon=True)
+        self._wake = threading.Event()
+        self._lock = threading.Lock()
+        self._inbox: list[Request] = []
+        self._aborts: list[str] = []
+        self._streams: dict[str, EventStream] = {}
+        self._stepping = False
+        self._draining = False
+        self._stopping = False
+
+    # Health
+
+    @property
+    def hung(self) -> bool:
+        """Whether the step under way takes longer than `step_timeout`."""
+        return self._stepping and time.monotonic() - self.last_progress > self.step_timeout
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs and makes progress; if not, only a restart helps."""
+        return self._thread.is_alive() and self.failure is None and not self.hung
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return self.alive and not self._draining and not self._stopping
+
+    @property
+    def num_unfinished(self) -> int:
+        """Accepted requests whose terminal event has not been handed over."""
+        return len(self._streams)
+
+    # From the event loop
+
+    def start(self) -> None:
+        """Start the thread; once in a worker's life."""
+        self._thread.start()
+
+    async def submit(self, request: Request) -> EventStream:
+        """Accept a request and return its events. Does not wait.
+
+        Raises:
+            InvalidRequest: it can never fit, or its id is in use.
+            Overloaded: the queue is full.
+            EngineStopped: no requests are taken: not started, draining, stopped, failed or hung.
+        """
+        stream = EventStream(request, self.abort)
+        with self.engine.stats.counting_rejections(), self._lock:
+            self._check_acceptable(request)
+            self._inbox.append(request)
+            self._streams[request.request_id] = stream
+        self._wake.set()
+        return stream
+
+    def _check_acceptable(self, request: Request) -> None:
+        """Raise unless the engine will certainly take the request from the inbox."""
+        if not self.ready:
+            raise EngineStopped(self._why_not_ready())
+        require(
+            request.request_id not in self._streams,
+            f"request_id {request.request_id[:64]!r} is already in use",
+            InvalidRequest,
+        )
+        scheduler = self.engine.scheduler
+        scheduler.check_fits(request)
+        tokens = sum(earlier.prompt_len for earlier in self._inbox)
+        scheduler.check_room(request.prompt_len, len(self._inbox), tokens)
+
+    def _why_not_ready(self) -> str:
+        if self.failure is not None:
+            return f"the engine has failed: {self.failure}"
+        if self.hung:
+            return f"the engine is stuck in a step of more than {self.step_timeout:g} s"
+        if self._stopping:
+            return "the engine was stopped"
+        return "the engine is draining" if self._draining else "the engine is not running"
+
+    def abort(self, request_id: str) -> None:
+        """End a request early; its stream gets an "abort" event unless it has ended. Thread-safe."""
+        with self._lock:
+            self._aborts.append(request_id)
+        self._wake.set()
+
+    async def drain(self, timeout: float) -> None:
+        """Refuse new requests, finish those in flight, and abort what is left after `timeout` s.
+
+        Returns when every accepted request has its terminal event.
+        """
+        self._draining = True
+        await self._wait_until_empty(timeout)
+        for request_id in list(self._streams):
+            self.abort(request_id)
+        # The thread aborts between two steps; if it is stuck in one, it is not waited for.
+        await self._wait_until_empty(self.step_timeout)
+        self._end_streams("abort")
+        await asyncio.sleep(0)  # lets the loop run what was handed to it
+
+    async def _wait_until_empty(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while self._streams and time.monotonic() < deadline and self.alive:
+            await asyncio.sleep(_POLL_SECONDS)
+
+    def stop(self, timeout: float = 10.0) -> None:
+        """Abort what is in flight and end the thread, waiting at most `timeout` s for its step."""
+        with self._lock:
+            self._stopping = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        self._end_streams("abort")
+
+    # In the thread
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+            self._deliver(self.engine.end_all("abort"))
+        except Exception as error:
+            logger.exception("a step of the engine failed")
+            self._fail(f"{type(error).__name__}: {error}"[:500])
+
+    def _serve(self) -> None:
+        while not self._stopping:
+            self._wake.clear()
+            self._take_messages()
+            if self.engine.has_work():
+                self._step()
+            else:
+                self._wake.wait()
+        self._take_messages()
+
+    def _step(self) -> None:
+        self.last_progress = time.monotonic()
+        self._stepping = True
+        events = self.engine.step()
+        self._stepping = False
+        self.last_progress = time.monotonic()
+        self._deliver(events)
+
+    def _take_messages(self) -> None:
+        """Move submitted requests and aborts into the engine."""
+        with self._lock:
+            aborts, self._aborts = self._aborts, []
+            # Added under the lock, so that a request is always either in the inbox or queued when
+            # `submit` counts them.
+            for request in self._inbox:
+                self.engine.add(request)
+            self._inbox.clear()
+        for request_id in aborts:
+            self.engine.abort(request_id)
+
+    def _fail(self, message: str) -> None:
+        """A step raised: nobody can tell what it left behind, so everything in flight ends."""
+        with self._lock:
+            self.failure = message
+            self._inbox.clear()
+        self._stepping = False
+        sentence = f"the engine has failed: {message}"
+        try:
+            self._deliver(self.engine.end_all("error", sentence))
+        except Exception:
+            logger.exception("the engine could not end its requests")
+        self._end_streams("error", sentence)
+
+    # Delivery
+
+    def _deliver(self, events: Sequence[TokenEvent]) -> None:
+        """Hand events to their streams, one call per event loop."""
+        batches: defaultdict[asyncio.AbstractEventLoop, list[tuple[EventStream, TokenEvent]]]
+        batches = defaultdict(list)
+        with self._lock:
+            for event in events:
+                stream = self._streams.get(event.request_id)
+                if stream is not None:
+                    batches[stream.loop].append((stream, event))
+                    if event.finish_reason is not None:
+                        del self._streams[event.request_id]
+        for loop, batch in batches.items():
+            _call(loop, batch)
+
+    def _end_streams(self, reason: FinishReason, error: str | None = None) -> None:
+        """Give each stream that is left its terminal event, without the engine's help."""
+        now = time.monotonic()
+        with self._lock:
+            requests = [stream.request for stream in self._streams.values()]
+        self._deliver(
+            [
+                TokenEvent(
+                    request.request_id,
+                    request.num_output,
+                    token=None,
+                    finish_reason=reason,
+                    error=error,
+                    usage=usage_of(request, now),
+                )
+                for request in requests
+            ]
+        )
+
+
+def _call(loop: asyncio.AbstractEventLoop, batch: Sequence[tuple[EventStream, TokenEvent]]) -> None:
+    """Put a batch of events into the streams of `loop`, on its thread."""
+
+    def put() -> None:
+        for stream, event in batch:
+            stream.put(event)
+
+    try:
+        loop.call_soon_threadsafe(put)
+    except RuntimeError:  # the loop is closed: nobody is left to read
+        logger.warning("%d events found their event loop closed", len(batch))

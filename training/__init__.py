@@ -1,0 +1,1 @@
+"""Training: produces checkpoints that the engine runs dense or sparse. Imports engine, never server."""

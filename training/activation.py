@@ -1,0 +1,62 @@
+"""Which neurons fire: activation patterns on a fixed probe batch, and how alike two of them are.
+
+The paper's finding is that ReLU models grow sparse while they train and that *which* neurons fire
+together settles only gradually. We watch the set of active neurons of every probe token in every
+layer; two looks are as similar as their sets overlap (Jaccard). The measure is ours: the paper
+does not publish its own.
+
+Shapes: T probe tokens, F neurons, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.experts import ExpertLayout, Trace
+from engine.model import Decoder
+from engine.request import ExpertPolicy
+
+
+@dataclass(frozen=True)
+class ActivationPattern:
+    """Active neurons of the probe tokens: one bool [T, F] a layer."""
+
+    layers: tuple[Tensor, ...]
+
+    def permute(self, layouts: list[ExpertLayout]) -> ActivationPattern:
+        """The same pattern after each layer's neurons have moved."""
+        pairs = zip(self.layers, layouts, strict=True)
+        return ActivationPattern(tuple(layout.apply(p.T).T.contiguous() for p, layout in pairs))
+
+    @property
+    def active_shares(self) -> list[float]:
+        """Share of active neurons, per layer."""
+        return [float(pattern.float().mean()) for pattern in self.layers]
+
+
+def similarity(first: ActivationPattern, second: ActivationPattern) -> float:
+    """Mean over layers of |A and B| / |A or B|, over all probe tokens; 1 is identical."""
+    scores = []
+    for a, b in zip(first.layers, second.layers, strict=True):
+        union = int((a | b).sum())
+        scores.append(int((a & b).sum()) / union if union else 1.0)
+    return sum(scores) / len(scores)
+
+
+@torch.no_grad()
+def ffn_inputs(model: Decoder, probe_BL: Tensor) -> list[Tensor]:
+    """Each layer's FFN input [T, D] on the probe batch, run dense."""
+    trace = Trace(keep_inputs=True)
+    model.logits(probe_BL, ExpertPolicy.dense(), trace)
+    return trace.inputs
+
+
+@torch.no_grad()
+def observe(model: Decoder, probe_BL: Tensor) -> ActivationPattern:
+    """The pattern of `model`, run dense, on the probe batch."""
+    inputs = ffn_inputs(model, probe_BL)
+    pairs = zip(inputs, model.ffns(), strict=True)
+    return ActivationPattern(tuple(x_TD @ ffn.up.T > 0 for x_TD, ffn in pairs))

@@ -1,0 +1,268 @@
+"""Text to token batches: files and folders -> documents -> token arrays -> batches by step number.
+
+The default corpus is one that every machine has: the source text of Python's standard library.
+A batch is a pure function of (seed, step), so a resumed run sees the data an uninterrupted one
+would.
+
+Shapes: B sequences, L length.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib
+import json
+import lzma
+import random
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Final, cast
+
+import numpy as np
+import tokenizers
+import torch
+from numpy.typing import NDArray
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from engine.tokenizer import END_OF_TEXT, Tokenizer
+from training.errors import DataError
+
+TEXT_SUFFIXES: Final = (".txt", ".md", ".py", ".jsonl")
+PACKED_SUFFIXES: Final = (".xz", ".gz", ".zst")
+# Tests and vendored packages repeat themselves and are absent from some distributions' Python.
+_SKIPPED_STDLIB: Final = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+Tokens = NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and where it came from."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents split into training and held-out parts.
+
+    Attributes:
+        description: where they came from, in words.
+        fingerprint: SHA-256 over names and texts, in order.
+    """
+
+    train: list[Document]
+    valid: list[Document]
+    description: str
+    fingerprint: str
+
+
+def _open_text(path: Path) -> IO[str]:
+    if path.suffix == ".xz":
+        return lzma.open(path, "rt", encoding="utf-8")
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8")
+    if path.suffix == ".zst":
+        try:
+            zstandard = importlib.import_module("zstandard")
+        except ImportError as error:
+            raise DataError(f"{path}: reading .zst needs the extra: ambidex[zst]") from error
+        return cast("IO[str]", zstandard.open(path, "rt", encoding="utf-8"))
+    return path.open(encoding="utf-8")
+
+
+def _is_text_file(path: Path) -> bool:
+    inner = path.with_suffix("") if path.suffix in PACKED_SUFFIXES else path
+    return inner.suffix in TEXT_SUFFIXES
+
+
+def _json_line_text(line: str, where: str) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON") from error
+    text = value.get("text") if isinstance(value, dict) else None
+    if not isinstance(text, str):
+        raise DataError(f'{where}: every line must be an object with a string field "text"')
+    return text
+
+
+def read_documents(path: Path, name: str) -> Iterator[Document]:
+    """The documents of one file: one per JSON line, or per text between end-of-text lines.
+
+    Raises:
+        DataError: if the file cannot be read, is not UTF-8, or is not the JSON lines it claims.
+    """
+    try:
+        with _open_text(path) as file:
+            if ".jsonl" in path.suffixes:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        text = _json_line_text(line, f"{path}, line {number}")
+                        yield Document(f"{name}#{number}", text)
+                return
+            for number, text in enumerate(file.read().split(END_OF_TEXT)):
+                if text.strip():
+                    yield Document(f"{name}#{number}", text.strip("\n") + "\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 text ({error.reason})") from error
+    except DataError:
+        raise
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+
+
+def _files_below(path: Path) -> Iterator[tuple[Path, str]]:
+    if path.is_file():
+        if not _is_text_file(path):
+            kinds = ", ".join((*TEXT_SUFFIXES, *PACKED_SUFFIXES))
+            raise DataError(f"{path}: unknown kind of file; known are {kinds}")
+        yield path, path.name
+    elif path.is_dir():
+        for file in sorted(p for p in path.rglob("*") if p.is_file() and _is_text_file(p)):
+            yield file, file.relative_to(path).as_posix()
+    else:
+        raise DataError(f"{path}: no such file or folder")
+
+
+def standard_library() -> list[Document]:
+    """The source of Python's standard library, without its tests, in order of name."""
+    root = Path(sysconfig.get_path("stdlib"))
+    documents = []
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if _SKIPPED_STDLIB.isdisjoint(relative.parts):
+            text = path.read_text(encoding="utf-8", errors="replace")
+            if text.strip():
+                documents.append(Document(relative.as_posix(), text))
+    return documents
+
+
+def load_corpus(paths: Iterable[Path], valid_share: float, seed: int) -> Corpus:
+    """Read and split the corpus; no paths mean the standard library.
+
+    Whole documents are held out, chosen by the seed; a corpus of one document gives its tail.
+
+    Raises:
+        DataError: if a path cannot be read or there is no text at all.
+    """
+    paths = list(paths)
+    if paths:
+        documents = [d for p in paths for f, name in _files_below(p) for d in read_documents(f, name)]
+        description = ", ".join(str(p) for p in paths)
+    else:
+        documents = standard_library()
+        description = f"source of the Python {sysconfig.get_python_version()} standard library"
+    if not documents:
+        raise DataError(f"{description}: holds no text")
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(document.name.encode())
+        digest.update(document.text.encode("utf-8", "surrogatepass"))
+    train, valid = _split(documents, valid_share, seed)
+    return Corpus(train, valid, description, digest.hexdigest())
+
+
+def _split(
+    documents: list[Document], share: float, seed: int
+) -> tuple[list[Document], list[Document]]:
+    if len(documents) == 1:
+        name, text = documents[0].name, documents[0].text
+        cut = int(len(text) * (1 - share))
+        return [Document(name, text[:cut])], [Document(name, text[cut:])]
+    order = list(range(len(documents)))
+    random.Random(seed).shuffle(order)
+    wanted = share * sum(len(d.text) for d in documents)
+    held: set[int] = set()
+    for index in order[:-1]:
+        if wanted <= 0:
+            break
+        held.add(index)
+        wanted -= len(documents[index].text)
+    train = [d for i, d in enumerate(documents) if i not in held]
+    return train, [d for i, d in enumerate(documents) if i in held]
+
+
+def train_tokenizer(documents: list[Document], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE learned from `documents`; it can encode any text.
+
+    Raises:
+        DataError: if the text is too small for that many tokens.
+    """
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator((d.text for d in documents), trainer)
+    if backend.get_vocab_size() != vocab_size:
+        raise DataError(
+            f"the corpus gives {backend.get_vocab_size()} tokens at most, fewer than "
+            f"model.vocab_size {vocab_size}"
+        )
+    return Tokenizer(backend)
+
+
+def encode_documents(tokenizer: Tokenizer, documents: list[Document]) -> Tokens:
+    """All documents one after another, each ended by the end-of-text token."""
+    ids: list[NDArray[np.uint32]] = []
+    for start in range(0, len(documents), 64):
+        for row in tokenizer.encode_batch([d.text for d in documents[start : start + 64]]):
+            ids.append(np.array([*row, tokenizer.eos_id], dtype=np.uint32))
+    return np.concatenate(ids)
+
+
+class TokenBatches:
+    """Sequences of one token array, shuffled anew each epoch; a batch depends on its step alone.
+
+    Raises:
+        DataError: if the tokens do not fill one sequence.
+    """
+
+    def __init__(self, tokens: Tokens, batch_size: int, length: int, seed: int) -> None:
+        if tokens.size < length + 1:
+            raise DataError(
+                f"the corpus has {tokens.size} tokens, fewer than one sequence of {length + 1}"
+            )
+        self._tokens = tokens
+        self._batch_size = batch_size
+        self._length = length
+        self._seed = seed
+        self.num_sequences = (tokens.size - 1) // length
+        self._epoch = -1
+        self._order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+    def _sequence(self, number: int) -> NDArray[np.int64]:
+        epoch, position = divmod(number, self.num_sequences)
+        if epoch != self._epoch:
+            random_state = np.random.default_rng((self._seed, epoch))
+            self._order, self._epoch = random_state.permutation(self.num_sequences), epoch
+        start = int(self._order[position]) * self._length
+        return self._tokens[start : start + self._length + 1].astype(np.int64)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of `step`, each int64 [B, L]; targets are the next tokens."""
+        first = step * self._batch_size
+        rows = np.stack([self._sequence(first + i) for i in range(self._batch_size)])
+        return torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])
+
+
+def consecutive_batches(
+    tokens: Tokens, batch_size: int, length: int, max_batches: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets over `tokens` in order, for evaluation; the last batch may be smaller."""
+    count = (tokens.size - 1) // length
+    for first in range(0, min(count, batch_size * max_batches), batch_size):
+        starts = range(first, min(first + batch_size, count))
+        rows = np.stack([tokens[s * length : (s + 1) * length + 1] for s in starts])
+        batch_BL = torch.from_numpy(rows.astype(np.int64))
+        yield batch_BL[:, :-1], batch_BL[:, 1:]

@@ -1,0 +1,57 @@
+"""The README.md that goes into a checkpoint: how it was made and what it scored, from its report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from engine.config import ModelConfig
+
+
+def model_card(config: ModelConfig, report: Mapping[str, Any]) -> str:
+    """Markdown for people; every figure comes from `training_report.json`."""
+    experts, run, corpus = config.experts, report["config"], report["corpus"]
+    dense = report["evaluation"]["dense"]["perplexity"]
+    oracle = report["evaluation"]["oracle"]
+    rows = [
+        f"| {p.top_k} of {experts.num_experts} ({p.share:.2%}) | {p.perplexity:.3f} "
+        f"| {p.relative:+.2%} | {oracle[str(p.top_k)]['perplexity'] / dense - 1:+.2%} |"
+        for p in experts.quality
+    ]
+    switches = [f"- step {s['step']}: {s['phase']} ({s['reason']})" for s in report["switches"]]
+    active = ", ".join(f"{share:.1%}" for share in report["active_neurons"])
+    return f"""# {run["preset"]}: an SSD model
+
+A small decoder trained by switching between dense and sparse steps, so that one set of weights runs
+dense or as a mixture of experts. It shows what the software does; it is too small to be useful as a
+language model.
+
+| | |
+|---|---|
+| parameters | {config.num_parameters:,} ({config.torch_dtype}) |
+| shape | {config.num_hidden_layers} layers, width {config.hidden_size}, \
+{config.intermediate_size} FFN neurons in {experts.num_experts} experts of {experts.expert_size} |
+| command | `{report["command"]}` |
+| seed | {run["seed"]} |
+| trained on | {corpus["description"]}; {report["tokens_seen"]:,} tokens seen of \
+{corpus["train_tokens"]:,} |
+| data fingerprint | SHA-256 `{corpus["fingerprint"]}` |
+| time | {report["seconds"] / 60:.1f} minutes on {report["threads"]} CPU threads |
+| versions | torch {report["versions"]["torch"]}, Python {report["versions"]["python"]} |
+| active neurons by layer | {active} |
+
+Perplexity on {corpus["held_out_tokens"]:,} held-out tokens; dense mode: **{dense:.3f}**.
+
+| experts per token | perplexity | against dense | oracle routing, against dense |
+|---|---|---|---|
+{chr(10).join(rows)}
+
+`auto` stands for `{experts.default_policy}` with this checkpoint.
+
+Phases (dense from step 0):
+
+{chr(10).join(switches)}
+
+The text that it was trained on is the Python Software Foundation's under the PSF licence if it is
+the standard library; the weights are released under Apache-2.0.
+"""

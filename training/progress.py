@@ -1,0 +1,62 @@
+"""A progress bar for training: phase, loss, speed, time left."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class ProgressMonitor:
+    """A `trainer.Monitor` that draws on a terminal, and prints plain lines where there is none."""
+
+    def __init__(self, total_steps: int, console: Console | None = None) -> None:
+        self._console = console or Console()
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.fields[phase]:>6}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task(
+            "train", total=total_steps, phase="", loss=float("nan"), speed=0.0
+        )
+        self._total = total_steps
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def message(self, text: str) -> None:
+        self._console.print(text, highlight=False)
+
+    def step(self, step: int, loss: float, phase: str, tokens_per_second: float) -> None:
+        self._progress.update(
+            self._task, completed=step + 1, loss=loss, phase=phase, speed=tokens_per_second
+        )
+        if not self._console.is_terminal and (step + 1) % max(1, self._total // 20) == 0:
+            self.message(
+                f"step {step + 1}/{self._total} {phase} loss {loss:.3f} "
+                f"{tokens_per_second:,.0f} tokens/s"
+            )
