@@ -39,7 +39,9 @@ def causal_attend(batch: int, length: int) -> Attend:
     """Attention inside each of `batch` sequences of `length` tokens laid out one after another."""
 
     def attend(_layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
-        q, k, v = (t.view(batch, length, *t.shape[1:]).transpose(1, 2) for t in (q_THd, k_TGd, v_TGd))
+        q, k, v = (
+            t.view(batch, length, *t.shape[1:]).transpose(1, 2) for t in (q_THd, k_TGd, v_TGd)
+        )
         gqa = q_THd.shape[1] != k_TGd.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
         return out.transpose(1, 2).reshape(q_THd.shape)
@@ -65,7 +67,7 @@ class SequenceSpan:
 
 
 class KVCache:
-    """Keys and values of all layers in blocks of `block_size` tokens: [layers, 2, blocks * bs, G, d]."""
+    """Keys and values of all layers, [layers, 2, slots, G, d]; a block is `block_size` slots."""
 
     def __init__(
         self,

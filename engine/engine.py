@@ -12,7 +12,7 @@ import secrets
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -384,7 +384,7 @@ class Engine:
             results[event.request_id].add(event)
         return list(results.values())
 
-    def run(self, requests: Sequence[Request]) -> Iterator[TokenEvent]:
+    def run(self, requests: Sequence[Request]) -> Generator[TokenEvent]:
         """Serve `requests` to their ends, as fast as the queue takes them; yields their events.
 
         Closing the iterator, or a failing step, aborts what is left.

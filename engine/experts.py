@@ -214,7 +214,7 @@ def sparse_ffn(
         [
             activate(x_nD @ up_SD.T, activation) @ down_SD
             for x_nD, up_SD, down_SD in zip(
-                x_PD.split(counts), up_experts, down_experts, strict=True
+                torch.split(x_PD, counts), up_experts, down_experts, strict=True
             )
             if x_nD.shape[0]
         ]
@@ -298,6 +298,21 @@ class ExpertFFN(nn.Module):
         if self._packed is not None:
             return self._packed.sparse(x_TD, chosen_TE), chosen_TE
         return sparse_ffn(x_TD, self.up, self.down, chosen_TE, self.activation), chosen_TE
+
+    def _sparse_kernels(
+        self, x_TD: Tensor, k_T: Tensor, mass_T: Tensor, policy: PolicyBatch
+    ) -> tuple[Tensor, Tensor]:
+        """`sparse` on CUDA: nothing here waits for the device."""
+        if x_TD.shape[0] <= FEW_TOKENS:
+            few = routing.select(x_TD, self.router, k_T, mass_T, policy.max_k)
+            size = self.up.shape[0] // self.num_experts
+            y_TD = expert_ffn.expert_ffn(
+                x_TD, self.up, self.down, few.ids_TK, size, self.activation
+            )
+            return y_TD, few.chosen_TE
+        many = routing.route(x_TD, self.router, k_T, mass_T, policy.max_k)
+        y_TD = grouped_ffn.grouped_ffn(x_TD, self.up, self.down, many, self.activation)
+        return y_TD, many.chosen_TE
 
     def scores(self, x_TD: Tensor, *, oracle: bool = False) -> Tensor:
         """Scores [T, E] whose softmax is the (predicted or true) share of activation mass."""

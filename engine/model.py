@@ -105,7 +105,7 @@ class Decoder(nn.Module):
         self.register_buffer("sin", sin.to(device), persistent=False)
 
     def initialize(self, generator: torch.Generator) -> None:
-        """Fresh weights: normal(0, initializer_range), residual outputs scaled by 1/sqrt(2 layers)."""
+        """Fresh weights: normal, with residual outputs scaled by 1/sqrt(2 * layers) (GPT-2)."""
         std = self.config.initializer_range
         residual = std / math.sqrt(2 * self.config.num_hidden_layers)
         for name, parameter in self.named_parameters():
@@ -152,9 +152,7 @@ class Decoder(nn.Module):
             return self._packed_head(x_TD)
         return F.linear(x_TD, self.embedding.weight)
 
-    def logits(
-        self, ids_BL: Tensor, policy: ExpertPolicy, trace: Trace | None = None
-    ) -> Tensor:
+    def logits(self, ids_BL: Tensor, policy: ExpertPolicy, trace: Trace | None = None) -> Tensor:
         """Logits [B, L, V] of whole sequences under one policy."""
         batch, length = ids_BL.shape
         positions_T = torch.arange(length, device=ids_BL.device).repeat(batch)

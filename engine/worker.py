@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 STEP_TIMEOUT: Final = 120.0  # seconds; the first step may compile kernels
 _POLL_SECONDS: Final = 0.01
+_ABORT_SECONDS: Final = 5.0  # that `drain` grants a step under way before it ends streams itself
 
 
 class EventStream:
@@ -69,8 +70,8 @@ class EventStream:
 
     async def aclose(self) -> None:
         """Read no further; aborts the request unless it has ended."""
-        self._exhausted = True
-        if not self._complete:
+        unread, self._exhausted = not self._exhausted, True
+        if unread and not self._complete:
             self._abort(self.request.request_id)
 
     async def __aenter__(self) -> Self:
@@ -129,7 +130,8 @@ class Worker:
     @property
     def num_unfinished(self) -> int:
         """Accepted requests whose terminal event has not been handed over."""
-        return len(self._streams)
+        with self._lock:
+            return len(self._streams)
 
     # From the event loop
 
@@ -177,7 +179,7 @@ class Worker:
         return "the engine is draining" if self._draining else "the engine is not running"
 
     def abort(self, request_id: str) -> None:
-        """End a request early; its stream gets an "abort" event unless it has ended. Thread-safe."""
+        """End a request early: an "abort" event, unless it has ended. Thread-safe."""
         with self._lock:
             self._aborts.append(request_id)
         self._wake.set()
@@ -189,16 +191,16 @@ class Worker:
         """
         self._draining = True
         await self._wait_until_empty(timeout)
-        for request_id in list(self._streams):
-            self.abort(request_id)
-        # The thread aborts between two steps; if it is stuck in one, it is not waited for.
-        await self._wait_until_empty(self.step_timeout)
+        with self._lock:
+            self._aborts += self._streams
+        self._wake.set()
+        await self._wait_until_empty(_ABORT_SECONDS)
         self._end_streams("abort")
         await asyncio.sleep(0)  # lets the loop run what was handed to it
 
     async def _wait_until_empty(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
-        while self._streams and time.monotonic() < deadline and self.alive:
+        while self.num_unfinished and time.monotonic() < deadline and self.alive:
             await asyncio.sleep(_POLL_SECONDS)
 
     def stop(self, timeout: float = 10.0) -> None:
@@ -216,13 +218,15 @@ class Worker:
         try:
             self._serve()
             self._deliver(self.engine.end_all("abort"))
-        except Exception as error:
+        except BaseException as error:  # whatever it is, nobody above this thread would hear of it
             logger.exception("a step of the engine failed")
             self._fail(f"{type(error).__name__}: {error}"[:500])
 
     def _serve(self) -> None:
-        while not self._stopping:
-            self._wake.clear()
+        while True:
+            self._wake.clear()  # first, so that a signal from here on ends the wait below
+            if self._stopping:
+                break
             self._take_messages()
             if self.engine.has_work():
                 self._step()
@@ -276,8 +280,9 @@ class Worker:
                     batches[stream.loop].append((stream, event))
                     if event.finish_reason is not None:
                         del self._streams[event.request_id]
-        for loop, batch in batches.items():
-            _call(loop, batch)
+            # Under the lock: who finds no streams left may rely on their events being on the way.
+            for loop, batch in batches.items():
+                _call(loop, batch)
 
     def _end_streams(self, reason: FinishReason, error: str | None = None) -> None:
         """Give each stream that is left its terminal event, without the engine's help."""

@@ -1,1 +1,1 @@
-"""Training: produces checkpoints that the engine runs dense or sparse. Imports engine, never server."""
+"""Training: produces checkpoints that the engine runs dense or sparse. Never imports server."""

@@ -55,7 +55,7 @@ class OptimizerConfig:
 
     learning_rate: float = 2e-3
     min_lr_share: float = 0.05
-    warmup_share: float = 0.03
+    warmup_share: float = 0.05
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.1
@@ -139,7 +139,7 @@ class TrainConfig:
     """
 
     preset: str = "starter"
-    steps: int = 1500
+    steps: int = 1000
     batch_size: int = 8
     sequence_length: int = 512
     seed: int = 1

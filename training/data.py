@@ -16,7 +16,7 @@ import json
 import lzma
 import random
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final, cast
@@ -34,7 +34,14 @@ from training.errors import DataError
 TEXT_SUFFIXES: Final = (".txt", ".md", ".py", ".jsonl")
 PACKED_SUFFIXES: Final = (".xz", ".gz", ".zst")
 # Tests and vendored packages repeat themselves and are absent from some distributions' Python.
-_SKIPPED_STDLIB: Final = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_SKIPPED_STDLIB: Final = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "__pycache__",
+}
 
 Tokens = NDArray[np.uint32]
 
@@ -143,7 +150,19 @@ def standard_library() -> list[Document]:
     return documents
 
 
-def load_corpus(paths: Iterable[Path], valid_share: float, seed: int) -> Corpus:
+def read_paths(paths: Sequence[Path]) -> list[Document]:
+    """All documents of files and folders, in order of name.
+
+    Raises:
+        DataError: if a path is missing, unreadable, or of an unknown kind, or holds no text.
+    """
+    documents = [d for p in paths for f, name in _files_below(p) for d in read_documents(f, name)]
+    if not documents:
+        raise DataError(f"{', '.join(str(p) for p in paths)}: no text found")
+    return documents
+
+
+def load_corpus(paths: Sequence[Path], valid_share: float, seed: int) -> Corpus:
     """Read and split the corpus; no paths mean the standard library.
 
     Whole documents are held out, chosen by the seed; a corpus of one document gives its tail.
@@ -151,15 +170,12 @@ def load_corpus(paths: Iterable[Path], valid_share: float, seed: int) -> Corpus:
     Raises:
         DataError: if a path cannot be read or there is no text at all.
     """
-    paths = list(paths)
     if paths:
-        documents = [d for p in paths for f, name in _files_below(p) for d in read_documents(f, name)]
+        documents = read_paths(paths)
         description = ", ".join(str(p) for p in paths)
     else:
         documents = standard_library()
         description = f"source of the Python {sysconfig.get_python_version()} standard library"
-    if not documents:
-        raise DataError(f"{description}: holds no text")
     digest = hashlib.sha256()
     for document in documents:
         digest.update(document.name.encode())
@@ -216,8 +232,8 @@ def encode_documents(tokenizer: Tokenizer, documents: list[Document]) -> Tokens:
     """All documents one after another, each ended by the end-of-text token."""
     ids: list[NDArray[np.uint32]] = []
     for start in range(0, len(documents), 64):
-        for row in tokenizer.encode_batch([d.text for d in documents[start : start + 64]]):
-            ids.append(np.array([*row, tokenizer.eos_id], dtype=np.uint32))
+        rows = tokenizer.encode_batch([d.text for d in documents[start : start + 64]])
+        ids.extend(np.array([*row, tokenizer.eos_id], dtype=np.uint32) for row in rows)
     return np.concatenate(ids)
 
 

@@ -6,20 +6,25 @@ Shapes: B sequences, L length.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.checkpoint import Checkpoint
 from engine.config import QualityPoint
 from engine.experts import Trace, true_mass
 from engine.model import Decoder
 from engine.request import ExpertPolicy
+from training import data
+from training.errors import DataError
 
+_EVAL_BATCH: Final = 4
 SHARES: Final = (Fraction(1, 16), Fraction(1, 8), Fraction(1, 4), Fraction(1, 2))
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -43,7 +48,9 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, batches: Iterable[tuple[Tensor, Tensor]], policy: ExpertPolicy) -> Evaluation:
+def evaluate(
+    model: Decoder, batches: Iterable[tuple[Tensor, Tensor]], policy: ExpertPolicy
+) -> Evaluation:
     """Perplexity of `model` under `policy`."""
     loss_sum, tokens, activated, available = 0.0, 0, 0, 0
     inside, total = 0.0, 0.0
@@ -133,3 +140,42 @@ def quality_curve(
         {k: run(ExpertPolicy.top_k(k)) for k in ks},
         {k: run(ExpertPolicy.oracle(k)) for k in ks},
     )
+
+
+def evaluate_paths(
+    checkpoint: Checkpoint,
+    paths: Sequence[Path],
+    max_tokens: int,
+    report: Callable[[str], None] = lambda _policy: None,
+) -> QualityCurve:
+    """Evaluate a checkpoint on text files; no paths mean what its own training held out.
+
+    Raises:
+        DataError: if the text cannot be read or does not fill one sequence.
+    """
+    documents = data.read_paths(paths) if paths else _held_out(checkpoint.report)
+    tokens = data.encode_documents(checkpoint.tokenizer, documents)
+    length = min(checkpoint.config.max_position_embeddings, max_tokens)
+    count = max(1, max_tokens // (_EVAL_BATCH * length))
+    batches = list(data.consecutive_batches(tokens, _EVAL_BATCH, length, count))
+    if not batches:
+        raise DataError(
+            f"the text has {tokens.size} tokens, fewer than one sequence of {length + 1}"
+        )
+    return quality_curve(checkpoint.model, batches, report)
+
+
+def _held_out(report: Mapping[str, Any]) -> list[data.Document]:
+    """The documents of the standard library that this checkpoint's training held out."""
+    try:
+        share, seed = float(report["config"]["valid_share"]), int(report["config"]["seed"])
+        fingerprint = report["corpus"]["fingerprint"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError("training_report.json names no corpus; give --data") from error
+    corpus = data.load_corpus([], share, seed)
+    if corpus.fingerprint != fingerprint:
+        raise DataError(
+            f"this checkpoint was trained on other text than the {corpus.description}, so what was "
+            f"held out is not known here; give --data"
+        )
+    return corpus.valid

@@ -1,4 +1,4 @@
-"""The README.md that goes into a checkpoint: how it was made and what it scored, from its report."""
+"""The README.md of a checkpoint: how it was made and what it scored, from its report."""
 
 from __future__ import annotations
 

@@ -71,8 +71,9 @@ def save_state(
     """Write the state of `progress.step`, then remove the previous ones."""
     tensors: dict[str, Tensor] = {f"model.{k}": v for k, v in model.state_dict().items()}
     names = {parameter: name for name, parameter in model.named_parameters()}
-    for parameter, state in optimizer.state.items():
-        tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}
+    for parameter, name in names.items():
+        state = optimizer.state[parameter]
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
     for name, pattern in patterns.items():
         for layer, active in enumerate(pattern.layers):
             tensors[f"pattern.{name}.{layer}"] = active
@@ -166,7 +167,9 @@ class RunLog:
         self.path = run / LOG
         kept: list[str] = []
         if resume_step is not None and self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _before(line, resume_step)]
+            kept = [
+                line for line in self.path.read_text().splitlines() if _before(line, resume_step)
+            ]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept))
         os.replace(temporary, self.path)

@@ -92,9 +92,7 @@ def prepare(config: TrainConfig, run: Path, paths: Sequence[Path], monitor: Moni
     length = config.sequence_length
     batches = data.TokenBatches(tokens, config.batch_size, length, config.seed)
     max_batches = max(1, _EVAL_TOKENS // config.batch_tokens)
-    valid = list(
-        data.consecutive_batches(valid_tokens, config.batch_size, length, max_batches)
-    )
+    valid = list(data.consecutive_batches(valid_tokens, config.batch_size, length, max_batches))
     if not valid:
         raise DataError(
             f"the held-out part has {valid_tokens.size} tokens, fewer than one sequence of "
@@ -180,7 +178,9 @@ class Trainer:
             speed = self.config.batch_tokens / elapsed
             self.monitor.step(self.step, loss, self.controller.phase.value, speed)
             if self.step % _LOG_EVERY == 0:
-                log.write(self.step, loss=loss, outside=outside, top_k=top_k, tokens_per_second=speed)
+                log.write(
+                    self.step, loss=loss, outside=outside, top_k=top_k, tokens_per_second=speed
+                )
             self.step += 1
             if self.step % save_every == 0 or self.step == self.config.steps:
                 self._save_state()
@@ -294,7 +294,9 @@ class Trainer:
             refresh_router(ffn)
         calibrate_routers(self.model, self.prepared.probe_BL)
         curve = quality_curve(
-            self.model, self.prepared.valid, lambda policy: self.monitor.message(f"evaluate {policy}")
+            self.model,
+            self.prepared.valid,
+            lambda policy: self.monitor.message(f"evaluate {policy}"),
         )
         num_experts = self.config.model.num_experts
         experts = dataclasses.replace(
@@ -334,6 +336,6 @@ class Trainer:
 
 @torch.no_grad()
 def _round_parameters(model: Decoder, dtype: torch.dtype) -> None:
-    """Give every parameter a value that `dtype` can hold, so that what is scored is what is saved."""
+    """Round parameters to values that `dtype` can hold: what is scored is what is saved."""
     for parameter in model.parameters():
         parameter.copy_(parameter.to(dtype).to(parameter.dtype))

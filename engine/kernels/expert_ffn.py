@@ -1,0 +1,210 @@
+# Triton types a kernel's arguments by itself, at each launch.
+# mypy: disable-error-code="no-untyped-def"
+"""The sparse FFN for few tokens: y = sum over a token's experts of act(x @ up_e.T) @ down_e.
+
+With about 16 tokens or fewer, time is the bytes of the chosen rows over the memory's bandwidth, so
+the kernel reads those rows once, in wide loads along D, and does no work in tiles that tensor cores
+would want. Program (pair, block) takes one token, one of its experts and a few of that expert's
+neurons: it reads their rows of `up`, reduces them to activations in registers and at once weighs
+their rows of `down` into a partial sum over D. Rows of `down` whose neuron ReLU has silenced are
+not read. A second launch adds the partial sums in a fixed order.
+
+How a pair is cut into blocks depends on the expert's size alone, and unused slots add exact zeros.
+So a token's output is the same, bit for bit, in any run and in any company.
+
+Shapes: T tokens, D model, F neurons, S neurons per expert, K slots per token, B blocks per pair.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.kernels._triton import cdiv, jit, next_power_of_2, tl
+
+ACTIVATIONS = ("relu", "relu2")
+
+# A pair is cut into about this many programs: 6 experts then occupy a whole GPU with one token.
+BLOCKS_PER_PAIR = 24
+
+# Up to this many tokens time is latency rather than bytes, so rows of `down` are requested together
+# with those of `up`; beyond, the rows of silenced neurons are skipped. The result is the same.
+EAGER_TOKENS = 2
+
+# Elements of `up` that one program holds at a time: 64 a thread with 8 warps.
+TILE_ELEMENTS = 16384
+
+
+def activate_reference(x: Tensor, activation: str) -> Tensor:
+    """ReLU or its square; NaN stays NaN."""
+    assert activation in ACTIVATIONS
+    positive = x.relu()
+    return positive if activation == "relu" else positive.square()
+
+
+def expert_ffn_reference(
+    x_TD: Tensor,
+    up_FD: Tensor,
+    down_FD: Tensor,
+    ids_TK: Tensor,
+    expert_size: int,
+    activation: str,
+) -> Tensor:
+    """As `expert_ffn`, token by token and expert by expert, in float32 or the inputs' float64."""
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    y_TD = torch.zeros_like(x_TD, dtype=wide)
+    for token, ids in enumerate(ids_TK.tolist()):
+        for expert in ids:
+            if expert >= 0:
+                rows = slice(expert * expert_size, (expert + 1) * expert_size)
+                h_S = activate_reference(up_FD[rows].to(wide) @ x_TD[token].to(wide), activation)
+                y_TD[token] += h_S @ down_FD[rows].to(wide)
+    return y_TD.to(x_TD.dtype)
+
+
+@jit
+def activate(x, SQUARE: tl.constexpr):
+    """ReLU or its square; NaN stays NaN, which tl.maximum would not keep."""
+    positive = tl.where(x < 0.0, 0.0, x)
+    if SQUARE:
+        positive = positive * positive
+    return positive
+
+
+@jit
+def _expert_ffn_kernel(
+    x_ptr,
+    up_ptr,
+    down_ptr,
+    ids_ptr,
+    partial_ptr,
+    d_model,
+    expert_size,
+    max_k,
+    SQUARE: tl.constexpr,
+    EAGER: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Program (i, b): block b of the neurons of pair i = token * max_k + slot."""
+    pair = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    expert = tl.load(ids_ptr + pair)
+    if expert < 0:
+        return
+    d = tl.arange(0, BLOCK_D)
+    in_d = (d < d_model)[None, :]
+    s = block * BLOCK_S + tl.arange(0, BLOCK_S)
+    rows = (expert.to(tl.int64) * expert_size + s)[:, None] * d_model + d[None, :]
+
+    in_rows = (s < expert_size)[:, None] & in_d
+
+    x = tl.load(x_ptr + (pair // max_k) * d_model + d, mask=d < d_model, other=0.0)
+    up = tl.load(up_ptr + rows, mask=in_rows, other=0.0)
+    if EAGER:
+        down = tl.load(down_ptr + rows, mask=in_rows, other=0.0)
+    h = activate(tl.sum(up.to(tl.float32) * x.to(tl.float32)[None, :], axis=1), SQUARE)
+    live = (h != 0.0)[:, None]
+    if EAGER:
+        down = tl.where(live, down, 0.0)
+    else:
+        down = tl.load(down_ptr + rows, mask=live & in_d, other=0.0)
+    y = tl.sum(down.to(tl.float32) * h[:, None], axis=0)
+
+    at = (pair * tl.num_programs(1) + block) * d_model
+    tl.store(partial_ptr + at + d, y, mask=d < d_model)
+
+
+@jit
+def _sum_kernel(
+    partial_ptr,
+    ids_ptr,
+    y_ptr,
+    d_model,
+    max_k,
+    blocks_per_pair,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Program (t, j): columns j of token t, the sum of its pairs' partial sums in fixed order."""
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    num_rows = max_k * blocks_per_pair
+    y = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
+    for start in range(0, num_rows, BLOCK_B):
+        row = start + tl.arange(0, BLOCK_B)
+        expert = tl.load(
+            ids_ptr + token * max_k + row // blocks_per_pair, mask=row < num_rows, other=-1
+        )
+        at = (token * num_rows + row)[:, None] * d_model + d[None, :]
+        y += tl.load(
+            partial_ptr + at, mask=(expert >= 0)[:, None] & (d < d_model)[None, :], other=0.0
+        )
+    total = tl.sum(y, axis=0)
+    tl.store(y_ptr + token * d_model + d, total.to(y_ptr.dtype.element_ty), mask=d < d_model)
+
+
+def ffn_blocks(d_model: int, expert_size: int) -> dict[str, int]:
+    """Block sizes of `_expert_ffn_kernel`; they must not depend on the number of tokens."""
+    block_d = next_power_of_2(d_model)
+    wanted = max(1, expert_size // BLOCKS_PER_PAIR)
+    rows = min(1 << (wanted.bit_length() - 1), max(1, TILE_ELEMENTS // block_d))
+    return {
+        "BLOCK_S": rows,
+        "BLOCK_D": block_d,
+        "num_warps": min(8, max(2, rows * block_d // 2048)),
+    }
+
+
+def sum_blocks() -> dict[str, int]:
+    """Block sizes of `_sum_kernel`."""
+    return {"BLOCK_B": 64, "BLOCK_D": 32, "num_warps": 4}
+
+
+def expert_ffn(
+    x_TD: Tensor,
+    up_FD: Tensor,
+    down_FD: Tensor,
+    ids_TK: Tensor,
+    expert_size: int,
+    activation: str,
+) -> Tensor:
+    """y [T, D] of the chosen experts, accumulated in float32, in the dtype of x.
+
+    Args:
+        x_TD: [T, D], float32, bfloat16 or float16; T >= 1.
+        up_FD, down_FD: [F, D], contiguous, dtype of x; expert e owns rows e*S .. (e+1)*S.
+        ids_TK: int32 [T, K], the experts of each token, -1 in unused slots, which come last.
+        expert_size: S.
+        activation: one of ACTIVATIONS.
+    """
+    assert activation in ACTIVATIONS
+    assert up_FD.is_contiguous()
+    assert down_FD.is_contiguous()
+    assert ids_TK.dtype == torch.int32
+    x_TD, ids_TK = x_TD.contiguous(), ids_TK.contiguous()
+    (num_tokens, d_model), max_k = x_TD.shape, ids_TK.shape[1]
+    blocks = ffn_blocks(d_model, expert_size)
+    pairs, blocks_per_pair = num_tokens * max_k, cdiv(expert_size, blocks["BLOCK_S"])
+    partial_PBD = torch.empty(
+        (pairs, blocks_per_pair, d_model), dtype=torch.float32, device=x_TD.device
+    )
+    _expert_ffn_kernel[(pairs, blocks_per_pair)](
+        x_TD,
+        up_FD,
+        down_FD,
+        ids_TK,
+        partial_PBD,
+        d_model,
+        expert_size,
+        max_k,
+        SQUARE=activation == "relu2",
+        EAGER=num_tokens <= EAGER_TOKENS,
+        **blocks,
+    )
+    y_TD = torch.empty_like(x_TD)
+    last = sum_blocks()
+    _sum_kernel[(num_tokens, cdiv(d_model, last["BLOCK_D"]))](
+        partial_PBD, ids_TK, y_TD, d_model, max_k, blocks_per_pair, **last
+    )
+    return y_TD

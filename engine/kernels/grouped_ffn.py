@@ -1,0 +1,276 @@
+# Triton types a kernel's arguments by itself, at each launch.
+# mypy: disable-error-code="no-untyped-def"
+"""The sparse FFN for many tokens: two grouped products over token-expert pairs sorted by expert.
+
+With many tokens time is arithmetic, so pairs are taken in tiles of one expert each and multiplied
+on the tensor cores. `_up_kernel` gathers the tiles' rows of x and writes act(x @ up_e.T) in the
+order of the pairs; `_down_kernel` multiplies by down_e and writes each pair's result to its token's
+slot; `_combine_kernel` adds a token's slots in ascending order of expert. No tensor is padded, no
+atomic operation takes part, and nothing waits for the device: the grid has as many tiles as the
+pairs could need at most, and each program finds its expert from the offsets or returns.
+
+Shapes: T tokens, D model, F neurons, E experts, S neurons per expert, K slots per token, P = T * K
+capacity for pairs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.kernels._triton import INTERPRETED, cdiv, jit, next_power_of_2, tl
+from engine.kernels.expert_ffn import ACTIVATIONS, activate, activate_reference
+from engine.kernels.routing import Routing
+
+
+def grouped_ffn_reference(
+    x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, routing: Routing, activation: str
+) -> Tensor:
+    """As `grouped_ffn`, expert by expert, in float32 or the inputs' float64."""
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    num_experts = routing.counts_E.numel()
+    y_TD = torch.zeros_like(x_TD, dtype=wide)
+    offsets = routing.offsets_E1.tolist()
+    up_ESD = up_FD.view(num_experts, -1, x_TD.shape[1])
+    down_ESD = down_FD.view(num_experts, -1, x_TD.shape[1])
+    for expert in range(num_experts):
+        tokens = routing.pair_token_P[offsets[expert] : offsets[expert + 1]].long()
+        h_nS = activate_reference(x_TD[tokens].to(wide) @ up_ESD[expert].to(wide).T, activation)
+        y_TD[tokens] += h_nS @ down_ESD[expert].to(wide)
+    return y_TD.to(x_TD.dtype)
+
+
+@jit
+def _find_tile(tile, offsets_ptr, num_experts, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr):
+    """The expert of a tile, the tile's first pair and the end of that expert's pairs.
+
+    A tile past the last one has expert >= num_experts.
+    """
+    e = tl.arange(0, BLOCK_E)
+    start = tl.load(offsets_ptr + e, mask=e < num_experts, other=0)
+    end = tl.load(offsets_ptr + e + 1, mask=e < num_experts, other=0)
+    tiles = (end - start + BLOCK_P - 1) // BLOCK_P
+    tiles_end = tl.cumsum(tiles, axis=0)
+    expert = tl.sum((tiles_end <= tile).to(tl.int32), axis=0)
+    here = e == expert
+    nth = tile - tl.sum(tl.where(here, tiles_end - tiles, 0), axis=0)
+    first = tl.sum(tl.where(here, start, 0), axis=0) + nth * BLOCK_P
+    return expert, first, tl.sum(tl.where(here, end, 0), axis=0)
+
+
+@jit
+def _up_kernel(
+    x_ptr,
+    up_ptr,
+    offsets_ptr,
+    pair_token_ptr,
+    h_ptr,
+    num_experts,
+    d_model,
+    expert_size,
+    SQUARE: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One tile of h [P, S] = act(x[token] @ up_e.T)."""
+    tiles_s = tl.cdiv(expert_size, BLOCK_S)
+    tile = tl.program_id(0) // tiles_s
+    expert, first, end = _find_tile(tile, offsets_ptr, num_experts, BLOCK_E, BLOCK_P)
+    if expert >= num_experts:
+        return
+    p = first + tl.arange(0, BLOCK_P)
+    s = (tl.program_id(0) % tiles_s) * BLOCK_S + tl.arange(0, BLOCK_S)
+    # Rows past the expert's pairs read token 0; nothing of them is stored.
+    token = tl.load(pair_token_ptr + p, mask=p < end, other=0).to(tl.int64)
+    x_rows = x_ptr + token[:, None] * d_model
+    up_rows = up_ptr + (expert.to(tl.int64) * expert_size + s)[:, None] * d_model
+    acc = tl.zeros((BLOCK_P, BLOCK_S), tl.float32)
+    for start in range(0, d_model, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)[None, :]
+        x = tl.load(x_rows + d, mask=d < d_model, other=0.0)
+        up = tl.load(up_rows + d, mask=(s < expert_size)[:, None] & (d < d_model), other=0.0)
+        if WIDEN:
+            x, up = x.to(tl.float32), up.to(tl.float32)
+        acc = tl.dot(x, tl.trans(up), acc, input_precision="ieee")
+    h = activate(acc, SQUARE).to(h_ptr.dtype.element_ty)
+    at = h_ptr + p.to(tl.int64)[:, None] * expert_size + s[None, :]
+    tl.store(at, h, mask=(p < end)[:, None] & (s < expert_size)[None, :])
+
+
+@jit
+def _down_kernel(
+    h_ptr,
+    down_ptr,
+    offsets_ptr,
+    pair_token_ptr,
+    ids_ptr,
+    slots_ptr,
+    num_experts,
+    d_model,
+    expert_size,
+    max_k,
+    WIDEN: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of h @ down_e, each pair's row written to its token's slot in slots [T, K, D]."""
+    tiles_d = tl.cdiv(d_model, BLOCK_D)
+    tile = tl.program_id(0) // tiles_d
+    expert, first, end = _find_tile(tile, offsets_ptr, num_experts, BLOCK_E, BLOCK_P)
+    if expert >= num_experts:
+        return
+    p = first + tl.arange(0, BLOCK_P)
+    d = (tl.program_id(0) % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_p, in_d = (p < end)[:, None], (d < d_model)[None, :]
+    h_rows = h_ptr + p.to(tl.int64)[:, None] * expert_size
+    down_tile = down_ptr + expert.to(tl.int64) * expert_size * d_model + d[None, :]
+    acc = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+    for start in range(0, expert_size, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        in_s = s < expert_size
+        h = tl.load(h_rows + s[None, :], mask=in_p & in_s[None, :], other=0.0)
+        down = tl.load(
+            down_tile + s.to(tl.int64)[:, None] * d_model, mask=in_s[:, None] & in_d, other=0.0
+        )
+        if WIDEN:
+            h, down = h.to(tl.float32), down.to(tl.float32)
+        acc = tl.dot(h, down, acc, input_precision="ieee")
+
+    token = tl.load(pair_token_ptr + p, mask=p < end, other=0).to(tl.int64)
+    slot = tl.zeros((BLOCK_P,), tl.int32)
+    for start in range(0, max_k, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)[None, :]
+        ids = tl.load(ids_ptr + token[:, None] * max_k + k, mask=in_p & (k < max_k), other=-1)
+        slot += tl.sum(((ids >= 0) & (ids < expert)).to(tl.int32), axis=1)
+    at = slots_ptr + (token * max_k + slot)[:, None] * d_model + d[None, :]
+    tl.store(at, acc.to(slots_ptr.dtype.element_ty), mask=in_p & in_d)
+
+
+@jit
+def _combine_kernel(
+    slots_ptr,
+    ids_ptr,
+    y_ptr,
+    d_model,
+    max_k,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Program (t, j): columns j of token t, the sum of its used slots."""
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    y = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    for start in range(0, max_k, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        used = tl.load(ids_ptr + token * max_k + k, mask=k < max_k, other=-1) >= 0
+        at = slots_ptr + (token * max_k + k)[:, None] * d_model + d[None, :]
+        y += tl.load(at, mask=used[:, None] & (d < d_model)[None, :], other=0.0).to(tl.float32)
+    total = tl.sum(y, axis=0)
+    tl.store(y_ptr + token * d_model + d, total.to(y_ptr.dtype.element_ty), mask=d < d_model)
+
+
+def up_blocks(pairs_per_expert: int, itemsize: int) -> dict[str, int]:
+    """Block sizes of `_up_kernel`, by the mean number of pairs an expert can have."""
+    narrow = 1 if itemsize == 2 else 2
+    if pairs_per_expert <= 16:
+        sizes = (16, 64, 128, 4, 4)
+    elif pairs_per_expert <= 32:
+        sizes = (32, 64, 128, 4, 4)
+    elif pairs_per_expert <= 128:
+        sizes = (64, 128, 64, 4, 4)
+    else:
+        sizes = (128, 128, 64, 8, 4)
+    block_p, block_s, block_d, num_warps, num_stages = sizes
+    return {
+        "BLOCK_P": block_p,
+        "BLOCK_S": block_s,
+        "BLOCK_D": block_d // narrow,
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+    }
+
+
+def down_blocks(pairs_per_expert: int, itemsize: int) -> dict[str, int]:
+    """Block sizes of `_down_kernel`; here BLOCK_S is the step of the sum."""
+    up = up_blocks(pairs_per_expert, itemsize)
+    return {**up, "BLOCK_S": min(64, up["BLOCK_D"]), "BLOCK_D": up["BLOCK_S"], "BLOCK_K": 8}
+
+
+def combine_blocks(d_model: int) -> dict[str, int]:
+    """Block sizes of `_combine_kernel`."""
+    return {"BLOCK_K": 8, "BLOCK_D": min(512, next_power_of_2(d_model)), "num_warps": 4}
+
+
+def grouped_ffn(
+    x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, routing: Routing, activation: str
+) -> Tensor:
+    """y [T, D] of the chosen experts, accumulated in float32, in the dtype of x.
+
+    Between the products, activations and each pair's result are rounded to the dtype of x. Scratch
+    memory is T * K * (S + D) elements, so a batch whose tokens use every expert is better served by
+    the dense FFN, which is the same function.
+
+    Args:
+        x_TD: [T, D], float32, bfloat16 or float16; T >= 1.
+        up_FD, down_FD: [F, D], contiguous, dtype of x; expert e owns rows e*S .. (e+1)*S.
+        routing: from `routing.route`, of the same tokens.
+        activation: one of ACTIVATIONS.
+    """
+    assert activation in ACTIVATIONS
+    assert up_FD.is_contiguous()
+    assert down_FD.is_contiguous()
+    x_TD = x_TD.contiguous()
+    (num_tokens, d_model), max_k = x_TD.shape, routing.ids_TK.shape[1]
+    num_experts = routing.counts_E.numel()
+    expert_size = up_FD.shape[0] // num_experts
+    capacity = num_tokens * max_k
+    mean_pairs = cdiv(capacity, num_experts)
+    up_sizes = up_blocks(mean_pairs, x_TD.element_size())
+    down_sizes = down_blocks(mean_pairs, x_TD.element_size())
+    # Each expert's last tile may be partly empty, and no tile is for less than one pair.
+    tiles = min(cdiv(capacity, up_sizes["BLOCK_P"]) + num_experts, capacity)
+    block_e = next_power_of_2(num_experts)
+
+    h_PS = x_TD.new_empty((capacity, expert_size))
+    _up_kernel[(tiles * cdiv(expert_size, up_sizes["BLOCK_S"]),)](
+        x_TD,
+        up_FD,
+        routing.offsets_E1,
+        routing.pair_token_P,
+        h_PS,
+        num_experts,
+        d_model,
+        expert_size,
+        SQUARE=activation == "relu2",
+        WIDEN=INTERPRETED,
+        BLOCK_E=block_e,
+        **up_sizes,
+    )
+    slots_TKD = x_TD.new_empty((num_tokens, max_k, d_model))
+    _down_kernel[(tiles * cdiv(d_model, down_sizes["BLOCK_D"]),)](
+        h_PS,
+        down_FD,
+        routing.offsets_E1,
+        routing.pair_token_P,
+        routing.ids_TK,
+        slots_TKD,
+        num_experts,
+        d_model,
+        expert_size,
+        max_k,
+        WIDEN=INTERPRETED,
+        BLOCK_E=block_e,
+        **down_sizes,
+    )
+    y_TD = torch.empty_like(x_TD)
+    last = combine_blocks(d_model)
+    _combine_kernel[(num_tokens, cdiv(d_model, last["BLOCK_D"]))](
+        slots_TKD, routing.ids_TK, y_TD, d_model, max_k, **last
+    )
+    return y_TD

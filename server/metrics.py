@@ -1,0 +1,195 @@
+"""The engine's numbers in the Prometheus text format.
+
+A custom collector over one consistent snapshot: a scrape never sees half a step, and the engine
+knows nothing of Prometheus. Base units, `ambidex_` prefix, counters end in `_total`. Ratios are two
+counters, so that `rate(a) / rate(b)` works over any window.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from engine.stats import Histogram, Numbers, Stats
+from server.version import VERSION
+
+# (name without the prefix, help, the histogram of a snapshot)
+HISTOGRAMS: Final[tuple[tuple[str, str, Callable[[Numbers], Histogram]], ...]] = (
+    (
+        "request_activated_ratio",
+        "Share of the experts that a finished request used, over its tokens and layers.",
+        lambda n: n.activated_ratio,
+    ),
+    (
+        "time_to_first_token_seconds",
+        "From a request's arrival in the engine to its first token.",
+        lambda n: n.first_token_seconds,
+    ),
+    (
+        "inter_token_seconds",
+        "Between two tokens of a request.",
+        lambda n: n.inter_token_seconds,
+    ),
+    (
+        "request_queue_seconds",
+        "From a request's arrival to its first admission.",
+        lambda n: n.queue_seconds,
+    ),
+    (
+        "request_prefill_seconds",
+        "From a request's admission to its first token.",
+        lambda n: n.prefill_seconds,
+    ),
+    (
+        "request_decode_seconds",
+        "From a request's first token to its last.",
+        lambda n: n.decode_seconds,
+    ),
+    (
+        "request_seconds",
+        "From a request's arrival to its end.",
+        lambda n: n.request_seconds,
+    ),
+    (
+        "request_prompt_tokens",
+        "Prompt tokens of a finished request.",
+        lambda n: n.request_prompt_tokens,
+    ),
+    (
+        "request_generated_tokens",
+        "Generated tokens of a finished request.",
+        lambda n: n.request_generated_tokens,
+    ),
+    (
+        "batch_tokens",
+        "Tokens of a step: decodes and prompt chunks.",
+        lambda n: n.batch_tokens,
+    ),
+)
+
+GAUGES: Final[tuple[tuple[str, str, Callable[[Numbers], float]], ...]] = (
+    ("requests_running", "Requests that own KV blocks.", lambda n: n.running),
+    ("requests_waiting", "Requests in the engine's queue.", lambda n: n.waiting),
+    ("kv_blocks_used", "KV blocks in use.", lambda n: n.kv_blocks_used),
+    ("kv_blocks", "KV blocks that exist.", lambda n: n.kv_blocks_total),
+)
+
+COUNTERS: Final[tuple[tuple[str, str, Callable[[Numbers], float]], ...]] = (
+    ("steps_total", "Steps of the engine.", lambda n: n.steps),
+    ("preemptions_total", "Times a request gave its KV blocks up.", lambda n: n.preemptions),
+    ("prompt_tokens_total", "Prompt tokens of requests that began.", lambda n: n.prompt_tokens),
+    ("generated_tokens_total", "Generated tokens.", lambda n: n.generated_tokens),
+    ("aborts_total", "Requests that were aborted, as by a disconnect.", lambda n: n.aborts),
+)
+
+FINISH_REASONS: Final = ("length", "eos_token", "stop_sequence", "abort", "error")
+REJECT_REASONS: Final = ("invalid", "overloaded", "stopped")
+
+
+class StatsCollector(Collector):
+    """Turns a snapshot of the engine's stats into metric families.
+
+    Args:
+        stats: the engine's numbers.
+        ready: whether the worker makes progress.
+        active: requests inside the HTTP server.
+    """
+
+    def __init__(self, stats: Stats, ready: Callable[[], bool], active: Callable[[], int]) -> None:
+        self.stats = stats
+        self.ready = ready
+        self.active = active
+
+    def collect(self) -> Iterator[Metric]:
+        numbers = self.stats.snapshot()
+        yield from self._server()
+        yield from _experts(numbers, self.stats.num_experts)
+        yield _by_reason("requests_total", "Requests by how they ended.", numbers.finished)
+        yield _by_reason(
+            "rejections_total", "Requests that were refused.", numbers.rejected, REJECT_REASONS
+        )
+        for name, text, read in COUNTERS:
+            yield CounterMetricFamily(f"ambidex_{name}", text, value=read(numbers))
+        for name, text, read in GAUGES:
+            yield GaugeMetricFamily(f"ambidex_{name}", text, value=read(numbers))
+        for name, text, histogram in HISTOGRAMS:
+            yield _histogram(f"ambidex_{name}", text, histogram(numbers))
+
+    def _server(self) -> Iterator[Metric]:
+        info = GaugeMetricFamily("ambidex_build_info", "Always 1.", labels=["version"])
+        info.add_metric([VERSION], 1)
+        yield info
+        yield GaugeMetricFamily(
+            "ambidex_ready", "1 while the engine makes progress and takes requests.", self.ready()
+        )
+        yield GaugeMetricFamily(
+            "ambidex_http_requests_active", "Generation requests in the server.", self.active()
+        )
+
+
+def _experts(numbers: Numbers, num_experts: int) -> Iterator[Metric]:
+    """Per layer: (token, expert) pairs, and the distinct experts that steps had to read."""
+    loadable = [numbers.steps * num_experts] * len(numbers.experts_loaded)
+    yield _by_layer(
+        "experts_activated_total",
+        "Experts used, summed over tokens.",
+        numbers.experts_activated,
+    )
+    yield _by_layer(
+        "experts_available_total",
+        "Experts that dense runs of the same tokens would have used.",
+        numbers.experts_available,
+    )
+    yield _by_layer(
+        "experts_loaded_total",
+        "Distinct experts that a step's tokens used together, summed over steps.",
+        numbers.experts_loaded,
+    )
+    yield _by_layer(
+        "experts_loadable_total",
+        "Experts of the layer, summed over steps.",
+        loadable,
+    )
+
+
+def _by_layer(name: str, text: str, values: Sequence[float]) -> Metric:
+    family = CounterMetricFamily(f"ambidex_{name}", text, labels=["layer"])
+    for layer, value in enumerate(values):
+        family.add_metric([str(layer)], value)
+    return family
+
+
+def _by_reason(
+    name: str, text: str, values: dict[str, int], known: Iterable[str] = FINISH_REASONS
+) -> Metric:
+    """A counter a reason; the known ones exist from the start, so that `rate` sees their first."""
+    family = CounterMetricFamily(f"ambidex_{name}", text, labels=["reason"])
+    for reason, value in ({**dict.fromkeys(known, 0), **values}).items():
+        family.add_metric([reason], value)
+    return family
+
+
+def _histogram(name: str, text: str, histogram: Histogram) -> Metric:
+    """Prometheus wants cumulative counts, the last bucket named +Inf."""
+    bounds = [*(f"{float(b):g}" for b in histogram.bounds), "+Inf"]
+    buckets = list(zip(bounds, itertools.accumulate(histogram.counts), strict=True))
+    return HistogramMetricFamily(name, text, buckets=buckets, sum_value=histogram.sum)
+
+
+def make_registry(
+    stats: Stats, ready: Callable[[], bool], active: Callable[[], int]
+) -> CollectorRegistry:
+    """A registry of this server alone: nothing is global, so servers can share a process."""
+    registry = CollectorRegistry()
+    registry.register(StatsCollector(stats, ready, active))
+    return registry

@@ -1,0 +1,398 @@
+"""Requests and responses of the text-generation-inference (TGI) interface.
+
+Field by field what TGI takes, each bounded; unknown fields are refused, and so are the features
+that this server does not have, by name. One field is ours: `experts`, the expert policy.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, LiteralString
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.config import JsonDict
+from pydantic_core import PydanticCustomError
+
+from engine.config import MAX_EXPERTS
+from engine.errors import InvalidRequest
+from engine.request import (
+    MAX_SEED,
+    MAX_STOP_LENGTH,
+    MAX_STOPS,
+    MAX_TOP_N,
+    ExpertPolicy,
+    SamplingParams,
+)
+from server.schemas.sentences import PREDICATE, SENTENCE
+
+DEFAULT_NEW_TOKENS: Final = 100
+MAX_TOKENS: Final = 1 << 20
+MAX_POLICY_CHARS: Final = 32
+MAX_FIELDS: Final = 64
+
+
+def _refuse(message: str, kind: LiteralString = PREDICATE) -> PydanticCustomError:
+    """An error in our own words: what the field must be, or a whole SENTENCE."""
+    # through a placeholder: braces in the message itself would be read as such
+    return PydanticCustomError(kind, "{message}", {"message": message})
+
+
+def _encodable(text: str) -> str:
+    """JSON can spell half of a surrogate pair, which no tokenizer can read."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise _refuse("must be valid Unicode; it has half of a surrogate pair") from error
+    return text
+
+
+def _only_one(value: Any) -> Any:
+    if type(value) is int and value > 1:
+        raise _refuse("above 1 is not supported: leave it out or send 1")
+    return value
+
+
+def _no_grammar(value: Any) -> None:
+    if value is not None:
+        raise _refuse("is not supported: leave it out or send null")
+
+
+def _no_watermark(value: bool) -> bool:
+    if value:
+        raise _refuse("is not supported: leave it out or send false")
+    return value
+
+
+def _read_policy(value: Any) -> ExpertPolicy:
+    """The `experts` field, as text or as an object, within any model's bounds."""
+    try:
+        policy = _policy(value)
+        policy.validate(MAX_EXPERTS)
+    except InvalidRequest as error:
+        raise _refuse(f"parameters.{error}", SENTENCE) from error
+    return policy
+
+
+def _policy(value: Any) -> ExpertPolicy:
+    match value:
+        case ExpertPolicy():
+            return value
+        case None:
+            return ExpertPolicy.auto()
+        case str() if len(value) <= MAX_POLICY_CHARS and not value.startswith("oracle"):
+            return ExpertPolicy.parse(value)
+        case {"top_k": int(k)} if len(value) == 1 and not isinstance(k, bool) and abs(k) < 1 << 31:
+            return ExpertPolicy.top_k(k)
+        case {"mass": int(p) | float(p)} if len(value) == 1 and not isinstance(p, bool):
+            return ExpertPolicy.mass(min(float(p), 2.0) if abs(p) < 1 << 31 else 2.0)
+    raise InvalidRequest(
+        'experts must be "dense", "auto", "top_k:N", "mass:SHARE", {"top_k": N} or '
+        f'{{"mass": SHARE}} with N from 1 to {MAX_EXPERTS} and SHARE above 0 and at most 1'
+    )
+
+
+class Strict(BaseModel):
+    """No coercion of types, no unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _not_too_many(cls, value: Any) -> Any:
+        """Stop before a body of a million unknown fields becomes a million complaints."""
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise _refuse(f"must have at most {MAX_FIELDS} fields, got {len(value)}")
+        return value
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Probability = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
+Factor = Annotated[float, Field(gt=0.0, le=100.0, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0, allow_inf_nan=False)]
+
+# Any, not ExpertPolicy: its own schema is not what a client sends.
+Policy = Annotated[
+    Any,
+    PlainValidator(_read_policy),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "enum": ["dense", "auto"]},
+                {"type": "string", "pattern": r"^(top_k:\d+|mass:\d*\.?\d+)$"},
+                {
+                    "type": "object",
+                    "properties": {
+                        "top_k": {"type": "integer", "minimum": 1, "maximum": MAX_EXPERTS}
+                    },
+                    "required": ["top_k"],
+                    "additionalProperties": False,
+                },
+                {
+                    "type": "object",
+                    "properties": {"mass": {"type": "number", "exclusiveMinimum": 0, "maximum": 1}},
+                    "required": ["mass"],
+                    "additionalProperties": False,
+                },
+            ],
+            "examples": ["auto", "dense", {"top_k": 8}, {"mass": 0.95}, "top_k:8"],
+        }
+    ),
+]
+
+
+class GenerateParameters(Strict):
+    """How to generate. Everything is optional; null means the default."""
+
+    best_of: Annotated[int | None, Field(ge=1, le=1), BeforeValidator(_only_one)] = Field(
+        default=None, description="Candidates to choose from. Only 1 (or null) is supported."
+    )
+    decoder_input_details: bool = Field(
+        default=False,
+        description="Report the prompt's tokens and log-probabilities in `details.prefill`; "
+        "implies `details`. Not for streams.",
+    )
+    details: bool = Field(
+        default=False,
+        description="Report tokens, finish reason, seed and experts beside the text. "
+        "A stream's last event always has its details.",
+    )
+    do_sample: bool = Field(
+        default=False,
+        description="Draw tokens at random. Without it generation is greedy, unless one of "
+        "`temperature` (other than 1), `top_k` (other than 0), `top_p` (below 1) or `typical_p` "
+        "(below 1) is given, which implies it.",
+    )
+    experts: Policy = Field(
+        default_factory=ExpertPolicy.auto,
+        description="Expert policy of this request. `dense`: all experts. `top_k`: that many per "
+        "token. `mass`: as many as the router predicts to hold this share of the activation mass. "
+        "`auto` (the default): what the checkpoint recommends, see `GET /info`.",
+    )
+    frequency_penalty: Penalty | None = Field(
+        default=None,
+        description="Subtracted from a token's logit per earlier occurrence in the output.",
+    )
+    grammar: Annotated[None, BeforeValidator(_no_grammar)] = Field(
+        default=None, description="Constrained generation is not supported: only null is accepted."
+    )
+    max_new_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = Field(
+        default=None,
+        description=f"Tokens to generate at most. Default: {DEFAULT_NEW_TOKENS}, or fewer where "
+        "the prompt leaves less room.",
+    )
+    repetition_penalty: Factor | None = Field(
+        default=None,
+        description="Divides positive and multiplies negative logits of tokens seen before.",
+    )
+    return_full_text: bool | None = Field(
+        default=None, description="Put the prompt in front of `generated_text`."
+    )
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(
+        default=None, description="Makes sampling reproducible, whatever else the server runs."
+    )
+    stop: Annotated[
+        list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
+        Field(max_length=MAX_STOPS),
+    ] = Field(
+        default_factory=list,
+        description="Strings that end the text. They are kept in it.",
+    )
+    temperature: Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)] | None = Field(
+        default=None, description="Divides the logits before drawing; 0 is greedy. Default 1."
+    )
+    top_k: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = Field(
+        default=None, description="Draw from the k likeliest tokens; 0 or null from all."
+    )
+    top_n_tokens: Annotated[int, Field(ge=0, le=MAX_TOP_N)] | None = Field(
+        default=None,
+        description="Report this many of the likeliest tokens at each position, in "
+        "`top_tokens`; implies `details`.",
+    )
+    top_p: Probability | None = Field(
+        default=None, description="Draw from the likeliest tokens that hold this probability."
+    )
+    truncate: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = Field(
+        default=None, description="Keep only this many tokens of the prompt, from its end."
+    )
+    typical_p: Probability | None = Field(
+        default=None, description="Locally typical sampling (Meister et al., 2022)."
+    )
+    watermark: Annotated[bool, AfterValidator(_no_watermark)] = Field(
+        default=False, description="Watermarks are not supported: only false is accepted."
+    )
+
+    @model_validator(mode="after")
+    def _sampling_needs_heat(self) -> GenerateParameters:
+        if self.do_sample and self.temperature == 0.0:
+            raise _refuse(
+                "parameters.temperature must be above 0 and at most 100 when do_sample is true",
+                SENTENCE,
+            )
+        return self
+
+    @property
+    def policy(self) -> ExpertPolicy:
+        """The expert policy; `auto` is not resolved yet."""
+        assert isinstance(self.experts, ExpertPolicy)
+        return self.experts
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn at random; TGI's rule."""
+        warps = (
+            self.temperature not in (None, 1.0),
+            self.top_k not in (None, 0),
+            self.top_p not in (None, 1.0),
+            self.typical_p not in (None, 1.0),
+        )
+        return self.do_sample or any(warps)
+
+    @property
+    def wants_details(self) -> bool:
+        return self.details or self.decoder_input_details or bool(self.top_n_tokens)
+
+    def sampling(self, room: int) -> SamplingParams:
+        """The engine's parameters when the prompt leaves `room` tokens for the output."""
+        return SamplingParams(
+            max_new_tokens=self.max_new_tokens or max(1, min(DEFAULT_NEW_TOKENS, room)),
+            temperature=self._temperature(),
+            top_k=self.top_k or 0,
+            top_p=_or(self.top_p, 1.0),
+            typical_p=_or(self.typical_p, 1.0),
+            repetition_penalty=_or(self.repetition_penalty, 1.0),
+            frequency_penalty=_or(self.frequency_penalty, 0.0),
+            seed=self.seed,
+            stop=tuple(self.stop),
+            top_n_tokens=self.top_n_tokens or 0,
+            prompt_logprobs=self.decoder_input_details,
+        )
+
+    def _temperature(self) -> float:
+        return _or(self.temperature, 1.0) if self.samples else 0.0
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+_EXAMPLE: Final[JsonDict] = {
+    "inputs": "Plants make sugar from",
+    "parameters": {"max_new_tokens": 40, "details": True, "experts": {"top_k": 8}},
+}
+
+
+class GenerateRequest(Strict):
+    """The body of `POST /generate` and `POST /generate_stream`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
+
+    inputs: Annotated[Text, Field(min_length=1)] = Field(description="The prompt.")
+    parameters: GenerateParameters = Field(
+        default_factory=GenerateParameters, description="How to generate."
+    )
+
+
+class RootRequest(GenerateRequest):
+    """The body of `POST /`: that of `/generate`, and whether to stream."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{**_EXAMPLE, "stream": False}]})
+
+    stream: bool | None = Field(
+        default=False, description="Answer with server-sent events, as `POST /generate_stream`."
+    )
+
+
+class PrefillToken(BaseModel):
+    """A token of the prompt."""
+
+    id: int = Field(description="Token id.")
+    text: str = Field(description="The token's text.")
+    logprob: float | None = Field(
+        description="Log-probability given the tokens before it; null for the first."
+    )
+
+
+class Token(BaseModel):
+    """A generated token."""
+
+    id: int = Field(description="Token id.")
+    text: str = Field(
+        description="The text that this token completes; empty inside a character of several "
+        "tokens. The texts of all tokens that are not special make up the output."
+    )
+    logprob: float = Field(description="Log-softmax of the model's logits, before temperature.")
+    special: bool = Field(
+        description="Whether it is a control token, such as the end of text; false if it carries "
+        "text, which had been held back as the possible beginning of a stop string."
+    )
+
+
+class ExpertDetails(BaseModel):
+    """What the feed-forward layers computed for this request."""
+
+    policy: str = Field(description="The policy that ran; `auto` appears as what it meant.")
+    activated_ratio: float = Field(description="activated / available, from 0 to 1.")
+    activated: int = Field(description="Experts used, summed over tokens and layers.")
+    available: int = Field(description="Experts that a dense run would have used.")
+
+
+class Details(BaseModel):
+    """What `details` adds to a response."""
+
+    finish_reason: str = Field(description="`length`, `eos_token` or `stop_sequence`.")
+    generated_tokens: int = Field(description="Tokens in the output.")
+    seed: int | None = Field(description="The seed that was used; null when greedy.")
+    prefill: list[PrefillToken] = Field(description="The prompt, if `decoder_input_details`.")
+    tokens: list[Token] = Field(description="The output.")
+    top_tokens: list[list[Token]] | None = Field(
+        default=None, description="The likeliest tokens at each position, if `top_n_tokens`."
+    )
+    experts: ExpertDetails = Field(description="Extension: the experts that were used.")
+
+
+class GenerateResponse(BaseModel):
+    """The answer to `POST /generate`."""
+
+    generated_text: str = Field(description="The output.")
+    details: Details | None = Field(default=None, description="If asked for.")
+
+
+class StreamDetails(BaseModel):
+    """What a stream's last event says about the whole."""
+
+    finish_reason: str = Field(description="`length`, `eos_token` or `stop_sequence`.")
+    generated_tokens: int = Field(description="Tokens in the output.")
+    input_length: int = Field(description="Tokens in the prompt.")
+    seed: int | None = Field(description="The seed that was used; null when greedy.")
+    experts: ExpertDetails = Field(description="Extension: the experts that were used.")
+
+
+class StreamEvent(BaseModel):
+    """One event of a stream: one token."""
+
+    index: int = Field(description="Position in the output, from 1.")
+    token: Token = Field(description="The token.")
+    top_tokens: list[Token] | None = Field(
+        default=None, description="The likeliest tokens at this position, if `top_n_tokens`."
+    )
+    generated_text: str | None = Field(default=None, description="The output, in the last event.")
+    details: StreamDetails | None = Field(default=None, description="In the last event.")
+
+
+class ErrorResponse(BaseModel):
+    """Every error."""
+
+    error: str = Field(description="One sentence.", max_length=1000)
+    error_type: str = Field(
+        description="`validation`, `generation`, `overloaded`, `incomplete_generation`, "
+        "`healthcheck`, `not_found`, `method_not_allowed` or `internal`."
+    )

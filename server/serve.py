@@ -1,0 +1,134 @@
+"""One server process: load the model, say what it is, serve, drain on SIGTERM, exit.
+
+Shutdown in order: on SIGTERM (or SIGINT) new requests get 503 and `/health` turns 503, so that a
+load balancer looks elsewhere, while the socket stays open; what runs may finish within
+`drain_timeout`; then the socket closes and the process exits with status 0. A second signal skips
+the wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import uvicorn
+from rich.console import Console
+from rich.table import Table
+
+from engine.engine import Engine
+from engine.worker import Worker
+from server.app import create_app
+from server.generation import Frontend
+from server.settings import Settings
+
+SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+CLOSE_SECONDS: Final = 5  # for connections to close once their requests have ended
+
+logger = logging.getLogger("ambidex.server")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handling, which would close the socket before the drain."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def serve(settings: Settings, console: Console | None = None) -> None:
+    """Serve until a signal; returns when everything has ended.
+
+    Raises:
+        CheckpointError: the model cannot be loaded.
+        ConfigError: the settings do not fit the model.
+        SystemExit: the address cannot be used.
+    """
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    engine = Engine.load(settings.model, settings.engine_config())
+    worker = Worker(engine)
+    app = create_app(worker, settings)
+    frontend: Frontend = app.state.frontend
+    with _listen(settings) as listener:
+        (console or Console()).print(banner(frontend, _address(listener)))
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            log_level=settings.log_level,
+            access_log=False,  # the application logs requests itself, with their ids
+            lifespan="on",
+            server_header=False,
+            timeout_graceful_shutdown=CLOSE_SECONDS,
+        )
+        asyncio.run(_run(_Server(config), frontend, listener))
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """A bound socket; binding before the banner makes the printed port true, 0 included."""
+    try:
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        raise SystemExit(
+            f"cannot listen on {settings.host} port {settings.port} (AMBIDEX_HOST, AMBIDEX_PORT): "
+            f"{error.strerror or error}"
+        ) from error
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def _run(server: _Server, frontend: Frontend, listener: socket.socket) -> None:
+    """Serve on `listener` until a signal has been handled."""
+    loop = asyncio.get_running_loop()
+    stopping: set[asyncio.Task[None]] = set()
+
+    def on_signal() -> None:
+        if stopping:  # asked twice: do not wait for anything
+            server.force_exit = server.should_exit = True
+        else:
+            stopping.add(asyncio.create_task(_drain_and_exit(server, frontend)))
+
+    for number in SIGNALS:
+        loop.add_signal_handler(number, on_signal)
+    await server.serve(sockets=[listener])
+
+
+async def _drain_and_exit(server: _Server, frontend: Frontend) -> None:
+    timeout = frontend.settings.drain_timeout
+    logger.info("draining: %d requests have %g seconds to finish", frontend.active, timeout)
+    try:
+        await frontend.drain(timeout)
+    finally:
+        server.should_exit = True
+
+
+def banner(frontend: Frontend, address: str) -> Table:
+    """What is served, where, and within which limits."""
+    engine, settings = frontend.engine, frontend.settings
+    model = engine.model_config
+    experts = model.experts
+    table = Table(title="Ambidex", show_header=False, title_justify="left")
+    rows = {
+        "model": f"{engine.checkpoint.path} ({engine.checkpoint.fingerprint[:12]})",
+        "parameters": f"{model.num_parameters / 1e6:,.1f} M in {model.num_hidden_layers} layers",
+        "experts": f"{experts.num_experts} of {experts.expert_size} neurons a layer, "
+        f"default {experts.default_policy}",
+        "device": f"{settings.device}, {frontend.dtype}",
+        "KV cache": f"{engine.num_blocks} blocks of {engine.config.block_size} tokens, at most "
+        f"{settings.kv_cache_bytes / (1 << 20):,.0f} MiB (AMBIDEX_KV_CACHE_BYTES)",
+        "limits": f"{frontend.max_input_tokens} input, {frontend.max_total_tokens} total tokens; "
+        f"{settings.max_num_seqs} running, {settings.max_concurrent_requests} concurrent requests",
+        "address": f"{address} (documentation at /docs)",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table

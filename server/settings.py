@@ -1,0 +1,144 @@
+"""What a host decides about serving, from `AMBIDEX_*` environment variables or keyword arguments.
+
+Every setting has a range and a description; a value outside it is refused at start-up, never
+later. `Settings.engine_config` is the part that the engine sees.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from engine.checkpoint import STARTER
+from engine.config import EngineConfig
+
+
+class Settings(BaseSettings):
+    """Settings of one server process; `AMBIDEX_PORT=9000` sets `port`.
+
+    Raises:
+        pydantic.ValidationError: for a value out of range, or settings that contradict each other.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="AMBIDEX_", extra="forbid", frozen=True)
+
+    # No key protects the API, so it listens on this machine alone until somebody decides otherwise;
+    # the container image sets AMBIDEX_HOST=0.0.0.0, where the published port is that decision.
+    host: str = Field(
+        default="127.0.0.1", min_length=1, max_length=255, description="address to listen on"
+    )
+    port: int = Field(
+        default=8000, ge=0, le=65_535, description="port to listen on; 0 takes a free one"
+    )
+    model: Path = Field(
+        default=STARTER, description="checkpoint directory; default: the packaged starter"
+    )
+
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="where the model runs")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="type of weights and KV cache; auto takes the checkpoint's"
+    )
+    kv_cache_bytes: int = Field(
+        default=256 << 20, ge=1 << 10, le=1 << 44, description="memory of the KV cache, bytes"
+    )
+    block_size: int = Field(default=16, ge=1, le=1024, description="tokens per KV block")
+    num_threads: int = Field(
+        default=0, ge=0, le=1024, description="CPU threads; 0 leaves torch's choice"
+    )
+    max_num_seqs: int = Field(
+        default=64, ge=1, le=4096, description="requests that run at the same time"
+    )
+    max_num_batched_tokens: int = Field(
+        default=512, ge=1, le=1 << 17, description="tokens of one step: decodes and prompt chunks"
+    )
+    max_waiting: int = Field(default=256, ge=1, le=1 << 20, description="requests that may wait")
+    max_waiting_tokens: int = Field(
+        default=1 << 18, ge=1, le=1 << 30, description="prompt tokens that may wait"
+    )
+
+    max_concurrent_requests: int = Field(
+        default=256, ge=1, le=1 << 16, description="requests in the server at once; beyond that 429"
+    )
+    max_input_tokens: int = Field(
+        default=0,
+        ge=0,
+        le=1 << 20,
+        description="tokens of a prompt; 0 takes one less than the total",
+    )
+    max_total_tokens: int = Field(
+        default=0,
+        ge=0,
+        le=1 << 20,
+        description="prompt plus output tokens; 0 takes the model's limit",
+    )
+    max_body_bytes: int = Field(
+        default=2 << 20, ge=1 << 10, le=1 << 30, description="size of a request's body, bytes"
+    )
+    body_timeout: float = Field(
+        default=30.0,
+        gt=0.0,
+        le=3600.0,
+        description="seconds that a request's body may take to arrive",
+    )
+    drain_timeout: float = Field(
+        default=30.0,
+        ge=0.0,
+        le=3600.0,
+        description="seconds that running requests get after SIGTERM",
+    )
+    access_log: bool = Field(default=False, description="log one line per request")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="least severe level that is logged"
+    )
+
+    @field_validator("port", mode="before")
+    @classmethod
+    def _not_a_service_link(cls, value: Any) -> Any:
+        """Kubernetes sets AMBIDEX_PORT to an URL for a Service that is named `ambidex`."""
+        if isinstance(value, str) and "://" in value:
+            raise ValueError(
+                "AMBIDEX_PORT is an URL, which Kubernetes sets for a Service named ambidex: "
+                "set enableServiceLinks to false in the pod, or give the port"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_total_tokens and self.max_input_tokens >= self.max_total_tokens:
+            raise ValueError(
+                f"max_input_tokens {self.max_input_tokens} must be below max_total_tokens "
+                f"{self.max_total_tokens}: a request generates at least one token"
+            )
+        self.engine_config()  # its own rules hold at start-up too
+        return self
+
+    def engine_config(self) -> EngineConfig:
+        """The engine's part of these settings."""
+        return EngineConfig(
+            device=self.device,
+            dtype=self.dtype,
+            block_size=self.block_size,
+            kv_cache_bytes=self.kv_cache_bytes,
+            max_model_len=self.max_total_tokens,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_waiting=self.max_waiting,
+            max_waiting_tokens=self.max_waiting_tokens,
+            num_threads=self.num_threads,
+        )
+
+    def input_limit(self, max_model_len: int) -> int:
+        """Tokens that a prompt may have when it may have `max_model_len` with its output."""
+        return min(self.max_input_tokens or max_model_len, max_model_len - 1)
+
+
+def explain(error: ValidationError) -> str:
+    """One line a setting that was refused, by the name of its environment variable."""
+    lines = []
+    for problem in error.errors(include_url=False, include_context=False):
+        name = "_".join(str(part) for part in problem["loc"])
+        lines.append(f"AMBIDEX_{name.upper()}: {problem['msg']}" if name else problem["msg"])
+    return "\n".join(lines)

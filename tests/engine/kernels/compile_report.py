@@ -1,0 +1,128 @@
+"""Compile every kernel for sm_80 or sm_90 without a GPU and print what the compiler made of it.
+
+Usage: python compile_report.py ARCH, with the repository root on PYTHONPATH and TRITON_INTERPRET
+unset: under the interpreter the kernels are no compilable functions, hence a process of its own.
+
+Prints one JSON object: for each "kernel dtype" a record of registers, stack and local memory in
+bytes (both zero unless registers spill), shared memory in bytes, and counts of the instructions
+that matter. Arguments carry the alignment that a launch with these sizes would find.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from engine.kernels import expert_ffn, grouped_ffn, routing
+
+D, S, E, K, T = 2048, 256, 32, 6, 2048
+INTS = {
+    "num_tokens": T,
+    "num_experts": E,
+    "d_model": D,
+    "expert_size": S,
+    "max_k": K,
+    "capacity": T * K,
+    "blocks_per_pair": 32,
+}
+POINTERS = {
+    "chosen_ptr": "i1",
+    **dict.fromkeys(("scores_ptr", "mass_ptr", "partial_ptr"), "fp32"),
+    **dict.fromkeys(
+        ("k_ptr", "ids_ptr", "counts_ptr", "offsets_ptr", "pair_token_ptr"),
+        "i32",
+    ),
+}
+PATTERNS = {
+    "wide_loads": r"ld\.global\.(?:\w+\.)*v4\.b32|cp\.async\.c[ag]\.shared\.global .*0x10",
+    "loads": r"ld\.global|cp\.async\.c[ag]",
+    "mma": r"mma\.sync|wgmma\.mma_async",
+}
+
+
+def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
+    """(name, kernel, constants, dtype of the untyped pointers) at the sizes above."""
+    sort = routing.sort_blocks(T)
+    found: list[tuple[str, Any, dict[str, Any], str]] = [
+        ("count", routing._count_kernel, sort, "i32"),
+        ("fill", routing._fill_kernel, {**sort, "BLOCK_E": E}, "i32"),
+        ("choose scores", routing._choose_kernel, routing.choose_blocks(E, E, K, False), "fp32"),
+        ("choose 256", routing._choose_kernel, routing.choose_blocks(256, 256, 16, False), "fp32"),
+    ]
+    for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
+        found += [
+            ("scores", routing._scores_kernel, routing.scores_blocks(E), dtype),
+            ("choose fused", routing._choose_kernel, routing.choose_blocks(E, D, K, True), dtype),
+            ("expert_ffn", expert_ffn._expert_ffn_kernel, expert_ffn.ffn_blocks(D, S), dtype),
+            ("sum", expert_ffn._sum_kernel, expert_ffn.sum_blocks(), dtype),
+            ("combine", grouped_ffn._combine_kernel, grouped_ffn.combine_blocks(D), dtype),
+        ]
+        for pairs in (12, 96, 384) if dtype == "bf16" else (384,):
+            up = grouped_ffn.up_blocks(pairs, itemsize)
+            down = grouped_ffn.down_blocks(pairs, itemsize)
+            found += [
+                (f"up {pairs}", grouped_ffn._up_kernel, {**up, "BLOCK_E": E}, dtype),
+                (f"down {pairs}", grouped_ffn._down_kernel, {**down, "BLOCK_E": E}, dtype),
+            ]
+    return found
+
+
+def source(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[ASTSource, dict[str, int]]:
+    """The kernel with a launch's signature and alignments, and its compile options."""
+    options = {k: v for k, v in constants.items() if k in ("num_warps", "num_stages")}
+    constexprs = {"SQUARE": False, "WIDEN": False, **constants}
+    constexprs = {k: v for k, v in constexprs.items() if k in kernel.arg_names}
+    if constants.get("FUSED") is False:
+        constexprs["router_ptr"] = None
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constexprs:
+            signature[name] = "constexpr"
+        elif name in INTS:
+            signature[name] = "i32"
+        else:
+            signature[name] = "*" + POINTERS.get(name, dtype)
+        if name not in constexprs and INTS.get(name, 16) % 16 == 0:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constexprs, attributes), options
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, stack, shared and local memory of a cubin's kernel, as cuobjdump reports them."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run(
+            [tool, "-res-usage", path], check=True, capture_output=True, text=True
+        ).stdout
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+    return {name.lower(): int(value) for name, value in found.items()}
+
+
+def report(arch: int) -> dict[str, dict[str, int]]:
+    """Compile every case for one architecture."""
+    records = {}
+    for name, kernel, constants, dtype in cases():
+        ast, options = source(kernel, constants, dtype)
+        compiled = triton.compile(ast, target=GPUTarget("cuda", arch, 32), options=options)
+        counts = {key: len(re.findall(p, compiled.asm["ptx"])) for key, p in PATTERNS.items()}
+        records[f"{name} {dtype}"] = {
+            **resources(compiled.asm["cubin"]),
+            **counts,
+            "shared": compiled.metadata.shared,
+        }
+    return records
+
+
+if __name__ == "__main__":
+    print(json.dumps(report(int(sys.argv[1])), indent=1))

@@ -1,0 +1,112 @@
+"""The few-token FFN against the reference in float64, at shapes that fit no block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.kernels.expert_ffn import activate_reference, expert_ffn, expert_ffn_reference
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+RelativeError = Callable[[Tensor, Tensor], float]
+
+# Accumulation in float32 leaves one rounding of the output.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}
+
+
+def weights(
+    tokens: int, width: int, neurons: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    x_TD, up_FD, down_FD = (
+        torch.randn(rows, width, device=device).to(dtype) for rows in (tokens, neurons, neurons)
+    )
+    return x_TD, up_FD, down_FD
+
+
+def random_ids(tokens: int, experts: int, max_k: int, device: torch.device) -> Tensor:
+    """Ascending ids, 0 to max_k of them a token."""
+    ids_TK = torch.full((tokens, max_k), -1, dtype=torch.int32)
+    for row in ids_TK:
+        taken = int(torch.randint(0, max_k + 1, ()))
+        row[:taken] = torch.randperm(experts)[:taken].sort().values
+    return ids_TK.to(device)
+
+
+def in_float64(
+    x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, ids_TK: Tensor, size: int, activation: str
+) -> Tensor:
+    x_TD, up_FD, down_FD = x_TD.double(), up_FD.double(), down_FD.double()
+    return expert_ffn_reference(x_TD, up_FD, down_FD, ids_TK, size, activation)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+@pytest.mark.parametrize(
+    ("tokens", "width", "experts", "size", "max_k"),
+    [(1, 100, 5, 24, 3), (3, 64, 8, 16, 4), (2, 128, 3, 50, 2)],
+)
+def test_equals_the_reference(
+    tokens: int,
+    width: int,
+    experts: int,
+    size: int,
+    max_k: int,
+    activation: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    relative_error: RelativeError,
+) -> None:
+    x_TD, up_FD, down_FD = weights(tokens, width, experts * size, dtype, device)
+    ids_TK = random_ids(tokens, experts, max_k, device)
+    ids_TK[0, 0] = experts - 1
+    ids_TK[0, 1:] = -1
+    y_TD = expert_ffn(x_TD, up_FD, down_FD, ids_TK, size, activation)
+    expected = in_float64(x_TD, up_FD, down_FD, ids_TK, size, activation)
+    assert y_TD.dtype == dtype
+    assert relative_error(y_TD, expected) < TOLERANCE[dtype]
+
+
+def test_all_experts_are_the_dense_ffn(device: torch.device, relative_error: RelativeError) -> None:
+    x_TD, up_FD, down_FD = weights(2, 100, 6 * 20, torch.float32, device)
+    ids_TK = torch.arange(6, dtype=torch.int32, device=device).expand(2, 6)
+    y_TD = expert_ffn(x_TD, up_FD, down_FD, ids_TK, 20, "relu")
+    dense_TD = activate_reference(x_TD.double() @ up_FD.double().T, "relu") @ down_FD.double()
+    assert relative_error(y_TD, dense_TD) < 2e-6
+
+
+def test_a_token_without_experts_gets_zeros(device: torch.device) -> None:
+    x_TD, up_FD, down_FD = weights(1, 32, 32, torch.float32, device)
+    ids_TK = torch.full((1, 2), -1, dtype=torch.int32, device=device)
+    assert (expert_ffn(x_TD, up_FD, down_FD, ids_TK, 16, "relu") == 0).all()
+
+
+def test_only_the_chosen_rows_take_part(device: torch.device) -> None:
+    """Rows of other experts hold NaN, which any read of them would carry into the output."""
+    x_TD, up_FD, down_FD = weights(1, 64, 4 * 16, torch.float32, device)
+    for tensor in (up_FD, down_FD):
+        tensor[:16] = torch.nan
+        tensor[32:] = torch.nan
+    ids_TK = torch.tensor([[1, -1]], dtype=torch.int32, device=device)
+    assert expert_ffn(x_TD, up_FD, down_FD, ids_TK, 16, "relu").isfinite().all()
+
+
+def test_a_nan_reaches_the_output(device: torch.device) -> None:
+    x_TD, up_FD, down_FD = weights(1, 64, 16, torch.float32, device)
+    x_TD[0, 5] = torch.nan
+    ids_TK = torch.zeros((1, 1), dtype=torch.int32, device=device)
+    assert expert_ffn(x_TD, up_FD, down_FD, ids_TK, 16, "relu").isnan().all()
+
+
+def test_a_token_comes_out_alike_in_any_company(device: torch.device) -> None:
+    """Bit for bit: alone or in a batch, and with more unused slots than it needs."""
+    x_TD, up_FD, down_FD = weights(3, 100, 8 * 24, torch.bfloat16, device)
+    ids_TK = torch.tensor([[1, 6, -1], [0, 2, 7], [3, -1, -1]], dtype=torch.int32, device=device)
+    together = expert_ffn(x_TD, up_FD, down_FD, ids_TK, 24, "relu")
+    for t in range(3):
+        ids_1K = ids_TK[t : t + 1, : int((ids_TK[t] >= 0).sum())]
+        alone = expert_ffn(x_TD[t : t + 1], up_FD, down_FD, ids_1K, 24, "relu")
+        assert torch.equal(alone, together[t : t + 1])

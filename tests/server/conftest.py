@@ -1,0 +1,190 @@
+"""Real servers on the loopback interface, around a real engine with a tiny random model."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import tokenizers
+import torch
+import uvicorn
+from fastapi import FastAPI
+from tokenizers import decoders, models, pre_tokenizers
+
+from engine import checkpoint as checkpoints
+from engine.config import ExpertConfig, ModelConfig, QualityPoint
+from engine.engine import Engine
+from engine.experts import centroid_router
+from engine.model import Decoder
+from engine.tokenizer import END_OF_TEXT, Tokenizer
+from engine.worker import Worker
+from server.app import create_app
+from server.generation import Frontend
+from server.settings import Settings
+
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+CONFIG = ModelConfig(
+    vocab_size=1 + len(BYTES),
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=4096,
+    initializer_range=0.3,
+    experts=ExpertConfig(
+        num_experts=8,
+        expert_size=8,
+        default_policy="top_k:4",
+        quality=(QualityPoint(top_k=4, share=0.5, perplexity=20.0, relative=0.01),),
+    ),
+)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token a byte after the end of text, so that token counts are plain in tests."""
+    vocabulary = {END_OF_TEXT: 0} | {char: i for i, char in enumerate(BYTES, start=1)}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    backend.add_special_tokens([END_OF_TEXT])
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(backend)
+
+
+def random_model() -> Decoder:
+    """A model that never ends a text by itself when it is greedy: that logit is always 0."""
+    model = Decoder(CONFIG)
+    model.initialize(torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        model.embedding.weight[CONFIG.eos_token_id] = 0.0
+        for ffn in model.ffns():
+            ffn.router.copy_(centroid_router(ffn.up, CONFIG.experts.num_experts, norm=2.0))
+    return model.eval()
+
+
+@dataclass
+class Live:
+    """A server that listens, and its insides."""
+
+    url: str
+    app: FastAPI
+    engine: Engine
+    worker: Worker
+    http: httpx.Client
+
+    @property
+    def frontend(self) -> Frontend:
+        return self.app.state.frontend
+
+    def post(self, path: str, inputs: Any = "hello", **parameters: Any) -> httpx.Response:
+        return self.http.post(path, json={"inputs": inputs, "parameters": parameters})
+
+    def generate(self, inputs: str = "hello", **parameters: Any) -> dict[str, Any]:
+        response = self.post("/generate", inputs, **parameters)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def stream(self, inputs: str = "hello", **parameters: Any) -> list[dict[str, Any]]:
+        response = self.post("/generate_stream", inputs, **parameters)
+        assert response.status_code == 200, response.text
+        return read_events(response.text)
+
+    def metrics(self) -> dict[str, float]:
+        """Samples by name and labels as they are written: `name{layer="0"}`."""
+        lines = self.http.get("/metrics").text.splitlines()
+        pairs = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
+        return {name: float(value) for name, value in pairs}
+
+    def wait_until_idle(self) -> None:
+        wait_for(lambda: self.frontend.active == 0 and not self.engine.has_work())
+
+
+def read_events(text: str) -> list[dict[str, Any]]:
+    """The payloads of an event stream; asserts its framing."""
+    assert text.endswith("\n\n")
+    frames = text.removesuffix("\n\n").split("\n\n")
+    assert all(f.startswith("data: ") and "\n" not in f for f in frames)
+    return [json.loads(f.removeprefix("data: ")) for f in frames]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.005)
+
+
+def slow_down(engine: Engine, seconds: float) -> None:
+    """Let each step take at least so long, as a large model's would."""
+    step = engine.step
+
+    def slow_step() -> Any:
+        time.sleep(seconds)
+        return step()
+
+    engine.step = slow_step  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="session")
+def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(2)
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    checkpoints.save(path, random_model(), byte_tokenizer(), {"steps": 0})
+    return path
+
+
+Serve = Callable[..., AbstractContextManager[Live]]
+
+
+@pytest.fixture(scope="session")
+def serve(checkpoint_dir: Path) -> Serve:
+    """Start a server: `with serve(step_seconds=0.01, max_waiting=1) as live`."""
+
+    @contextmanager
+    def start(step_seconds: float = 0.0, **values: Any) -> Iterator[Live]:
+        settings = Settings(model=checkpoint_dir, **{"kv_cache_bytes": 8 << 20, **values})
+        engine = Engine.load(settings.model, settings.engine_config())
+        if step_seconds:
+            slow_down(engine, step_seconds)
+        worker = Worker(engine)
+        app = create_app(worker, settings)
+        with listening(app) as url, httpx.Client(base_url=url, trust_env=False) as http:
+            yield Live(url, app, engine, worker, http)
+
+    return start
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """Run uvicorn in a thread on a free port; yields the URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=5
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        wait_for(lambda: server.started or not thread.is_alive())
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listener.close()
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def live(serve: Serve) -> Iterator[Live]:
+    """A server that all tests share which leave it as it was."""
+    with serve() as live:
+        yield live

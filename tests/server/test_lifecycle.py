@@ -1,0 +1,366 @@
+"""Failure, drain and shutdown: nobody is left without an answer, and health tells the truth."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from rich.console import Console
+
+from server.__main__ import main
+from server.serve import serve as serve_process
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from conftest import Live, Serve
+
+ROOT = Path(__file__).parents[2]
+
+
+def wait(condition: Any, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.005)
+
+
+class Client(threading.Thread):
+    """Posts one request in the background and keeps what came back."""
+
+    def __init__(self, url: str, path: str, **parameters: Any) -> None:
+        super().__init__()
+        self.url, self.path, self.parameters = url, path, parameters
+        self.text, self.status, self.events = "", 0, 0
+        self.start()
+
+    def run(self) -> None:
+        body = {"inputs": "hello", "parameters": self.parameters}
+        with (
+            httpx.Client(base_url=self.url, trust_env=False, timeout=60) as http,
+            http.stream("POST", self.path, json=body) as response,
+        ):
+            self.status = response.status_code
+            with suppress(httpx.RemoteProtocolError):  # the server broke the connection
+                for part in response.iter_text():
+                    self.text += part
+                    self.events = self.text.count("\n\n")
+
+    def last_event(self) -> dict[str, Any]:
+        self.join(60)
+        assert self.text.endswith("\n\n")
+        return json.loads(self.text.removesuffix("\n\n").rpartition("data: ")[2])
+
+
+# An engine that fails
+
+
+def fail_at_step(live: Live, message: str) -> None:
+    def broken() -> Any:
+        raise RuntimeError(message)
+
+    live.engine.step = broken  # type: ignore[method-assign]
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_failing_step_ends_every_request_with_an_error(serve: Serve) -> None:
+    with serve(step_seconds=0.01) as live:
+        stream = Client(live.url, "/generate_stream", max_new_tokens=4000)
+        whole = Client(live.url, "/generate", max_new_tokens=4000)
+        wait(lambda: stream.events > 0 and live.frontend.active == 2)
+        fail_at_step(live, "the disk is on fire")
+
+        last = stream.last_event()
+        assert stream.status == 200  # it had begun
+        assert last["error_type"] == "generation"
+        assert "the disk is on fire" in last["error"]
+        whole.join(60)
+        assert whole.status == 424
+        assert json.loads(whole.text)["error_type"] == "generation"
+
+        health = live.http.get("/health")
+        assert health.status_code == 503
+        assert health.json()["error_type"] == "healthcheck"
+        refused = live.post("/generate")
+        assert refused.status_code == 503
+        assert refused.json()["error_type"] == "healthcheck"
+        assert int(refused.headers["retry-after"]) >= 1
+        metrics = live.metrics()
+        assert metrics["ambidex_ready"] == 0
+        assert metrics['ambidex_requests_total{reason="error"}'] == 2
+        assert metrics['ambidex_rejections_total{reason="stopped"}'] == 1
+        assert live.frontend.active == 0
+
+
+def test_an_engine_that_hangs_is_not_healthy(serve: Serve) -> None:
+    with serve() as live:
+        release = threading.Event()
+        step = live.engine.step
+
+        def stuck() -> Any:
+            release.wait(30)
+            return step()
+
+        live.engine.step = stuck  # type: ignore[method-assign]
+        live.worker.step_timeout = 0.05
+        client = Client(live.url, "/generate", max_new_tokens=2)
+        wait(lambda: live.http.get("/health").status_code == 503)
+        assert live.post("/generate").status_code == 503
+        release.set()
+        client.join(60)
+        assert client.status == 200
+        live.engine.step = step  # type: ignore[method-assign]
+        wait(lambda: live.http.get("/health").status_code == 200)
+
+
+def test_an_unforeseen_error_is_an_answer_without_its_insides(serve: Serve) -> None:
+    with serve() as live:
+
+        def broken(*_args: Any) -> Any:
+            raise RuntimeError("secret insides")
+
+        live.engine.make_request = broken  # type: ignore[method-assign]
+        response = live.http.post(
+            "/generate", json={"inputs": "x"}, headers={"X-Request-Id": "mine"}
+        )
+        assert response.status_code == 500
+        assert response.json() == {
+            "error": "internal error; the server's log has more",
+            "error_type": "internal",
+        }
+        assert response.headers["x-request-id"] == "mine"
+        assert live.frontend.active == 0
+        assert live.http.get("/health").status_code == 200
+
+
+# Drain
+
+
+def drain(live: Live, timeout: float) -> threading.Thread:
+    loop = live.app.state.loop
+    future = asyncio.run_coroutine_threadsafe(live.frontend.drain(timeout), loop)
+    thread = threading.Thread(target=future.result)
+    thread.start()
+    return thread
+
+
+@pytest.fixture
+def with_loop(serve: Serve) -> Any:
+    """A server whose event loop is known, so that a test can drain it from outside."""
+
+    @contextmanager
+    def start(**values: Any) -> Iterator[Live]:
+        with serve(**values) as live:
+            frontend, original = live.frontend, live.frontend.start
+
+            async def noting(*args: Any) -> Any:
+                live.app.state.loop = asyncio.get_running_loop()
+                return await original(*args)
+
+            frontend.start = noting  # type: ignore[method-assign]
+            live.generate(max_new_tokens=1)
+            yield live
+
+    return start
+
+
+def test_draining_finishes_what_runs_and_refuses_what_comes(with_loop: Any) -> None:
+    with with_loop(step_seconds=0.01) as live:
+        client = Client(live.url, "/generate_stream", max_new_tokens=60)
+        wait(lambda: client.events > 0)
+        draining = drain(live, 30.0)
+        wait(lambda: live.frontend.draining)
+        refused = live.post("/generate")
+        assert refused.status_code == 503
+        assert refused.json()["error_type"] == "healthcheck"
+        assert int(refused.headers["retry-after"]) >= 1
+        health = live.http.get("/health")
+        assert health.status_code == 503
+        assert "shutting down" in health.json()["error"]
+        draining.join(30)
+        last = client.last_event()
+        assert last["details"]["finish_reason"] == "length"
+        assert last["details"]["generated_tokens"] == 60
+
+
+def test_draining_aborts_what_takes_too_long(with_loop: Any) -> None:
+    with with_loop(step_seconds=0.01) as live:
+        stream = Client(live.url, "/generate_stream", max_new_tokens=4000)
+        whole = Client(live.url, "/generate", max_new_tokens=4000)
+        wait(lambda: stream.events > 0 and live.frontend.active == 2)
+        drain(live, 0.05).join(30)
+        assert stream.last_event()["error_type"] == "incomplete_generation"
+        whole.join(30)
+        assert whole.status == 500
+        assert json.loads(whole.text)["error_type"] == "incomplete_generation"
+
+
+# A whole process
+
+
+ENVIRONMENT = {
+    "AMBIDEX_PORT": "0",
+    "AMBIDEX_NUM_THREADS": "1",
+    "AMBIDEX_KV_CACHE_BYTES": str(8 << 20),
+}
+
+
+def url_in(banner: str) -> str | None:
+    """The address that a start-up banner names."""
+    return next((word for word in banner.split() if word.startswith("http://")), None)
+
+
+def is_up(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@contextmanager
+def process(checkpoint_dir: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`python -m server` on a free port; yields it and its URL."""
+    own = {"AMBIDEX_MODEL": str(checkpoint_dir), "COLUMNS": "120", "PYTHONUNBUFFERED": "1"}
+    child = subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "server"],
+        cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT, **own},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert child.stdout is not None
+    try:
+        seen = ""
+        while url_in(seen) is None:
+            line = child.stdout.readline()
+            assert line, f"the server ended:\n{seen}"
+            seen += line
+        wait(lambda: is_up(str(url_in(seen))))
+        yield child, str(url_in(seen))
+    finally:
+        child.kill()
+        child.wait(10)
+        child.stdout.close()
+
+
+def test_sigterm_lets_a_stream_finish_and_refuses_new_requests(checkpoint_dir: Path) -> None:
+    with process(checkpoint_dir) as (child, url):
+        client = Client(url, "/generate_stream", max_new_tokens=500)
+        wait(lambda: client.events > 5)
+        child.send_signal(signal.SIGTERM)
+        statuses = []
+        while client.is_alive() and 503 not in statuses:  # the signal may still be on its way
+            response = httpx.post(f"{url}/generate", json={"inputs": "x"}, trust_env=False)
+            statuses.append(response.status_code)
+        last = client.last_event()
+        assert statuses[-1] == 503
+        assert last["details"]["generated_tokens"] == 500
+        assert child.wait(15) == 0
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/health", trust_env=False)
+
+
+def serve_here(checkpoint_dir: Path, visitor: Callable[[str], None], **settings: Any) -> str:
+    """Run `serve` in this process, and in a thread `visitor`, which must signal it to end.
+
+    Returns what the banner said. An error of the visitor is raised here.
+    """
+    output = io.StringIO()
+    errors: list[BaseException] = []
+
+    def visit() -> None:
+        try:
+            wait(lambda: url_in(output.getvalue()) is not None)
+            wait(lambda: is_up(str(url_in(output.getvalue()))))
+            visitor(str(url_in(output.getvalue())))
+        except BaseException as error:
+            errors.append(error)
+            signal_this_process(signal.SIGTERM)
+            signal_this_process(signal.SIGTERM)
+
+    thread = threading.Thread(target=visit)
+    thread.start()
+    serve_process(
+        Settings(model=checkpoint_dir, port=0, num_threads=1, kv_cache_bytes=8 << 20, **settings),
+        Console(file=output, width=120),
+    )
+    thread.join(30)
+    if errors:
+        raise errors[0]
+    return output.getvalue()
+
+
+def signal_this_process(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+def test_the_banner_says_what_is_served(checkpoint_dir: Path) -> None:
+    banner = serve_here(checkpoint_dir, lambda _url: signal_this_process(signal.SIGINT))
+    for part in (
+        *("tiny", "0.0 M in 2 layers", "8 of 8 neurons a layer, default top_k:4", "cpu, float32"),
+        *("blocks of 16 tokens, at most 8 MiB", "4095 input, 4096 total tokens", "http://127.0."),
+    ):
+        assert part in banner
+
+
+def test_sigterm_ends_what_does_not_finish_in_time(checkpoint_dir: Path) -> None:
+    def visit(url: str) -> None:
+        client = Client(url, "/generate_stream", max_new_tokens=4000)
+        wait(lambda: client.events > 2)
+        signal_this_process(signal.SIGTERM)
+        assert client.last_event()["error_type"] == "incomplete_generation"
+
+    serve_here(checkpoint_dir, visit, drain_timeout=0.1)
+
+
+def test_a_second_signal_does_not_wait(checkpoint_dir: Path) -> None:
+    def visit(url: str) -> None:
+        client = Client(url, "/generate_stream", max_new_tokens=4000)
+        wait(lambda: client.events > 2)
+        signal_this_process(signal.SIGTERM)
+        wait(lambda: not is_up(url))
+        signal_this_process(signal.SIGINT)
+        client.join(15)
+        assert not client.is_alive()
+
+    started = time.monotonic()
+    serve_here(checkpoint_dir, visit, drain_timeout=600)
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"PORT": "99999"}, "AMBIDEX_PORT: "),
+        ({"PORT": "tcp://10.0.0.1:8000"}, "enableServiceLinks"),
+        ({"MODEL": "/nonexistent"}, "/nonexistent: no such checkpoint directory"),
+        ({"MAX_NUM_SEQS": "600"}, "max_num_seqs 600 must not exceed"),
+        ({"KV_CACHE_BYTES": "1024"}, "kv_cache_bytes"),
+        ({"HOST": "no.such.host.invalid"}, "cannot listen on no.such.host.invalid"),
+    ],
+)
+def test_what_cannot_be_served_ends_with_a_sentence(
+    settings: dict[str, str],
+    sentence: str,
+    checkpoint_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AMBIDEX_MODEL", str(checkpoint_dir))
+    for name, value in settings.items():
+        monkeypatch.setenv(f"AMBIDEX_{name}", value)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert sentence in str(caught.value)

@@ -1,0 +1,151 @@
+"""`/health`, `/info`, `/metrics`, `/version`, and the documentation."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.version import VERSION
+
+if TYPE_CHECKING:
+    from conftest import Live, Serve
+
+
+def test_health_of_a_healthy_server(live: Live) -> None:
+    response = live.http.get("/health")
+    assert response.status_code == 200
+    assert response.json() == {"status": "ok"}
+
+
+def test_version(live: Live) -> None:
+    assert live.http.get("/version").json() == {"version": VERSION}
+
+
+def test_info(live: Live) -> None:
+    info = live.http.get("/info").json()
+    assert info["model_id"] == "tiny"
+    assert info["model_sha"] == live.engine.checkpoint.fingerprint
+    assert info["model_dtype"] == "float32"
+    assert info["model_device_type"] == "cpu"
+    assert info["model_pipeline_tag"] == "text-generation"
+    assert info["model_parameters"] == live.engine.model_config.num_parameters
+    assert info["num_layers"] == 2
+    assert info["experts"] == {
+        "num_experts": 8,
+        "expert_size": 8,
+        "default_policy": "top_k:4",
+        "quality": [{"top_k": 4, "share": 0.5, "perplexity": 20.0, "relative": 0.01}],
+    }
+    assert info["max_total_tokens"] == 4096
+    assert info["max_input_tokens"] == 4095
+    assert info["max_best_of"] == 1
+    assert info["version"] == VERSION
+    assert "/" not in info["model_id"]
+
+
+def test_metrics_equal_what_the_responses_reported(serve: Serve) -> None:
+    with serve() as live:
+        answers = [
+            live.post("/generate", "x" * n, max_new_tokens=n, details=True, experts=experts)
+            for n, experts in ((3, "dense"), (5, "top_k:2"), (7, {"mass": 0.5}))
+        ]
+        last = live.stream("yy", max_new_tokens=4, experts="top_k:1")[-1]
+        live.wait_until_idle()
+        metrics = live.metrics()
+
+    details = [a.json()["details"] for a in answers] + [last["details"]]
+    experts = [d["experts"] for d in details]
+    layers = [f'{{layer="{i}"}}' for i in range(2)]
+
+    def total(name: str) -> float:
+        return sum(metrics[f"ambidex_{name}_total{layer}"] for layer in layers)
+
+    assert total("experts_activated") == sum(e["activated"] for e in experts)
+    assert total("experts_available") == sum(e["available"] for e in experts)
+    assert 0 < total("experts_loaded") <= total("experts_loadable")
+    assert total("experts_loadable") == 2 * 8 * metrics["ambidex_steps_total"]
+    generated = sum(d["generated_tokens"] for d in details)
+    assert metrics["ambidex_generated_tokens_total"] == generated == 3 + 5 + 7 + 4
+    assert metrics["ambidex_prompt_tokens_total"] == 3 + 5 + 7 + 2
+    assert metrics['ambidex_requests_total{reason="length"}'] == 4
+    for name in (
+        *("request_activated_ratio", "time_to_first_token_seconds", "request_queue_seconds"),
+        *("request_prefill_seconds", "request_decode_seconds", "request_seconds"),
+        *("request_prompt_tokens", "request_generated_tokens"),
+    ):
+        assert metrics[f"ambidex_{name}_count"] == 4
+        assert metrics[f'ambidex_{name}_bucket{{le="+Inf"}}'] == 4
+    ratios = sum(e["activated_ratio"] for e in experts)
+    assert math.isclose(metrics["ambidex_request_activated_ratio_sum"], ratios)
+    assert metrics["ambidex_request_generated_tokens_sum"] == generated
+    assert metrics["ambidex_inter_token_seconds_count"] == generated - 4
+    assert metrics["ambidex_batch_tokens_count"] == metrics["ambidex_steps_total"]
+    assert metrics["ambidex_ready"] == 1
+
+
+def test_metrics_keep_the_rules_of_prometheus(live: Live) -> None:
+    live.generate(max_new_tokens=2)
+    response = live.http.get("/metrics")
+    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    families = list(text_string_to_metric_families(response.text))
+    names = [f.name for f in families]
+    assert len(names) == len(set(names))
+    for family in families:
+        assert family.name.startswith(("ambidex_", "process_"))
+        assert family.documentation
+        if family.type == "histogram":
+            check_histogram(family)
+
+
+def check_histogram(family: Any) -> None:
+    buckets = [s for s in family.samples if s.name.endswith("_bucket")]
+    bounds = [float(s.labels["le"]) for s in buckets]
+    counts = [s.value for s in buckets]
+    assert bounds == sorted(set(bounds))
+    assert bounds[-1] == math.inf
+    assert counts == sorted(counts)
+    assert counts[-1] == next(s.value for s in family.samples if s.name.endswith("_count"))
+
+
+def test_reasons_exist_before_they_occur(serve: Serve) -> None:
+    with serve() as live:
+        metrics = live.metrics()
+    for reason in ("length", "eos_token", "stop_sequence", "abort", "error"):
+        assert metrics[f'ambidex_requests_total{{reason="{reason}"}}'] == 0
+    for reason in ("invalid", "overloaded", "stopped"):
+        assert metrics[f'ambidex_rejections_total{{reason="{reason}"}}'] == 0
+
+
+def test_the_documentation_describes_every_field(live: Live) -> None:
+    assert live.http.get("/docs").status_code == 200
+    document = live.http.get("/openapi.json").json()
+    assert set(document["paths"]) == {
+        *("/", "/generate", "/generate_stream", "/health", "/info", "/metrics", "/version")
+    }
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            assert operation["summary"]
+            assert operation["description"]
+    schemas = document["components"]["schemas"]
+    for name, schema in schemas.items():
+        for field, description in schema["properties"].items():
+            assert description.get("description"), f"{name}.{field}"
+    parameters = schemas["GenerateParameters"]
+    assert parameters["additionalProperties"] is False
+    assert set(parameters["properties"]) == {
+        *("best_of", "decoder_input_details", "details", "do_sample", "experts"),
+        *("frequency_penalty", "grammar", "max_new_tokens", "repetition_penalty"),
+        *("return_full_text", "seed", "stop", "temperature", "top_k", "top_n_tokens", "top_p"),
+        *("truncate", "typical_p", "watermark"),
+    }
+    assert "StreamEvent" in schemas
+    assert schemas["GenerateRequest"]["examples"]
+
+
+def test_the_example_of_the_documentation_works(live: Live) -> None:
+    schemas = live.http.get("/openapi.json").json()["components"]["schemas"]
+    for name, path in (("GenerateRequest", "/generate"), ("RootRequest", "/")):
+        for example in schemas[name]["examples"]:
+            assert live.http.post(path, json=example).status_code == 200

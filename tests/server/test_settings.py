@@ -1,0 +1,85 @@
+"""Settings: from the environment, bounded, described."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from engine.checkpoint import STARTER
+from engine.config import EngineConfig
+from server.serve import _listen
+from server.settings import Settings, explain
+
+
+def test_defaults_are_the_engine_s_and_stay_on_this_machine() -> None:
+    settings = Settings()
+    assert settings.host == "127.0.0.1"
+    assert settings.port == 8000
+    assert settings.model == STARTER
+    assert settings.engine_config() == EngineConfig()
+
+
+def test_the_environment_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AMBIDEX_PORT", "9000")
+    monkeypatch.setenv("AMBIDEX_MAX_NUM_SEQS", "3")
+    monkeypatch.setenv("AMBIDEX_MAX_TOTAL_TOKENS", "77")
+    monkeypatch.setenv("AMBIDEX_ACCESS_LOG", "true")
+    settings = Settings()
+    assert settings.port == 9000
+    assert settings.access_log is True
+    assert settings.engine_config() == EngineConfig(max_num_seqs=3, max_model_len=77)
+    assert Settings(port=1).port == 1  # arguments come first
+
+
+def test_every_setting_is_described_and_every_number_bounded() -> None:
+    for name, schema in Settings.model_json_schema()["properties"].items():
+        assert schema["description"], name
+        if schema.get("type") in ("integer", "number"):
+            assert {"minimum", "exclusiveMinimum"} & schema.keys(), name
+            assert "maximum" in schema, name
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"port": -1},
+        {"port": 65_536},
+        {"host": ""},
+        {"device": "tpu"},
+        {"dtype": "int8"},
+        {"kv_cache_bytes": 0},
+        {"drain_timeout": -1},
+        {"drain_timeout": float("nan")},
+        {"body_timeout": 0},
+        {"max_body_bytes": 1 << 40},
+        {"max_input_tokens": 10, "max_total_tokens": 10},
+        {"max_num_seqs": 64, "max_num_batched_tokens": 32},
+        {"unknown": 1},
+    ],
+)
+def test_out_of_range_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Settings(**values)
+
+
+def test_refusals_name_the_variable() -> None:
+    with pytest.raises(ValidationError) as caught:
+        Settings(port=-1, max_waiting=0)
+    lines = explain(caught.value).splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["AMBIDEX_PORT", "AMBIDEX_MAX_WAITING"]
+
+
+def test_input_limit_leaves_room_for_a_token() -> None:
+    assert Settings().input_limit(100) == 99
+    assert Settings(max_input_tokens=40).input_limit(100) == 40
+    assert Settings(max_input_tokens=400).input_limit(100) == 99
+
+
+def test_an_address_in_use_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit, match=f"127.0.0.1 port {port}"):
+            _listen(Settings(port=port))
