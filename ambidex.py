@@ -84,6 +84,9 @@ def train(
         int | None, typer.Option(help="Optimiser steps, instead of the preset's.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed, instead of the preset's.")] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu or cuda; exact resume holds on the CPU.")
+    ] = "cpu",
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Discard what an earlier run left in the directory.")
     ] = False,
@@ -101,7 +104,9 @@ def train(
     run = out or Path("runs") / preset
     command = "ambidex " + " ".join(sys.argv[1:])
     with ProgressMonitor(config.steps) as monitor:
-        path = Trainer(config, run, data or [], monitor, command, fresh=fresh).train()
+        path = Trainer(
+            config, run, data or [], monitor, command, device=device, fresh=fresh
+        ).train()
     _print_quality(path)
     typer.echo(f"checkpoint: {path}")
 

@@ -212,8 +212,7 @@ def correctness() -> list[Record]:
     found = [
         check_routing(tokens, width, experts)
         for tokens in (1, 16, 65, 2048)
-        for width, experts in ((100, 5), (768, 32), (2048, 32), (2048, 256))
-        if experts >= CHOSEN
+        for width, experts in ((100, 12), (768, 32), (2048, 32), (2048, 256))
     ]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for width, neurons, tokens in (
@@ -232,12 +231,15 @@ def correctness() -> list[Record]:
 
 
 def ceilings() -> list[Record]:
-    """What this device copies and multiplies at most, as PyTorch reaches it."""
+    """What this device copies and multiplies at most, as PyTorch reaches it.
+
+    The copy is an elementwise kernel: replayed from a graph, `copy_` is slower than that.
+    """
     source = torch.randn(2**28, device="cuda").bfloat16()
     target = torch.empty_like(source)
     a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
     copy_us, product_us = interleaved_us(
-        [lambda _: target.copy_(source), lambda _: torch.mm(a, b)], calls=4
+        [lambda _: torch.neg(source, out=target), lambda _: torch.mm(a, b)], calls=4
     )
     bandwidth = 2 * source.numel() * 2 / copy_us / 1e6
     rate = 2 * 8192**3 / product_us / 1e6

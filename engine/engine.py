@@ -190,12 +190,9 @@ class Engine:
             require(truncate >= 1, f"truncate must be at least 1, got {truncate}", InvalidRequest)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         require(bool(ids), "inputs must have at least 1 token", InvalidRequest)
-        limit = self.model_config.vocab_size
-        require(
-            min(ids) >= 0 and max(ids) < limit,
-            f"token ids of inputs must be between 0 and {limit - 1}",
-            InvalidRequest,
-        )
+        top = self.model_config.vocab_size - 1
+        message = f"token ids of inputs must be between 0 and {top}"
+        require(min(ids) >= 0 and max(ids) <= top, message, InvalidRequest)
         return ids[-truncate:] if truncate else ids
 
     def _resolve(self, policy: ExpertPolicy) -> ExpertPolicy:
@@ -337,9 +334,7 @@ class Engine:
         """The text that a new token made final, and whether it ends the request."""
         sampling = request.sampling
         is_eos = token_id == self.model_config.eos_token_id
-        text, stopped = "", False
-        if not is_eos:
-            text, stopped = output.stops.push(output.decoder.push(token_id))
+        text, stopped = output.stops.push("" if is_eos else output.decoder.push(token_id))
         ended = is_eos and not sampling.ignore_eos
         full = request.num_output >= sampling.max_new_tokens
         if not stopped and (ended or full):

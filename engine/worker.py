@@ -49,10 +49,10 @@ class EventStream:
         self._exhausted = False  # the terminal event has been read, or nobody reads any more
 
     def put(self, event: TokenEvent) -> None:
-        """Append an event; what follows a terminal event is dropped. On the loop's thread."""
-        if not self._complete:
-            self._complete = event.finish_reason is not None
-            self._events.put_nowait(event)
+        """Append an event. Only on the loop's thread, and nothing after a terminal event."""
+        assert not self._complete, "an event after the terminal one"
+        self._complete = event.finish_reason is not None
+        self._events.put_nowait(event)
 
     def __aiter__(self) -> Self:
         return self
@@ -270,7 +270,11 @@ class Worker:
     # Delivery
 
     def _deliver(self, events: Sequence[TokenEvent]) -> None:
-        """Hand events to their streams, one call per event loop."""
+        """Hand events to their streams, one call per event loop.
+
+        A stream leaves the table with its terminal event, so nothing can follow that, not even the
+        late events of a step that was given up.
+        """
         batches: defaultdict[asyncio.AbstractEventLoop, list[tuple[EventStream, TokenEvent]]]
         batches = defaultdict(list)
         with self._lock:

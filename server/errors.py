@@ -116,6 +116,8 @@ async def _on_invalid_body(request: Request, error: Exception) -> JSONResponse:
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     detail = error.detail
+    if error.status_code == 400:
+        request.app.state.frontend.count_invalid()
     if error.status_code in HTTP_TYPES and detail == http.HTTPStatus(error.status_code).phrase:
         # the path as it came, percent-encoded: no control characters reach a client's terminal
         path = request.scope.get("raw_path", b"").decode("ascii", "replace")[:100]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from engine.engine import Engine
@@ -182,7 +182,7 @@ def check(event: TokenEvent) -> None:
         raise IncompleteGeneration("the server ended the request before it was complete")
 
 
-async def checked_events(generation: Generation) -> AsyncIterator[TokenEvent]:
+async def checked_events(generation: Generation) -> AsyncGenerator[TokenEvent, None]:
     """The events of a generation, the terminal one last; raises as `check` does."""
     async for event in generation.events:
         check(event)

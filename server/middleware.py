@@ -68,7 +68,7 @@ class RequestIdMiddleware:
     @staticmethod
     def _log(scope: Scope, identity: str, status: int, seconds: float) -> None:
         # the raw path is percent-encoded: a newline in it cannot forge a log line
-        path = scope.get("raw_path", b"").decode("ascii", "replace")[:200]
+        path = scope.get("raw_path", b"").partition(b"?")[0].decode("ascii", "replace")[:200]
         logger.info("%s %s %d %.1fms id=%s", scope["method"], path, status, 1e3 * seconds, identity)
 
 

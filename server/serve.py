@@ -19,6 +19,7 @@ from typing import Final
 import uvicorn
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from engine.engine import Engine
 from engine.worker import Worker
@@ -28,6 +29,9 @@ from server.settings import Settings
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 CLOSE_SECONDS: Final = 5  # for connections to close once their requests have ended
+# Load balancers keep idle connections for 60 s; whoever reuses them must be the first to let go, or
+# a request meets a connection that the server is just closing.
+KEEP_ALIVE_SECONDS: Final = 75
 
 logger = logging.getLogger("ambidex.server")
 
@@ -65,6 +69,7 @@ def serve(settings: Settings, console: Console | None = None) -> None:
             lifespan="on",
             server_header=False,
             timeout_graceful_shutdown=CLOSE_SECONDS,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
         )
         asyncio.run(_run(_Server(config), frontend, listener))
 
@@ -119,8 +124,8 @@ def banner(frontend: Frontend, address: str) -> Table:
     table = Table(title="Ambidex", show_header=False, title_justify="left")
     rows = {
         "model": f"{engine.checkpoint.path} ({engine.checkpoint.fingerprint[:12]})",
-        "parameters": f"{model.num_parameters / 1e6:,.1f} M in {model.num_hidden_layers} layers",
-        "experts": f"{experts.num_experts} of {experts.expert_size} neurons a layer, "
+        "parameters": f"{model.num_parameters:,} in {model.num_hidden_layers} layers",
+        "experts": f"{experts.num_experts} a layer, {experts.expert_size} neurons each, "
         f"default {experts.default_policy}",
         "device": f"{settings.device}, {frontend.dtype}",
         "KV cache": f"{engine.num_blocks} blocks of {engine.config.block_size} tokens, at most "
@@ -130,5 +135,5 @@ def banner(frontend: Frontend, address: str) -> Table:
         "address": f"{address} (documentation at /docs)",
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(value))  # not markup: a path may have brackets
     return table

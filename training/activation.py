@@ -2,8 +2,8 @@
 
 The paper's finding is that ReLU models grow sparse while they train and that *which* neurons fire
 together settles only gradually. We watch the set of active neurons of every probe token in every
-layer; two looks are as similar as their sets overlap (Jaccard). The measure is ours: the paper
-does not publish its own.
+layer; two looks are as similar as their sets overlap. The measure is ours: the paper does not
+publish its own.
 
 Shapes: T probe tokens, F neurons, E experts.
 """
@@ -38,11 +38,15 @@ class ActivationPattern:
 
 
 def similarity(first: ActivationPattern, second: ActivationPattern) -> float:
-    """Mean over layers of |A and B| / |A or B|, over all probe tokens; 1 is identical."""
+    """Overlap coefficient |A and B| / min(|A|, |B|), mean over layers; 1 is identical.
+
+    Unlike the Jaccard index it stays at 1 when activations merely get sparser, as the penalty
+    makes them, with the neurons that remain being the same.
+    """
     scores = []
     for a, b in zip(first.layers, second.layers, strict=True):
-        union = int((a | b).sum())
-        scores.append(int((a & b).sum()) / union if union else 1.0)
+        smaller = min(int(a.sum()), int(b.sum()))
+        scores.append(int((a & b).sum()) / smaller if smaller else 1.0)
     return sum(scores) / len(scores)
 
 

@@ -66,12 +66,16 @@ def _bid(
 
 def _keep_highest(prices_E: Tensor, labels_F: Tensor, bids_F: Tensor, capacity: int) -> None:
     """Over-full clusters drop their lowest bids; a full cluster's price is its lowest kept bid."""
-    counts = torch.bincount(labels_F.clamp_min(0), weights=(labels_F >= 0).double())
-    for cluster in (counts >= capacity).nonzero().flatten().tolist():
-        members = (labels_F == cluster).nonzero().flatten()
-        order = bids_F[members].argsort(descending=True, stable=True)
-        labels_F[members[order[capacity:]]] = -1
-        prices_E[cluster] = bids_F[members[order[capacity - 1]]]
+    clusters = prices_E.numel()
+    by_bid = bids_F.argsort(descending=True, stable=True)
+    order_F = by_bid[labels_F[by_bid].argsort(stable=True)]  # by cluster, then by bid
+    counts_E = torch.bincount(labels_F, minlength=clusters)
+    starts_E = counts_E.cumsum(0) - counts_E
+    rank_F = torch.arange(order_F.numel(), device=order_F.device) - starts_E[labels_F[order_F]]
+    full_E = counts_E >= capacity
+    lowest = order_F[(starts_E + capacity - 1)[full_E]]
+    prices_E[full_E] = bids_F[lowest]
+    labels_F[order_F[rank_F >= capacity]] = -1
 
 
 def _fill(similarity_FE: Tensor, labels_F: Tensor, capacity: int) -> Tensor:

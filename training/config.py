@@ -75,8 +75,8 @@ class OptimizerConfig:
 class SwitchConfig:
     """When training goes dense, sparse or mixed, and what a sparse step does.
 
-    Shares are of the run's steps. Similarities are Jaccard overlaps of active-neuron sets on the
-    probe batch (`training.activation`).
+    Shares are of the run's steps. Similarities are overlaps of active-neuron sets on the probe
+    batch (`training.activation.similarity`).
 
     Attributes:
         probe_share: between two looks at the activations.
@@ -92,8 +92,8 @@ class SwitchConfig:
     """
 
     probe_share: float = 0.02
-    settled: float = 0.6
-    stale: float = 0.35
+    settled: float = 0.7
+    stale: float = 0.7
     min_dense_share: float = 0.1
     max_dense_share: float = 0.3
     min_sparse_share: float = 0.1

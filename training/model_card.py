@@ -36,7 +36,7 @@ language model.
 | trained on | {corpus["description"]}; {report["tokens_seen"]:,} tokens seen of \
 {corpus["train_tokens"]:,} |
 | data fingerprint | SHA-256 `{corpus["fingerprint"]}` |
-| time | {report["seconds"] / 60:.1f} minutes on {report["threads"]} CPU threads |
+| time | {report["seconds"] / 60:.1f} minutes on {_machine(report)} |
 | versions | torch {report["versions"]["torch"]}, Python {report["versions"]["python"]} |
 | active neurons by layer | {active} |
 
@@ -55,3 +55,8 @@ Phases (dense from step 0):
 The text that it was trained on is the Python Software Foundation's under the PSF licence if it is
 the standard library; the weights are released under Apache-2.0.
 """
+
+
+def _machine(report: Mapping[str, Any]) -> str:
+    cpu = f"{report['threads']} CPU threads"
+    return cpu if report["device"] == "cpu" else f"one {report['device']}"

@@ -108,11 +108,12 @@ def load_state(
     parameters = dict(model.named_parameters())
     for name, tensor in groups["optimizer"].items():
         parameter, _, key = name.rpartition(".")
-        optimizer.state[parameters[parameter]][key] = tensor.clone()
+        device = parameters[parameter].device
+        optimizer.state[parameters[parameter]][key] = tensor.to(device, copy=True)
     layers: dict[str, dict[int, Tensor]] = {}
     for name, tensor in groups["pattern"].items():
         pattern, _, layer = name.partition(".")
-        layers.setdefault(pattern, {})[int(layer)] = tensor
+        layers.setdefault(pattern, {})[int(layer)] = tensor.to(model.embedding.weight.device)
     patterns = {
         name: ActivationPattern(tuple(found[i] for i in sorted(found)))
         for name, found in layers.items()

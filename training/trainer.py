@@ -75,7 +75,9 @@ class Prepared:
     train_tokens: int
 
 
-def prepare(config: TrainConfig, run: Path, paths: Sequence[Path], monitor: Monitor) -> Prepared:
+def prepare(
+    config: TrainConfig, run: Path, paths: Sequence[Path], monitor: Monitor, device: str
+) -> Prepared:
     """Read the corpus, learn the tokenizer (or take the run's), and lay out the token batches.
 
     Raises:
@@ -92,7 +94,12 @@ def prepare(config: TrainConfig, run: Path, paths: Sequence[Path], monitor: Moni
     length = config.sequence_length
     batches = data.TokenBatches(tokens, config.batch_size, length, config.seed)
     max_batches = max(1, _EVAL_TOKENS // config.batch_tokens)
-    valid = list(data.consecutive_batches(valid_tokens, config.batch_size, length, max_batches))
+    valid = [
+        (inputs.to(device), targets.to(device))
+        for inputs, targets in data.consecutive_batches(
+            valid_tokens, config.batch_size, length, max_batches
+        )
+    ]
     if not valid:
         raise DataError(
             f"the held-out part has {valid_tokens.size} tokens, fewer than one sequence of "
@@ -102,7 +109,7 @@ def prepare(config: TrainConfig, run: Path, paths: Sequence[Path], monitor: Moni
     probe_BL, _ = data.TokenBatches(
         tokens, max(1, _PROBE_TOKENS // length), length, config.seed + 1
     ).batch(0)
-    return Prepared(corpus, tokenizer, batches, valid, probe_BL, tokens.size)
+    return Prepared(corpus, tokenizer, batches, valid, probe_BL.to(device), tokens.size)
 
 
 def penalty(model: Decoder, trace: Trace, token_share: float) -> Tensor:
@@ -132,6 +139,7 @@ class Trainer:
         monitor: Monitor | None = None,
         command: str = "",
         *,
+        device: str = "cpu",
         fresh: bool = False,
     ) -> None:
         self.config = config
@@ -141,13 +149,15 @@ class Trainer:
         run.mkdir(parents=True, exist_ok=True)
         if fresh:
             run_state.clear(run)
-        self.prepared = prepare(config, run, paths, self.monitor)
+        self.prepared = prepare(config, run, paths, self.monitor, device)
         self.model = Decoder(
             config.model.model_config(
                 config.sequence_length, self.prepared.tokenizer.eos_id, config.dtype
             )
         )
         self.model.initialize(self._generator(0))
+        self.model.to(device)
+        self.device = device
         self.optimizer = build_optimizer(self.model, config)
         self.controller = SwitchController(config)
         self.patterns: dict[str, ActivationPattern] = {}
@@ -254,7 +264,9 @@ class Trainer:
 
     def _train_step(self) -> tuple[float, float | None, int | None]:
         """One optimiser step; returns (loss, share of mass outside the experts, k), dense: None."""
-        inputs_BL, targets_BL = self.prepared.batches.batch(self.step)
+        inputs_BL, targets_BL = (
+            tensor.to(self.device) for tensor in self.prepared.batches.batch(self.step)
+        )
         top_k = self.controller.step_top_k(self.step)
         outside = None
         if top_k is None:
@@ -330,6 +342,7 @@ class Trainer:
             "active_neurons": active,
             "evaluation": curve.to_dict(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
         }
 

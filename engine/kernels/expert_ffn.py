@@ -2,12 +2,15 @@
 # mypy: disable-error-code="no-untyped-def"
 """The sparse FFN for few tokens: y = sum over a token's experts of act(x @ up_e.T) @ down_e.
 
-With about 16 tokens or fewer, time is the bytes of the chosen rows over the memory's bandwidth, so
-the kernel reads those rows once, in wide loads along D, and does no work in tiles that tensor cores
-would want. Program (pair, block) takes one token, one of its experts and a few of that expert's
-neurons: it reads their rows of `up`, reduces them to activations in registers and at once weighs
-their rows of `down` into a partial sum over D. Rows of `down` whose neuron ReLU has silenced are
-not read. A second launch adds the partial sums in a fixed order.
+With few tokens time is the bytes of the chosen rows over the memory's bandwidth, so the kernel
+reads each pair's rows once, in wide loads along D, and does no work in tiles that tensor cores
+would want. Tokens that share an expert read it again, through the cache: past a few pairs
+`grouped_ffn` wins, and benchmarks/gpu.py measures where.
+
+Program (pair, block) takes one token, one of its experts and a few of that expert's neurons: it
+reads their rows of `up`, reduces them to activations in registers and at once weighs their rows of
+`down` into a partial sum over D. Rows of `down` whose neuron ReLU has silenced are not read. A
+second launch adds the partial sums in a fixed order.
 
 How a pair is cut into blocks depends on the expert's size alone, and unused slots add exact zeros.
 So a token's output is the same, bit for bit, in any run and in any company.
@@ -27,11 +30,7 @@ ACTIVATIONS = ("relu", "relu2")
 # A pair is cut into about this many programs: 6 experts then occupy a whole GPU with one token.
 BLOCKS_PER_PAIR = 24
 
-# Up to this many tokens time is latency rather than bytes, so rows of `down` are requested together
-# with those of `up`; beyond, the rows of silenced neurons are skipped. The result is the same.
-EAGER_TOKENS = 2
-
-# Elements of `up` that one program holds at a time: 64 a thread with 8 warps.
+# Elements of `up` that one program holds at most: 64 a thread with 8 warps.
 TILE_ELEMENTS = 16384
 
 
@@ -82,7 +81,6 @@ def _expert_ffn_kernel(
     expert_size,
     max_k,
     SQUARE: tl.constexpr,
-    EAGER: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -97,19 +95,11 @@ def _expert_ffn_kernel(
     s = block * BLOCK_S + tl.arange(0, BLOCK_S)
     rows = (expert.to(tl.int64) * expert_size + s)[:, None] * d_model + d[None, :]
 
-    in_rows = (s < expert_size)[:, None] & in_d
-
-    x = tl.load(x_ptr + (pair // max_k) * d_model + d, mask=d < d_model, other=0.0)
-    up = tl.load(up_ptr + rows, mask=in_rows, other=0.0)
-    if EAGER:
-        down = tl.load(down_ptr + rows, mask=in_rows, other=0.0)
-    h = activate(tl.sum(up.to(tl.float32) * x.to(tl.float32)[None, :], axis=1), SQUARE)
-    live = (h != 0.0)[:, None]
-    if EAGER:
-        down = tl.where(live, down, 0.0)
-    else:
-        down = tl.load(down_ptr + rows, mask=live & in_d, other=0.0)
-    y = tl.sum(down.to(tl.float32) * h[:, None], axis=0)
+    x = tl.load(x_ptr + (pair // max_k) * d_model + d, mask=d < d_model, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + rows, mask=(s < expert_size)[:, None] & in_d, other=0.0).to(tl.float32)
+    h = activate(tl.sum(up * x[None, :], axis=1), SQUARE)
+    down = tl.load(down_ptr + rows, mask=(h != 0.0)[:, None] & in_d, other=0.0).to(tl.float32)
+    y = tl.sum(down * h[:, None], axis=0)
 
     at = (pair * tl.num_programs(1) + block) * d_model
     tl.store(partial_ptr + at + d, y, mask=d < d_model)
@@ -152,13 +142,13 @@ def ffn_blocks(d_model: int, expert_size: int) -> dict[str, int]:
     return {
         "BLOCK_S": rows,
         "BLOCK_D": block_d,
-        "num_warps": min(8, max(2, rows * block_d // 2048)),
+        "num_warps": min(8, max(2, rows * block_d // 1024)),
     }
 
 
 def sum_blocks() -> dict[str, int]:
     """Block sizes of `_sum_kernel`."""
-    return {"BLOCK_B": 64, "BLOCK_D": 32, "num_warps": 4}
+    return {"BLOCK_B": 256, "BLOCK_D": 32, "num_warps": 8}
 
 
 def expert_ffn(
@@ -199,7 +189,6 @@ def expert_ffn(
         expert_size,
         max_k,
         SQUARE=activation == "relu2",
-        EAGER=num_tokens <= EAGER_TOKENS,
         **blocks,
     )
     y_TD = torch.empty_like(x_TD)

@@ -175,36 +175,40 @@ def _combine_kernel(
     tl.store(y_ptr + token * d_model + d, total.to(y_ptr.dtype.element_ty), mask=d < d_model)
 
 
-def up_blocks(pairs_per_expert: int, itemsize: int) -> dict[str, int]:
-    """Block sizes of `_up_kernel`, by the mean number of pairs an expert can have."""
-    narrow = 1 if itemsize == 2 else 2
-    if pairs_per_expert <= 16:
-        sizes = (16, 64, 128, 4, 4)
-    elif pairs_per_expert <= 32:
-        sizes = (32, 64, 128, 4, 4)
-    elif pairs_per_expert <= 128:
-        sizes = (64, 128, 64, 4, 4)
-    else:
-        sizes = (128, 128, 64, 8, 4)
-    block_p, block_s, block_d, num_warps, num_stages = sizes
-    return {
-        "BLOCK_P": block_p,
-        "BLOCK_S": block_s,
-        "BLOCK_D": block_d // narrow,
-        "num_warps": num_warps,
-        "num_stages": num_stages,
-    }
+def _blocks(*sizes: int) -> dict[str, int]:
+    names = ("BLOCK_P", "BLOCK_S", "BLOCK_D", "num_warps", "num_stages")
+    return dict(zip(names, sizes, strict=True))
 
 
-def down_blocks(pairs_per_expert: int, itemsize: int) -> dict[str, int]:
-    """Block sizes of `_down_kernel`; here BLOCK_S is the step of the sum."""
-    up = up_blocks(pairs_per_expert, itemsize)
-    return {**up, "BLOCK_S": min(64, up["BLOCK_D"]), "BLOCK_D": up["BLOCK_S"], "BLOCK_K": 8}
+def up_blocks(mean_pairs: int, expert_size: int, itemsize: int) -> dict[str, int]:
+    """Block sizes of `_up_kernel` for this many pairs an expert; BLOCK_D is the sum's step.
+
+    Few pairs are bound by memory and want many small tiles in flight, many pairs want large ones.
+    """
+    wide = itemsize // 2  # float32 takes half the step in the same shared memory
+    if mean_pairs <= 16:
+        return _blocks(16, 64, 128 // wide, 4, 4)
+    if mean_pairs <= 32:
+        return _blocks(32, 64, 128 // wide, 4, 4)
+    if mean_pairs <= 128 or expert_size < 256 or itemsize > 2:
+        return _blocks(64, 128, 64 // wide, 4, 4)
+    return _blocks(128, 256, 64, 8, 3)
+
+
+def down_blocks(mean_pairs: int) -> dict[str, int]:
+    """Block sizes of `_down_kernel`; BLOCK_S is the sum's step, short as the sum itself is."""
+    block_p = 16 if mean_pairs <= 16 else 32 if mean_pairs <= 32 else 64
+    return {**_blocks(block_p, 32, 128, 4, 4), "BLOCK_K": 8}
 
 
 def combine_blocks(d_model: int) -> dict[str, int]:
-    """Block sizes of `_combine_kernel`."""
-    return {"BLOCK_K": 8, "BLOCK_D": min(512, next_power_of_2(d_model)), "num_warps": 4}
+    """Block sizes of `_combine_kernel`: one warp adds whole columns, none exchanged."""
+    return {"BLOCK_K": 8, "BLOCK_D": min(256, next_power_of_2(d_model)), "num_warps": 1}
+
+
+def _most_tiles(capacity: int, num_experts: int, block_p: int) -> int:
+    """Tiles that the pairs can need: each expert's last may be partly empty, none is all empty."""
+    return min(cdiv(capacity, block_p) + num_experts, capacity)
 
 
 def grouped_ffn(
@@ -231,13 +235,12 @@ def grouped_ffn(
     expert_size = up_FD.shape[0] // num_experts
     capacity = num_tokens * max_k
     mean_pairs = cdiv(capacity, num_experts)
-    up_sizes = up_blocks(mean_pairs, x_TD.element_size())
-    down_sizes = down_blocks(mean_pairs, x_TD.element_size())
-    # Each expert's last tile may be partly empty, and no tile is for less than one pair.
-    tiles = min(cdiv(capacity, up_sizes["BLOCK_P"]) + num_experts, capacity)
+    up_sizes = up_blocks(mean_pairs, expert_size, x_TD.element_size())
+    down_sizes = down_blocks(mean_pairs)
     block_e = next_power_of_2(num_experts)
 
     h_PS = x_TD.new_empty((capacity, expert_size))
+    tiles = _most_tiles(capacity, num_experts, up_sizes["BLOCK_P"])
     _up_kernel[(tiles * cdiv(expert_size, up_sizes["BLOCK_S"]),)](
         x_TD,
         up_FD,
@@ -253,6 +256,7 @@ def grouped_ffn(
         **up_sizes,
     )
     slots_TKD = x_TD.new_empty((num_tokens, max_k, d_model))
+    tiles = _most_tiles(capacity, num_experts, down_sizes["BLOCK_P"])
     _down_kernel[(tiles * cdiv(d_model, down_sizes["BLOCK_D"]),)](
         h_PS,
         down_FD,

@@ -12,9 +12,12 @@ Nothing here waits for the device, and every run gives the same bits: ranks come
 pairs of scores, positions from prefix sums, and no atomic operation takes part. A score that is NaN
 ranks below all others, so a damaged input cannot write past the end of an output.
 
-Launches: `select` takes one, beyond FUSED_TOKENS or FUSED_EXPERTS two; sorting the pairs takes two.
+A token's choice does not depend on the rest of the batch, not even in the last bit of a score.
 
-Shapes: T tokens, D model, E experts, K = max_k slots, P = T * K capacity for token-expert pairs.
+Launches: two for `select` (scores, choice), two more to sort the pairs.
+
+Shapes: T tokens, D model, E experts, N pieces of a score, K = max_k slots, P = T * K capacity for
+token-expert pairs.
 """
 
 from __future__ import annotations
@@ -26,11 +29,9 @@ from torch import Tensor
 
 from engine.kernels._triton import cdiv, jit, next_power_of_2, tl
 
-# Up to this many tokens and experts one program per token computes its scores and its choice in one
-# launch; beyond, a tiled product shares each read of the router among 16 tokens. The two may differ
-# in the last bits of a score; each is independent of the other tokens of the batch.
-FUSED_TOKENS = 64
-FUSED_EXPERTS = 64
+# A token's scores are sums of pieces over this many elements of D, computed side by side: with few
+# tokens, what takes time is the length of one program's loop.
+PIECE_D = 256
 
 # One program holds all scores of a token.
 MAX_EXPERTS = 256
@@ -131,22 +132,24 @@ def route_scores_reference(scores_TE: Tensor, k_T: Tensor, mass_T: Tensor, max_k
 def _scores_kernel(
     x_ptr,
     router_ptr,
-    scores_ptr,
+    pieces_ptr,
     num_tokens,
     num_experts,
     d_model,
+    PIECE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Program (i, j): scores of BLOCK_T tokens for BLOCK_E experts, in float32."""
+    """Program (i, j, n): piece n of the scores of BLOCK_T tokens for BLOCK_E experts."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    piece = tl.program_id(2)
     x_rows = x_ptr + t.to(tl.int64)[:, None] * d_model
     router_rows = router_ptr + e[:, None] * d_model
     scores = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
-    for start in range(0, d_model, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
+    for start in range(0, PIECE, BLOCK_D):
+        d = piece * PIECE + start + tl.arange(0, BLOCK_D)
         in_d = (d < d_model)[None, :]
         x = tl.load(x_rows + d[None, :], mask=(t < num_tokens)[:, None] & in_d, other=0.0)
         router = tl.load(
@@ -156,37 +159,22 @@ def _scores_kernel(
         scores = tl.dot(
             x.to(tl.float32), tl.trans(router.to(tl.float32)), scores, input_precision="tf32x3"
         )
+    row = t.to(tl.int64) * tl.num_programs(2) + piece
     tl.store(
-        scores_ptr + t.to(tl.int64)[:, None] * num_experts + e[None, :],
+        pieces_ptr + row[:, None] * num_experts + e[None, :],
         scores,
         mask=(t < num_tokens)[:, None] & (e < num_experts)[None, :],
     )
 
 
 @jit
-def _token_scores(
-    x_ptr, router_ptr, num_experts, d_model, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Scores [BLOCK_E] of one token, whose input x_ptr points to."""
-    e = tl.arange(0, BLOCK_E)
-    products = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
-    for start in range(0, d_model, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        x = tl.load(x_ptr + d, mask=d < d_model, other=0.0).to(tl.float32)
-        router = tl.load(
-            router_ptr + e[:, None] * d_model + d[None, :],
-            mask=(e < num_experts)[:, None] & (d < d_model)[None, :],
-            other=0.0,
-        )
-        products += router.to(tl.float32) * x[None, :]
-    return tl.sum(products, axis=1)
-
-
-@jit
-def _load_scores(scores_ptr, e, num_experts):
-    """Scores of experts e in float32; -inf past the last expert and for NaN."""
-    score = tl.load(scores_ptr + e, mask=e < num_experts, other=float("-inf")).to(tl.float32)
-    return tl.where(score == score, score, float("-inf"))
+def _load_scores(pieces_ptr, e, num_experts, pieces, BLOCK_N: tl.constexpr):
+    """Scores of experts e, summed over their pieces; -inf past the last expert and for NaN."""
+    n = tl.arange(0, BLOCK_N)
+    mask = (n < pieces)[:, None] & (e < num_experts)[None, :]
+    at = pieces_ptr + n[:, None] * num_experts + e[None, :]
+    score = tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float32), axis=0)
+    return tl.where((e < num_experts) & (score == score), score, float("-inf"))
 
 
 @jit
@@ -200,48 +188,37 @@ def _standing(score, e, other, other_share, other_e, num_experts):
 
 @jit
 def _choose_kernel(
-    source_ptr,
-    router_ptr,
+    pieces_ptr,
     k_ptr,
     mass_ptr,
     chosen_ptr,
     ids_ptr,
     num_experts,
-    d_model,
+    pieces,
     max_k,
-    FUSED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Program t: the choice of token t; the source is x if FUSED, else scores (and no router)."""
+    """Program t: the choice of token t."""
     t = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK_E)
     real = e < num_experts
-    if FUSED:
-        score = _token_scores(
-            source_ptr + t * d_model, router_ptr, num_experts, d_model, BLOCK_E, BLOCK_D
-        )
-        score = tl.where(real & (score == score), score, float("-inf"))
-    else:
-        score = _load_scores(source_ptr + t * num_experts, e, num_experts)
+    pieces_ptr += t * pieces * num_experts
+    score = _load_scores(pieces_ptr, e, num_experts, pieces, BLOCK_N)
     top = tl.max(score, axis=0)
-    weight = tl.where(real, tl.exp(score - top), 0.0)
-    total = tl.sum(weight, axis=0)
+    total = tl.sum(tl.where(real, tl.exp(score - top), 0.0), axis=0)
 
-    if FUSED:
-        rank, before = _standing(score, e, score, weight / total, e, num_experts)
-    else:
-        # All pairs of many experts do not fit into registers: take the other side in pieces.
-        rank = tl.zeros((BLOCK_E,), tl.int32)
-        before = tl.zeros((BLOCK_E,), tl.float32)
-        for start in range(0, num_experts, BLOCK_J):
-            j = start + tl.arange(0, BLOCK_J)
-            other = _load_scores(source_ptr + t * num_experts, j, num_experts)
-            ranks, shares = _standing(score, e, other, tl.exp(other - top) / total, j, num_experts)
-            rank += ranks
-            before += shares
+    # All pairs of many experts do not fit into registers, so one side comes in blocks.
+    rank = tl.zeros((BLOCK_E,), tl.int32)
+    before = tl.zeros((BLOCK_E,), tl.float32)
+    for start in range(0, num_experts, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        other = _load_scores(pieces_ptr, j, num_experts, pieces, BLOCK_N)
+        ranks, shares = _standing(score, e, other, tl.exp(other - top) / total, j, num_experts)
+        rank += ranks
+        before += shares
     k = tl.minimum(tl.load(k_ptr + t), max_k)
     mass = tl.load(mass_ptr + t)
     chosen = real & ((rank == 0) | ((rank < k) & (before < mass)))
@@ -304,19 +281,25 @@ def _fill_kernel(
 def scores_blocks(num_experts: int) -> dict[str, int]:
     """Block sizes of `_scores_kernel`."""
     block_e = min(64, max(16, next_power_of_2(num_experts)))
-    return {"BLOCK_T": 16, "BLOCK_E": block_e, "BLOCK_D": 64, "num_warps": 4, "num_stages": 4}
+    return {
+        "PIECE": PIECE_D,
+        "BLOCK_T": 16,
+        "BLOCK_E": block_e,
+        "BLOCK_D": 128,
+        "num_warps": 4,
+        "num_stages": 3,
+    }
 
 
-def choose_blocks(num_experts: int, d_model: int, max_k: int, fused: bool) -> dict[str, int]:
-    """Block sizes of `_choose_kernel`; fused, a thread has 64 router elements in flight."""
+def choose_blocks(num_experts: int, pieces: int, max_k: int) -> dict[str, int]:
+    """Block sizes of `_choose_kernel`."""
     block_e = next_power_of_2(num_experts)
     return {
-        "FUSED": fused,
+        "BLOCK_N": next_power_of_2(pieces),
         "BLOCK_E": block_e,
-        "BLOCK_D": min(next_power_of_2(d_model), 16384 // block_e) if fused else 1,
         "BLOCK_J": min(32, block_e),
         "BLOCK_K": next_power_of_2(max_k),
-        "num_warps": 8 if fused or block_e > 64 else 4,
+        "num_warps": 2 if block_e <= 32 else 4 if block_e <= 64 else 8,
     }
 
 
@@ -325,40 +308,46 @@ def sort_blocks(num_tokens: int) -> dict[str, int]:
     return {"BLOCK_T": min(SORT_TOKENS, next_power_of_2(num_tokens)), "num_warps": 4}
 
 
-def _scores(x_TD: Tensor, router_ED: Tensor) -> Tensor:
-    num_tokens, d_model = x_TD.shape
-    num_experts = router_ED.shape[0]
-    scores_TE = torch.empty((num_tokens, num_experts), dtype=torch.float32, device=x_TD.device)
+def _score_pieces(x_TD: Tensor, router_ED: Tensor) -> Tensor:
+    """x @ router.T in pieces along D: float32 [T, pieces, E]."""
+    (num_tokens, d_model), num_experts = x_TD.shape, router_ED.shape[0]
+    pieces = cdiv(d_model, PIECE_D)
+    shape = (num_tokens, pieces, num_experts)
+    pieces_TNE = torch.empty(shape, dtype=torch.float32, device=x_TD.device)
     blocks = scores_blocks(num_experts)
-    grid = (cdiv(num_tokens, blocks["BLOCK_T"]), cdiv(num_experts, blocks["BLOCK_E"]))
-    _scores_kernel[grid](x_TD, router_ED, scores_TE, num_tokens, num_experts, d_model, **blocks)
-    return scores_TE
+    grid = (cdiv(num_tokens, blocks["BLOCK_T"]), cdiv(num_experts, blocks["BLOCK_E"]), pieces)
+    _scores_kernel[grid](
+        x_TD.contiguous(),
+        router_ED.contiguous(),
+        pieces_TNE,
+        num_tokens,
+        num_experts,
+        d_model,
+        **blocks,
+    )
+    return pieces_TNE
 
 
-def _choose(
-    source: Tensor, router_ED: Tensor | None, k_T: Tensor, mass_T: Tensor, max_k: int
-) -> Choice:
-    """Launch `_choose_kernel` on inputs [T, D] and a router, or on scores [T, E]."""
-    num_tokens, width = source.shape
-    num_experts = width if router_ED is None else router_ED.shape[0]
+def _choose(pieces_TNE: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int) -> Choice:
+    num_tokens, pieces, num_experts = pieces_TNE.shape
     assert num_tokens >= 1
     assert 1 <= max_k <= num_experts <= MAX_EXPERTS
     assert k_T.shape == mass_T.shape == (num_tokens,)
     assert k_T.dtype == torch.int32
     assert mass_T.dtype == torch.float32
-    chosen_TE = torch.empty((num_tokens, num_experts), dtype=torch.bool, device=source.device)
-    ids_TK = torch.empty((num_tokens, max_k), dtype=torch.int32, device=source.device)
+    device = pieces_TNE.device
+    chosen_TE = torch.empty((num_tokens, num_experts), dtype=torch.bool, device=device)
+    ids_TK = torch.empty((num_tokens, max_k), dtype=torch.int32, device=device)
     _choose_kernel[(num_tokens,)](
-        source.contiguous(),
-        router_ED,
+        pieces_TNE.contiguous(),
         k_T.contiguous(),
         mass_T.contiguous(),
         chosen_TE,
         ids_TK,
         num_experts,
-        width,
+        pieces,
         max_k,
-        **choose_blocks(num_experts, width, max_k, router_ED is not None),
+        **choose_blocks(num_experts, pieces, max_k),
     )
     return Choice(chosen_TE, ids_TK)
 
@@ -372,7 +361,7 @@ def select_scores(scores_TE: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int) ->
         mass_T: float32 [T], the share of predicted mass at which a token has enough.
         max_k: the width of `ids_TK`, 1 .. E.
     """
-    return _choose(scores_TE, None, k_T, mass_T, max_k)
+    return _choose(scores_TE[:, None], k_T, mass_T, max_k)
 
 
 def select(x_TD: Tensor, router_ED: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int) -> Choice:
@@ -384,10 +373,7 @@ def select(x_TD: Tensor, router_ED: Tensor, k_T: Tensor, mass_T: Tensor, max_k: 
         k_T, mass_T, max_k: as for `select_scores`.
     """
     assert x_TD.shape[1] == router_ED.shape[1]
-    router_ED = router_ED.contiguous()
-    if x_TD.shape[0] > FUSED_TOKENS or router_ED.shape[0] > FUSED_EXPERTS:
-        return select_scores(_scores(x_TD.contiguous(), router_ED), k_T, mass_T, max_k)
-    return _choose(x_TD, router_ED, k_T, mass_T, max_k)
+    return _choose(_score_pieces(x_TD, router_ED), k_T, mass_T, max_k)
 
 
 def sort_pairs(choice: Choice) -> Routing:

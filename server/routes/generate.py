@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
@@ -114,13 +115,14 @@ async def _stream(front: Frontend, body: GenerateRequest) -> Response:
     return EventResponse(_frames(body, generation), generation.close, headers)
 
 
-async def _frames(body: GenerateRequest, generation: Generation) -> AsyncIterator[bytes]:
+async def _frames(body: GenerateRequest, generation: Generation) -> AsyncGenerator[bytes, None]:
     """The stream's events; an error becomes the last of them."""
     text = body.inputs if body.parameters.return_full_text else ""
     try:
-        async for event in checked_events(generation):
-            text += event.text
-            yield sse_event(_stream_event(event, generation, text))
+        async with aclosing(checked_events(generation)) as events:
+            async for event in events:
+                text += event.text
+                yield sse_event(_stream_event(event, generation, text))
     except AmbidexError as error:
         yield sse_event(describe(error))
     except Exception as error:

@@ -127,6 +127,14 @@ def test_top_k_keeps_ties_with_the_last() -> None:
     assert filtered[0].isfinite().tolist() == [False, True, True, True]
 
 
+def test_top_p_of_one_keeps_all_of_a_large_vocabulary() -> None:
+    """Although rounded probabilities may sum to more than 1 before the last."""
+    logits_BV = random_logits(8, vocabulary=50_000)
+    params = [SamplingParams(temperature=1.0, top_p=1.0)] * 7
+    filtered_BV = filter_logits(logits_BV, [*params, SamplingParams(temperature=1.0, top_p=0.5)])
+    assert bool(filtered_BV[:7].isfinite().all())
+
+
 @pytest.mark.parametrize("temperature", [1e-45, 1e-300, 1e-7])
 def test_tiny_temperatures_are_greedy_not_nan(temperature: float) -> None:
     logits = random_logits(1)

@@ -29,6 +29,7 @@ from engine.tokenizer import END_OF_TEXT, Tokenizer
 from engine.worker import Worker
 from server.app import create_app
 from server.generation import Frontend
+from server.serve import CLOSE_SECONDS, KEEP_ALIVE_SECONDS
 from server.settings import Settings
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -157,7 +158,7 @@ def serve(checkpoint_dir: Path) -> Serve:
             slow_down(engine, step_seconds)
         worker = Worker(engine)
         app = create_app(worker, settings)
-        with listening(app) as url, httpx.Client(base_url=url, trust_env=False) as http:
+        with listening(app) as url, httpx.Client(base_url=url, trust_env=False, timeout=60) as http:
             yield Live(url, app, engine, worker, http)
 
     return start
@@ -168,7 +169,12 @@ def listening(app: FastAPI) -> Iterator[str]:
     """Run uvicorn in a thread on a free port; yields the URL."""
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=5
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        timeout_graceful_shutdown=CLOSE_SECONDS,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

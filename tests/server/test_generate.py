@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -142,20 +143,22 @@ def test_a_stop_string_ends_the_text_and_stays_in_it(live: Live) -> None:
 
 
 def test_the_end_of_text_is_a_special_token(live: Live) -> None:
+    def generate(seed: int) -> dict[str, Any]:
+        return live.generate(max_new_tokens=60, temperature=100.0, seed=seed, details=True)
+
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(generate, range(64)))
+    ended = [a for a in answers if a["details"]["finish_reason"] == "eos_token"]
     specials = []
-    for seed in range(12):
-        parameters = {"temperature": 100.0, "seed": seed, "max_new_tokens": 2000, "details": True}
-        answer = live.generate(**parameters)
+    for answer in ended:
         tokens = answer["details"]["tokens"]
-        assert answer["details"]["finish_reason"] == "eos_token"
         assert [t["id"] == 0 for t in tokens] == [False] * (len(tokens) - 1) + [True]
         assert texts(tokens) == answer["generated_text"]
         assert "endoftext" not in answer["generated_text"]
         specials += [t["text"] for t in tokens if t["special"]]
-        # Where random bytes end inside a character, the last token carries its replacement.
-        if specials:
-            break
-    assert specials == ["<|endoftext|>"]
+    # Where random bytes end inside a character, the last token carries its replacement instead.
+    assert set(specials) == {"<|endoftext|>"}
+    assert len(specials) < len(ended)
 
 
 def test_max_new_tokens_defaults_to_100_or_what_is_left(live: Live) -> None:
@@ -206,8 +209,6 @@ def test_text_of_several_bytes_a_character_survives(live: Live) -> None:
 
 
 def test_requests_at_the_same_time_do_not_mix(live: Live) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     prompts = ["a", "bc", "def", "ghij"] * 3
     alone = [live.generate(p, max_new_tokens=20, details=True) for p in prompts[:4]]
     with ThreadPoolExecutor(12) as pool:

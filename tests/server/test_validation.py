@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import Live
+    from conftest import Live, Serve
 
 JSON = {"Content-Type": "application/json"}
 
@@ -285,4 +285,17 @@ def test_refusals_are_counted(live: Live) -> None:
     live.post("/generate", "x" * (live.frontend.max_input_tokens + 1))
     live.post("/generate", experts="top_k:9")
     live.post("/generate", max_new_tokens=1 << 20)
-    assert live.metrics()[name] == before + 4
+    live.http.post("/generate", content=b"{", headers=JSON)
+    live.http.post("/generate", content=b"[" * 100_000, headers=JSON)
+    assert live.metrics()[name] == before + 6
+
+
+def test_the_access_log_names_requests_and_cannot_be_forged(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serve(access_log=True) as live, caplog.at_level("INFO", "ambidex.server"):
+        live.http.get("/no%0aforged?key=secret", headers={"X-Request-Id": "mine"})
+        lines = [r.getMessage() for r in caplog.records if r.name == "ambidex.server"]
+    (line,) = lines
+    assert line.startswith("GET /no%0aforged 404 ")
+    assert line.endswith(" id=mine")

@@ -25,18 +25,20 @@ from triton.compiler import ASTSource
 from engine.kernels import expert_ffn, grouped_ffn, routing
 
 D, S, E, K, T = 2048, 256, 32, 6, 2048
+N = 8
 INTS = {
     "num_tokens": T,
     "num_experts": E,
     "d_model": D,
     "expert_size": S,
     "max_k": K,
+    "pieces": N,
     "capacity": T * K,
     "blocks_per_pair": 32,
 }
 POINTERS = {
     "chosen_ptr": "i1",
-    **dict.fromkeys(("scores_ptr", "mass_ptr", "partial_ptr"), "fp32"),
+    **dict.fromkeys(("pieces_ptr", "mass_ptr", "partial_ptr"), "fp32"),
     **dict.fromkeys(
         ("k_ptr", "ids_ptr", "counts_ptr", "offsets_ptr", "pair_token_ptr"),
         "i32",
@@ -55,20 +57,19 @@ def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
     found: list[tuple[str, Any, dict[str, Any], str]] = [
         ("count", routing._count_kernel, sort, "i32"),
         ("fill", routing._fill_kernel, {**sort, "BLOCK_E": E}, "i32"),
-        ("choose scores", routing._choose_kernel, routing.choose_blocks(E, E, K, False), "fp32"),
-        ("choose 256", routing._choose_kernel, routing.choose_blocks(256, 256, 16, False), "fp32"),
+        ("choose", routing._choose_kernel, routing.choose_blocks(E, N, K), "fp32"),
+        ("choose 256", routing._choose_kernel, routing.choose_blocks(256, N, 16), "fp32"),
     ]
     for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
         found += [
             ("scores", routing._scores_kernel, routing.scores_blocks(E), dtype),
-            ("choose fused", routing._choose_kernel, routing.choose_blocks(E, D, K, True), dtype),
             ("expert_ffn", expert_ffn._expert_ffn_kernel, expert_ffn.ffn_blocks(D, S), dtype),
             ("sum", expert_ffn._sum_kernel, expert_ffn.sum_blocks(), dtype),
             ("combine", grouped_ffn._combine_kernel, grouped_ffn.combine_blocks(D), dtype),
         ]
         for pairs in (12, 96, 384) if dtype == "bf16" else (384,):
-            up = grouped_ffn.up_blocks(pairs, itemsize)
-            down = grouped_ffn.down_blocks(pairs, itemsize)
+            up = grouped_ffn.up_blocks(pairs, S, itemsize)
+            down = grouped_ffn.down_blocks(pairs)
             found += [
                 (f"up {pairs}", grouped_ffn._up_kernel, {**up, "BLOCK_E": E}, dtype),
                 (f"down {pairs}", grouped_ffn._down_kernel, {**down, "BLOCK_E": E}, dtype),
@@ -81,8 +82,6 @@ def source(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[ASTSourc
     options = {k: v for k, v in constants.items() if k in ("num_warps", "num_stages")}
     constexprs = {"SQUARE": False, "WIDEN": False, **constants}
     constexprs = {k: v for k, v in constexprs.items() if k in kernel.arg_names}
-    if constants.get("FUSED") is False:
-        constexprs["router_ptr"] = None
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constexprs:

@@ -56,7 +56,7 @@ class TestCompiledCode:
     def test_rows_are_loaded_16_bytes_at_a_time(
         self, arch: int, reports: dict[int, Report]
     ) -> None:
-        for name in ("expert_ffn", "sum", "combine", "choose fused", "up", "down"):
+        for name in ("expert_ffn", "sum", "combine", "scores", "up", "down"):
             found = [r for k, r in reports[arch].items() if k.startswith(name)]
             assert found
             # What remains are ids, offsets and limits.

@@ -1,0 +1,266 @@
+"""The expert FFN on the CPU: dense, or only the chosen experts, from weights packed once.
+
+An expert is a slice of S neurons: rows e*S .. (e+1)*S of ``up`` and ``down``. Four ways compute the
+same sums, and a cost rule picks one per call:
+
+``rows``     Both products as weighted sums of weight rows (an embedding bag). One operator per
+             product whatever the number of experts, every chosen row read where it lies, nothing
+             else touched; pairs are sorted by expert so that tokens sharing one share the cache. The
+             way for few tokens; with all experts chosen it is also the best dense way for one or two
+             tokens on some processors, and dense() uses it there.
+``grouped``  Tokens gathered by expert, two matrix products per expert, one scatter. For many tokens.
+``masked``   The dense products with unchosen activations set to zero. For when nearly all experts
+             are in use anyway, so that sparse never costs materially more than dense.
+``gemm``     The dense products themselves.
+
+Memory: ``up`` as [E, D, S] and ``down`` as [F, D], one copy of the weights, which is all that the
+``widen`` path (bfloat16 without hardware support) needs for both modes. On the ``onednn`` and
+``plain`` paths dense products hold a second, packed copy of each matrix.
+
+Legend: T tokens, D model, F neurons, E experts, S neurons per expert, P token-expert pairs,
+U experts in use (the union over tokens).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cpu_linear import (
+    PackedLinear,
+    best_path,
+    block_rows,
+    row_sums,
+    scratch,
+    widened_columns,
+    widened_rows,
+)
+
+ACTIVATIONS = ("relu", "relu2")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this path's operators cost; the unit of time is the microsecond.
+
+    Fitted to benchmarks/ffn.py at two and four threads on Zen 3 (AVX2) and Xeon (AVX2 and AMX).
+    Only ratios between the ways matter, and those vary less between hosts than the rates do.
+    """
+
+    gemm: float  # flop per microsecond and thread, dense products
+    rows: float
+    grouped: float
+    gemm_bytes: float  # weight bytes per microsecond, all threads
+    rows_bytes: float
+    grouped_bytes: float
+    per_group: float  # microseconds per expert in the grouped way, beside its bytes and flops
+
+
+_FLOAT32 = Rates(75e3, 29e3, 65e3, 28e3, 25e3, 18e3, 12.0)
+_BFLOAT16 = Rates(380e3, 30e3, 200e3, 22e3, 40e3, 15e3, 40.0)
+_WIDENED = Rates(45e3, 29e3, 45e3, 8e3, 25e3, 5e3, 25.0)
+_ROWS_OVERHEAD = 60.0
+_GROUPED_OVERHEAD = 70.0
+_GEMM_OVERHEAD = 20.0
+
+
+class PackedExpertFFN:
+    """``relu(x @ up.T) @ down``, over all neurons or over each token's chosen experts.
+
+    Args:
+        up_FD, down_FD: weights, neuron by neuron; float32 or bfloat16, on the CPU. Both are copied
+            into packed forms; the caller may free them.
+        num_experts: E; must divide F.
+        activation: "relu", or "relu2" for its square.
+
+    Raises:
+        ValueError: shapes, types or names outside the above.
+    """
+
+    def __init__(
+        self, up_FD: Tensor, down_FD: Tensor, num_experts: int, activation: str = "relu"
+    ) -> None:
+        _check(up_FD, down_FD, num_experts, activation)
+        F, D = up_FD.shape
+        E = num_experts
+        self.num_experts, self.activation, self.dtype = E, activation, up_FD.dtype
+        self._shape = (D, F, E, F // E)
+        self.path = best_path(up_FD.dtype)
+        self._rates = _rates(self.path, up_FD.dtype)
+        up_EDS = up_FD.detach().view(E, F // E, D).transpose(1, 2)
+        self._up_EDS = up_EDS.clone(memory_format=torch.contiguous_format)
+        self._down_FD = down_FD.detach().clone(memory_format=torch.contiguous_format)
+        self._ups = self._up_EDS.unbind(0)
+        self._downs = self._down_FD.view(E, F // E, D).unbind(0)
+        self._dense: tuple[PackedLinear, PackedLinear] | None = None
+        if self.path != "widen":
+            self._dense = (PackedLinear(up_FD), PackedLinear(down_FD.t()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights held, packed copies included."""
+        own = self._up_EDS.nbytes + self._down_FD.nbytes
+        return own + sum(linear.nbytes for linear in self._dense or ())
+
+    def dense(self, x_TD: Tensor) -> Tensor:
+        """All neurons: [T, D] -> [T, D], in the weights' type."""
+        T, E = x_TD.shape[0], self.num_experts
+        if T == 0:
+            return torch.zeros_like(x_TD)
+        if self.rows_cost(T * E, E) < self.gemm_cost(T):
+            return self._rows(x_TD, *_every_pair(T, E))
+        return self._gemm(x_TD, None)
+
+    def sparse(self, x_TD: Tensor, chosen_TE: Tensor) -> Tensor:
+        """Each token's chosen experts only: [T, D], bool [T, E] -> [T, D], in the weights' type.
+
+        Any number of experts per token, none included (that token's output is zero). With all
+        experts chosen the result is ``dense(x)`` up to rounding.
+        """
+        T = x_TD.shape[0]
+        expert_P, token_P = chosen_TE.t().nonzero().unbind(1)
+        P = expert_P.shape[0]
+        if P == 0:
+            return torch.zeros_like(x_TD)
+        if T == 1:
+            count_E, U = None, P
+        else:
+            count_E = chosen_TE.sum(0).tolist()
+            U = len(count_E) - count_E.count(0)
+        way = self.choose(T, P, U)
+        if way == "rows":
+            return self._rows(x_TD, expert_P, token_P)
+        if way == "grouped":
+            counts = count_E if count_E is not None else chosen_TE[0].tolist()
+            return self._grouped(x_TD, token_P, counts)
+        return self._gemm(x_TD, chosen_TE)
+
+    # --- the cost rule ---
+
+    def choose(self, T: int, P: int, U: int) -> str:
+        """"rows", "grouped" or "masked": the cheapest way for P pairs over U experts."""
+        costs = {
+            "rows": self.rows_cost(P, U),
+            "grouped": self.grouped_cost(P, U),
+            "masked": self.gemm_cost(T) + 0.002 * T * self.num_experts,
+        }
+        return min(costs, key=costs.__getitem__)
+
+    def rows_cost(self, P: int, U: int) -> float:
+        """Read U experts once, then add P of them row by row."""
+        flops, size = self._per_expert()
+        r = self._rates
+        return _ROWS_OVERHEAD + U * size / r.rows_bytes + P * flops / r.rows / _threads()
+
+    def grouped_cost(self, P: int, U: int) -> float:
+        """Two products for each of U experts, P rows in all."""
+        flops, size = self._per_expert()
+        r = self._rates
+        reading = U * (r.per_group + size / r.grouped_bytes)
+        return _GROUPED_OVERHEAD + reading + P * flops / r.grouped / _threads()
+
+    def gemm_cost(self, T: int) -> float:
+        """All experts' bytes once, all flops of T tokens."""
+        flops, size = self._per_expert()
+        r, E = self._rates, self.num_experts
+        return _GEMM_OVERHEAD + E * size / r.gemm_bytes + T * E * flops / r.gemm / _threads()
+
+    def _per_expert(self) -> tuple[int, int]:
+        D, _, _, S = self._shape
+        return 4 * D * S, 2 * D * S * self.dtype.itemsize
+
+    # --- the ways ---
+
+    def _rows(self, x_TD: Tensor, expert_P: Tensor, token_P: Tensor) -> Tensor:
+        D, F, E, S = self._shape
+        P, T = expert_P.shape[0], x_TD.shape[0]
+        x_PD = x_TD.expand(P, D) if T == 1 else x_TD.index_select(0, token_P)
+        up_rows_PD = block_rows(E, D).index_select(0, expert_P)
+        h_PS = self._activate(row_sums(self._up_EDS.view(E * D, S), up_rows_PD, x_PD))
+        down_rows_PS = block_rows(E, S).index_select(0, expert_P)
+        y_PD = row_sums(self._down_FD, down_rows_PS, h_PS)
+        return _combine(y_PD, token_P, T)
+
+    def _grouped(self, x_TD: Tensor, token_P: Tensor, counts: list[int]) -> Tensor:
+        compute = torch.float32 if self.path == "widen" else x_TD.dtype
+        x_PD = x_TD.index_select(0, token_P).to(compute)
+        y_PD = torch.empty_like(x_PD)
+        start = 0
+        for e, count in enumerate(counts):
+            if count:
+                part = slice(start, start + count)
+                h_PS = self._activate(torch.mm(x_PD[part], self._expert(self._ups[e])))
+                torch.mm(h_PS, self._expert(self._downs[e]), out=y_PD[part])
+                start += count
+        return _combine(y_PD, token_P, x_TD.shape[0]).to(x_TD.dtype)
+
+    def _expert(self, weight: Tensor) -> Tensor:
+        return scratch(*weight.shape).copy_(weight) if self.path == "widen" else weight
+
+    def _gemm(self, x_TD: Tensor, chosen_TE: Tensor | None) -> Tensor:
+        T = x_TD.shape[0]
+        if self._dense is None:
+            h_TF = self._activate(widened_columns(x_TD, self._up_EDS))
+        else:
+            h_TF = self._dense[0](x_TD, relu=True)
+            if self.activation == "relu2":
+                h_TF.square_()
+        if chosen_TE is not None:
+            h_TF.view(T, self.num_experts, -1).mul_(chosen_TE.unsqueeze(-1))
+        if self._dense is None:
+            return widened_rows(h_TF, self._down_FD).to(x_TD.dtype)
+        return self._dense[1](h_TF)
+
+    def _activate(self, h: Tensor) -> Tensor:
+        h.relu_()
+        return h.square_() if self.activation == "relu2" else h
+
+
+def expert_ffn_reference(
+    x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, chosen_TE: Tensor, activation: str = "relu"
+) -> Tensor:
+    """The dense FFN with the activations of unchosen experts set to zero: right by inspection."""
+    T, E = chosen_TE.shape
+    h_TF = torch.relu(x_TD @ up_FD.t())
+    if activation == "relu2":
+        h_TF = h_TF.square()
+    h_TES = h_TF.view(T, E, up_FD.shape[0] // E) * chosen_TE.unsqueeze(-1)
+    return h_TES.flatten(1) @ down_FD
+
+
+def _combine(y_PD: Tensor, token_P: Tensor, T: int) -> Tensor:
+    """Sum the pairs of each token: [T, D]. Adds in float32, rounds once, runs tokens in parallel."""
+    if T == 1:
+        return y_PD.sum(0, keepdim=True)
+    order_P = token_P.argsort(stable=True)
+    count_T = token_P.bincount(minlength=T)
+    y_TD: Tensor = torch.embedding_bag(y_PD, order_P, count_T.cumsum(0) - count_T)[0]
+    return y_TD
+
+
+def _every_pair(T: int, E: int) -> tuple[Tensor, Tensor]:
+    expert_P = torch.arange(E).repeat_interleave(T)
+    return expert_P, torch.arange(T).repeat(E)
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def _rates(path: str, dtype: torch.dtype) -> Rates:
+    if path == "widen":
+        return _WIDENED
+    return _FLOAT32 if dtype == torch.float32 else _BFLOAT16
+
+
+def _check(up_FD: Tensor, down_FD: Tensor, num_experts: int, activation: str) -> None:
+    if up_FD.dim() != 2 or up_FD.shape != down_FD.shape or up_FD.dtype != down_FD.dtype:
+        raise ValueError("up and down must be matrices [neurons, model] of one shape and type")
+    if up_FD.device.type != "cpu" or down_FD.device.type != "cpu":
+        raise ValueError("up and down must be on the CPU")
+    if num_experts < 1 or up_FD.shape[0] % num_experts:
+        raise ValueError(f"num_experts must divide the {up_FD.shape[0]} neurons, not {num_experts}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, not {activation!r}")
