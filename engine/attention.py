@@ -99,29 +99,25 @@ class PagedAttend:
 
     def __init__(self, cache: KVCache, spans: list[SequenceSpan]) -> None:
         self.cache = cache
-        device = cache.slots.device
-        self._slots_T = torch.cat([self._span_slots(s) for s in spans]).to(device)
-        self._chunks = [(s, self._context_slots(s).to(device)) for s in spans if s.length > 1]
-        decoding = [s for s in spans if s.length == 1]
-        self._decode_rows = torch.tensor([s.start for s in decoding], device=device)
+        device, size = cache.slots.device, cache.block_size
+        most = max(len(s.blocks) for s in spans)
+        table = torch.tensor([s.blocks + [0] * (most - len(s.blocks)) for s in spans])
+        slots_BL = (table[:, :, None] * size + torch.arange(size)).flatten(1)
+        rows = [b for b, s in enumerate(spans) for _ in range(s.length)]
+        columns = [c for s in spans for c in range(s.context - s.length, s.context)]
+        self._slots_T = slots_BL[rows, columns].to(device)
+        self._chunks = [
+            (s, slots_BL[b, : s.context].to(device)) for b, s in enumerate(spans) if s.length > 1
+        ]
+        decoding = [b for b, s in enumerate(spans) if s.length == 1]
+        self._decode_rows = torch.tensor([spans[b].start for b in decoding], device=device)
         if decoding:
-            longest = max(s.context for s in decoding)
-            table = torch.zeros((len(decoding), longest), dtype=torch.long)
-            mask = torch.zeros((len(decoding), 1, 1, longest), dtype=torch.bool)
-            for row, span in enumerate(decoding):
-                table[row, : span.context] = self._context_slots(span)
-                mask[row, ..., : span.context] = True
-            self._decode_slots, self._decode_mask = table.to(device), mask.to(device)
-
-    def _context_slots(self, span: SequenceSpan) -> Tensor:
-        """Cache slots of a sequence's tokens, in order: [context]."""
-        size = self.cache.block_size
-        slots = torch.tensor(span.blocks)[:, None] * size + torch.arange(size)
-        return slots.flatten()[: span.context]
-
-    def _span_slots(self, span: SequenceSpan) -> Tensor:
-        """Cache slots of the rows that this step computes: [length]."""
-        return self._context_slots(span)[span.context - span.length :]
+            contexts = torch.tensor([spans[b].context for b in decoding])
+            longest = int(contexts.max())
+            mask_BL = torch.arange(longest) < contexts[:, None]
+            # Padding points at the sequence's own slots or block 0: masked, but always in bounds.
+            self._decode_slots = slots_BL[decoding, :longest].to(device)
+            self._decode_mask = mask_BL[:, None, None].to(device)
 
     def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
         keys, values = self.cache.slots[layer]

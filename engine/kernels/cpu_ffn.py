@@ -140,7 +140,7 @@ class PackedExpertFFN:
     # --- the cost rule ---
 
     def choose(self, T: int, P: int, U: int) -> str:
-        """"rows", "grouped" or "masked": the cheapest way for P pairs over U experts."""
+        """ "rows", "grouped" or "masked": the cheapest way for P pairs over U experts."""
         costs = {
             "rows": self.rows_cost(P, U),
             "grouped": self.grouped_cost(P, U),

@@ -1,0 +1,146 @@
+"""Checkpoints: whole or not there, verified, refused with the file's name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import checkpoint as checkpoints
+from engine.checkpoint import STARTER, Checkpoint, atomic_directory, load, save
+from engine.errors import CheckpointError
+
+
+@pytest.fixture
+def saved(checkpoint: Checkpoint, reference: object, tmp_path: Path) -> Path:
+    path = tmp_path / "model"
+    save(path, checkpoint.model, checkpoint.tokenizer, {"seed": 1}, {"README.md": "# card\n"})
+    return path
+
+
+def test_round_trip_is_exact(saved: Path, checkpoint: Checkpoint) -> None:
+    loaded = load(saved)
+    assert loaded.config == checkpoint.config
+    assert loaded.report == {"seed": 1}
+    for name, tensor in checkpoint.model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], tensor), name
+    assert loaded.tokenizer.encode("naïve 東京") == checkpoint.tokenizer.encode("naïve 東京")
+
+
+def test_shards_hold_the_same_tensors(
+    saved: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(checkpoints, "SHARD_BYTES", 10_000)
+    sharded = tmp_path / "sharded"
+    save(sharded, checkpoint.model, checkpoint.tokenizer, {})
+    assert len(list(sharded.glob("model-*.safetensors"))) > 2
+    whole, parts = load(saved).model.state_dict(), load(sharded).model.state_dict()
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_dtype_is_the_checkpoints_own_unless_asked(saved: Path) -> None:
+    assert load(saved).model.embedding.weight.dtype == torch.float32
+    model = load(saved, dtype="bfloat16").model
+    assert model.embedding.weight.dtype == torch.bfloat16
+    assert model.ffns()[0].router.dtype == torch.float32
+
+
+def flip_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "flipped bit": (lambda p: flip_byte(p / "model.safetensors"), "model.safetensors: damaged"),
+    "cut short": (
+        lambda p: (p / "model.safetensors").write_bytes(b"x"),
+        "model.safetensors: has 1 bytes",
+    ),
+    "missing file": (lambda p: (p / "tokenizer.json").unlink(), "tokenizer.json: missing"),
+    "no manifest": (lambda p: (p / "manifest.json").unlink(), "manifest.json: missing"),
+    "manifest not JSON": (
+        lambda p: (p / "manifest.json").write_text("{"),
+        "manifest.json: not readable",
+    ),
+    "manifest lists nothing": (
+        lambda p: (p / "manifest.json").write_text('{"files": {}}'),
+        "lists no files",
+    ),
+    "path outside": (
+        lambda p: (p / "manifest.json").write_text('{"files": {"../x": {}}}'),
+        "not a plain file",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_refused_by_name(saved: Path, kind: str) -> None:
+    damage, message = DAMAGE[kind]
+    damage(saved)
+    with pytest.raises(CheckpointError, match=message):
+        load(saved)
+
+
+def reseal(path: Path) -> None:
+    """A manifest that fits whatever the files are now."""
+    files = [p for p in path.iterdir() if p.name != "manifest.json"]
+    entries = {
+        p.name: {"bytes": p.stat().st_size, "sha256": checkpoints.file_sha256(p)} for p in files
+    }
+    checkpoints.write_json(path / "manifest.json", {"format": 1, "files": entries})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "model_type must be 'ambidex'"),
+        ({"surprise": 1}, "unknown keys: surprise"),
+        ({"hidden_size": 64}, "tensor embedding.weight has shape"),
+        ({"vocab_size": 1}, "vocab_size must be between 2"),
+        ({"hidden_act": "gelu"}, "hidden_act must be one of relu, relu2"),
+        ({"num_hidden_layers": 3}, "tensor layers.2"),
+    ],
+)
+def test_a_foreign_config_is_refused(saved: Path, change: dict[str, object], message: str) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | change))
+    reseal(saved)
+    with pytest.raises(CheckpointError, match=message):
+        load(saved)
+
+
+def test_no_directory_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such checkpoint directory"):
+        load(tmp_path / "nowhere")
+
+
+def test_a_failed_write_leaves_the_old_directory_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with atomic_directory(target) as directory:
+        (directory / "a").write_text("old")
+
+    def write_and_fail() -> None:
+        with atomic_directory(target) as directory:
+            (directory / "a").write_text("new")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_and_fail()
+    assert (target / "a").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["target"]
+
+
+def test_the_packaged_starter_loads_and_says_how_it_was_made() -> None:
+    starter = load(STARTER)
+    size = sum(p.stat().st_size for p in STARTER.iterdir())
+    assert size <= 10_000_000
+    card = (STARTER / "README.md").read_text(encoding="utf-8")
+    assert "ambidex train --preset starter" in card
+    assert starter.report["corpus"]["fingerprint"] in card
+    quarter = [p for p in starter.config.experts.quality if p.share == 0.25]
+    assert quarter[0].relative <= 0.01

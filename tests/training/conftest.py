@@ -1,0 +1,52 @@
+"""A small corpus and a training configuration that runs in seconds."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from training.config import ModelShape, SwitchConfig, TrainConfig
+
+WORDS = ["the", "cat", "dog", "sat", "on", "mat", "log", "and", "then", "ran", "under", "tree"]
+
+
+def make_corpus(path: Path, documents: int = 30, words: int = 400) -> Path:
+    """Folder of text files with enough structure for a loss to fall."""
+    path.mkdir()
+    source = random.Random(0)
+    for number in range(documents):
+        text = " ".join(source.choice(WORDS) for _ in range(words))
+        (path / f"{number:03d}.txt").write_text(f"document {number}: {text}.\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    return make_corpus(tmp_path / "corpus")
+
+
+@pytest.fixture
+def micro() -> TrainConfig:
+    """Twenty steps of a model of two layers, through all phases."""
+    torch.set_num_threads(2)
+    return TrainConfig(
+        preset="micro",
+        steps=20,
+        batch_size=2,
+        sequence_length=16,
+        seed=3,
+        valid_share=0.1,
+        model=ModelShape(
+            vocab_size=300,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_experts=8,
+        ),
+        switch=SwitchConfig(top_k=2, mixed_top_k=(1, 2, 4)),
+    )
