@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check format bench train-starter clean
+.PHONY: help install serve test test-gpu check format bench train-starter clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -23,6 +23,11 @@ serve: install  ## Serve the packaged starter model on PORT (default 8000)
 
 test: install  ## Run the tests
 	$(BIN)/python -m pytest
+
+test-gpu: install  ## Run the tests that need a CUDA device, then check and time its kernels
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest tests/engine/kernels
+	$(BIN)/python benchmarks/gpu.py
 
 check: install  ## Lint, format and types
 	$(BIN)/ruff check .

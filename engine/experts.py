@@ -25,9 +25,9 @@ from engine.errors import require
 from engine.kernels import cpu_ffn, expert_ffn, grouped_ffn, routing
 from engine.request import ExpertPolicy
 
-# The GPU's few-token kernel reads each (token, expert) pair's weights anew; past this many tokens
-# the grouped kernel's reuse wins (measured by benchmarks/gpu.py).
-FEW_TOKENS = 16
+# The GPU's few-token kernel reads the weights of each token-expert pair anew; past this many weight
+# rows times width the grouped kernel's reuse wins (fitted to benchmarks/gpu.py on an H200).
+FEW_PAIR_WEIGHTS = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -303,9 +303,9 @@ class ExpertFFN(nn.Module):
         self, x_TD: Tensor, k_T: Tensor, mass_T: Tensor, policy: PolicyBatch
     ) -> tuple[Tensor, Tensor]:
         """`sparse` on CUDA: nothing here waits for the device."""
-        if x_TD.shape[0] <= FEW_TOKENS:
+        size = self.up.shape[0] // self.num_experts
+        if x_TD.numel() * policy.max_k * size <= FEW_PAIR_WEIGHTS:
             few = routing.select(x_TD, self.router, k_T, mass_T, policy.max_k)
-            size = self.up.shape[0] // self.num_experts
             y_TD = expert_ffn.expert_ffn(
                 x_TD, self.up, self.down, few.ids_TK, size, self.activation
             )

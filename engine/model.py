@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from engine.attention import Attend, causal_attend, rope_table, rotate
 from engine.config import ModelConfig
 from engine.experts import ExpertFFN, PolicyBatch, Trace
-from engine.kernels.cpu_ffn import PackedLinear
+from engine.kernels.cpu_linear import PackedLinear
 from engine.request import ExpertPolicy
 
 
@@ -144,13 +144,10 @@ class Decoder(nn.Module):
             x_TD = layer(x_TD, cos_Td, sin_Td, attend, policy, trace)
         if rows is not None:
             x_TD = x_TD[rows]
-        return self.head(self.norm(x_TD)).float()
-
-    def head(self, x_TD: Tensor) -> Tensor:
-        """Logits through the tied embedding."""
-        if self._packed_head is not None:
-            return self._packed_head(x_TD)
-        return F.linear(x_TD, self.embedding.weight)
+        x_TD = self.norm(x_TD)
+        head = self._packed_head  # the embedding's transpose, tied
+        logits_TV = head(x_TD) if head is not None else F.linear(x_TD, self.embedding.weight)
+        return logits_TV.float()
 
     def logits(self, ids_BL: Tensor, policy: ExpertPolicy, trace: Trace | None = None) -> Tensor:
         """Logits [B, L, V] of whole sequences under one policy."""

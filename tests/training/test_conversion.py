@@ -72,7 +72,7 @@ def test_calibration_keeps_rankings_and_lowers_the_error_of_predicted_shares(
     micro: TrainConfig,
 ) -> None:
     model, _, _ = trained(micro, steps=1)
-    ffn = model.ffns()[0]
+    ffn = model.requires_grad_(False).ffns()[0]
     x = torch.randn(200, 16, generator=torch.Generator().manual_seed(3))
     unit = centroid_router(ffn.up, ffn.num_experts)
     mass = true_mass(x, ffn.up, ffn.num_experts, "relu")
