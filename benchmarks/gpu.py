@@ -18,20 +18,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-import triton
 from torch import Tensor
 
+from benchmarks.records import MACHINE, VERSIONS, Record, write_records
 from engine.kernels import expert_ffn, grouped_ffn, routing
 
 SHAPES = ((768, 3072), (2048, 8192))
@@ -42,29 +41,6 @@ ROUNDS = 15
 L2_BYTES = 60e6
 
 Call = Callable[[int], object]
-
-
-VERSIONS: dict[str, str] = {
-    "python": platform.python_version(),
-    "torch": torch.__version__,
-    "triton": triton.__version__,
-    "cuda": torch.version.cuda or "none",
-}
-MACHINE: str = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
-
-
-@dataclass(frozen=True)
-class Record:
-    """One measured number. `ratio` is peer_value / value for times: above 1, ours is faster."""
-
-    name: str
-    params: dict[str, Any]
-    value: float
-    unit: str
-    peer_value: float | None = None
-    ratio: float | None = None
-    versions: dict[str, str] = field(default_factory=lambda: VERSIONS)
-    machine: str = field(default_factory=lambda: MACHINE)
 
 
 @dataclass(frozen=True)
@@ -365,7 +341,7 @@ def main() -> None:
         records += found
         print("\n".join(row(record) for record in found), flush=True)
     if path is not None:
-        path.write_text(json.dumps([asdict(record) for record in records], indent=1) + "\n")
+        write_records(path, records)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@ same sums, and a cost rule picks one per call:
 
 ``rows``     Both products as weighted sums of weight rows (an embedding bag). One operator per
              product whatever the number of experts, every chosen row read where it lies, nothing
-             else touched; pairs are sorted by expert so that tokens sharing one share the cache. The
-             way for few tokens; with all experts chosen it is also the best dense way for one or two
-             tokens on some processors, and dense() uses it there.
-``grouped``  Tokens gathered by expert, two matrix products per expert, one scatter. For many tokens.
-``masked``   The dense products with unchosen activations set to zero. For when nearly all experts
-             are in use anyway, so that sparse never costs materially more than dense.
+             else touched; pairs are sorted by expert, so tokens that share one share the cache.
+             The way for few tokens; over all experts it is also the best dense way for few tokens
+             on some processors, and dense() uses it there.
+``grouped``  Tokens gathered by expert, two matrix products per expert, one combining sum. For many
+             tokens.
+``masked``   The dense products with unchosen activations set to zero. For when nearly all pairs are
+             chosen anyway, so that sparse never costs materially more than dense.
 ``gemm``     The dense products themselves.
 
 Memory: ``up`` as [E, D, S] and ``down`` as [F, D], one copy of the weights, which is all that the
@@ -23,6 +24,7 @@ U experts in use (the union over tokens).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -43,10 +45,10 @@ ACTIVATIONS = ("relu", "relu2")
 
 @dataclass(frozen=True)
 class Rates:
-    """What this path's operators cost; the unit of time is the microsecond.
+    """What one path's operators cost; the unit of time is the microsecond.
 
-    Fitted to benchmarks/ffn.py at two and four threads on Zen 3 (AVX2) and Xeon (AVX2 and AMX).
-    Only ratios between the ways matter, and those vary less between hosts than the rates do.
+    Fitted to measurements with two and four threads on Zen 3 (AVX2) and Xeon (AVX2, AVX512, AMX).
+    The rule compares ways on one host, so only ratios matter, and those vary less than the rates.
     """
 
     gemm: float  # flop per microsecond and thread, dense products
@@ -55,15 +57,20 @@ class Rates:
     gemm_bytes: float  # weight bytes per microsecond, all threads
     rows_bytes: float
     grouped_bytes: float
-    per_group: float  # microseconds per expert in the grouped way, beside its bytes and flops
+    per_group: float  # two products on few rows: mostly waking threads and choosing a kernel
 
 
-_FLOAT32 = Rates(75e3, 29e3, 65e3, 28e3, 25e3, 18e3, 12.0)
-_BFLOAT16 = Rates(380e3, 30e3, 200e3, 22e3, 40e3, 15e3, 40.0)
-_WIDENED = Rates(45e3, 29e3, 45e3, 8e3, 25e3, 5e3, 25.0)
-_ROWS_OVERHEAD = 60.0
-_GROUPED_OVERHEAD = 70.0
+_FLOAT32 = Rates(75e3, 29e3, 65e3, 24e3, 25e3, 18e3, 80.0)
+_BFLOAT16 = Rates(380e3, 30e3, 200e3, 22e3, 40e3, 15e3, 50.0)
+_WIDENED = Rates(60e3, 29e3, 45e3, 5e3, 25e3, 5e3, 100.0)
 _GEMM_OVERHEAD = 20.0
+_ROWS_OVERHEAD = 60.0
+_ROWS_PER_PAIR = 0.25
+_GROUPED_OVERHEAD = 70.0
+# Sparse ways must promise at least this gain over the masked dense products to be chosen.
+_SURE_GAIN = 0.85
+# Row sums keep one index and one factor per row and pair; beyond this many, other ways are better.
+_ROWS_MAX_INDICES = 1 << 24
 
 
 class PackedExpertFFN:
@@ -109,7 +116,7 @@ class PackedExpertFFN:
         T, E = x_TD.shape[0], self.num_experts
         if T == 0:
             return torch.zeros_like(x_TD)
-        if self.rows_cost(T * E, E) < self.gemm_cost(T):
+        if self._dense_by_rows(T):
             return self._rows(x_TD, *_every_pair(T, E))
         return self._gemm(x_TD, None)
 
@@ -124,48 +131,53 @@ class PackedExpertFFN:
         P = expert_P.shape[0]
         if P == 0:
             return torch.zeros_like(x_TD)
-        if T == 1:
-            count_E, U = None, P
-        else:
-            count_E = chosen_TE.sum(0).tolist()
-            U = len(count_E) - count_E.count(0)
-        way = self.choose(T, P, U)
+        count_E = chosen_TE.sum(0).tolist()
+        U = self.num_experts - count_E.count(0)
+        way = self.way(T, P, U)
         if way == "rows":
             return self._rows(x_TD, expert_P, token_P)
         if way == "grouped":
-            counts = count_E if count_E is not None else chosen_TE[0].tolist()
-            return self._grouped(x_TD, token_P, counts)
+            return self._grouped(x_TD, token_P, count_E)
         return self._gemm(x_TD, chosen_TE)
 
     # --- the cost rule ---
 
-    def choose(self, T: int, P: int, U: int) -> str:
-        """ "rows", "grouped" or "masked": the cheapest way for P pairs over U experts."""
-        costs = {
-            "rows": self.rows_cost(P, U),
-            "grouped": self.grouped_cost(P, U),
-            "masked": self.gemm_cost(T) + 0.002 * T * self.num_experts,
-        }
-        return min(costs, key=costs.__getitem__)
+    def way(self, T: int, P: int, U: int) -> str:
+        """The cheapest of rows, grouped, masked for T tokens, P pairs and U experts in use."""
+        rows, grouped = self.rows_cost(P, U), self.grouped_cost(P, U)
+        masked = self.gemm_cost(T) + 0.002 * T * self.num_experts
+        if min(rows, grouped) > _SURE_GAIN * masked:
+            return "rows" if self._dense_by_rows(T) else "masked"
+        return "rows" if rows <= grouped else "grouped"
+
+    def _dense_by_rows(self, T: int) -> bool:
+        return self.rows_cost(T * self.num_experts, self.num_experts) < self.gemm_cost(T)
 
     def rows_cost(self, P: int, U: int) -> float:
         """Read U experts once, then add P of them row by row."""
         flops, size = self._per_expert()
         r = self._rates
-        return _ROWS_OVERHEAD + U * size / r.rows_bytes + P * flops / r.rows / _threads()
+        if P * self._shape[0] > _ROWS_MAX_INDICES:
+            return float("inf")
+        adding = P * (_ROWS_PER_PAIR + flops / r.rows) / torch.get_num_threads()
+        return _ROWS_OVERHEAD + U * size / r.rows_bytes + adding
 
     def grouped_cost(self, P: int, U: int) -> float:
         """Two products for each of U experts, P rows in all."""
         flops, size = self._per_expert()
         r = self._rates
         reading = U * (r.per_group + size / r.grouped_bytes)
-        return _GROUPED_OVERHEAD + reading + P * flops / r.grouped / _threads()
+        return _GROUPED_OVERHEAD + reading + P * flops / r.grouped / torch.get_num_threads()
 
     def gemm_cost(self, T: int) -> float:
         """All experts' bytes once, all flops of T tokens."""
         flops, size = self._per_expert()
         r, E = self._rates, self.num_experts
-        return _GEMM_OVERHEAD + E * size / r.gemm_bytes + T * E * flops / r.gemm / _threads()
+        return (
+            _GEMM_OVERHEAD
+            + E * size / r.gemm_bytes
+            + T * E * flops / r.gemm / torch.get_num_threads()
+        )
 
     def _per_expert(self) -> tuple[int, int]:
         D, _, _, S = self._shape
@@ -174,7 +186,7 @@ class PackedExpertFFN:
     # --- the ways ---
 
     def _rows(self, x_TD: Tensor, expert_P: Tensor, token_P: Tensor) -> Tensor:
-        D, F, E, S = self._shape
+        D, _, E, S = self._shape
         P, T = expert_P.shape[0], x_TD.shape[0]
         x_PD = x_TD.expand(P, D) if T == 1 else x_TD.index_select(0, token_P)
         up_rows_PD = block_rows(E, D).index_select(0, expert_P)
@@ -231,7 +243,7 @@ def expert_ffn_reference(
 
 
 def _combine(y_PD: Tensor, token_P: Tensor, T: int) -> Tensor:
-    """Sum the pairs of each token: [T, D]. Adds in float32, rounds once, runs tokens in parallel."""
+    """Sum the pairs of each token, in float32 whatever their type: [T, D]."""
     if T == 1:
         return y_PD.sum(0, keepdim=True)
     order_P = token_P.argsort(stable=True)
@@ -240,13 +252,10 @@ def _combine(y_PD: Tensor, token_P: Tensor, T: int) -> Tensor:
     return y_TD
 
 
+@functools.lru_cache(maxsize=64)
 def _every_pair(T: int, E: int) -> tuple[Tensor, Tensor]:
-    expert_P = torch.arange(E).repeat_interleave(T)
-    return expert_P, torch.arange(T).repeat(E)
-
-
-def _threads() -> int:
-    return torch.get_num_threads()
+    with torch.inference_mode(False):  # cached, so usable in any mode afterwards
+        return torch.arange(E).repeat_interleave(T), torch.arange(T).repeat(E)
 
 
 def _rates(path: str, dtype: torch.dtype) -> Rates:

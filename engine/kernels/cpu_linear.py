@@ -1,15 +1,15 @@
 """Linear layers on the CPU with weights packed once.
 
-An eager ``F.linear`` re-reads its weight in an order that suits the caller, not the memory: on two
-Zen 3 cores it reaches half of the bandwidth of a packed weight, and bfloat16 without hardware support
-is ten to a hundred times slower than float32 beyond one token. So every matrix is packed at load time,
-in the best form this processor has:
+An eager ``F.linear`` reads its weight in the order it was stored, not the order that suits the
+processor: on two Zen 3 cores it moves half the bytes a second of a packed weight, and bfloat16
+without hardware support is up to seven times slower than float32 beyond one token. So every matrix
+is packed at load time, in the best form this processor has:
 
 ``onednn``  an opaque oneDNN weight: float32 everywhere, bfloat16 where the processor multiplies it
             (AVX512-BF16, AMX, AVX-NE-CONVERT). Holds one copy of the weight, in its own type.
-``widen``   bfloat16 on any other processor. Holds one bfloat16 copy as blocks of columns. Few tokens
-            sum weight rows directly (an embedding bag reads bfloat16 and adds in float32); many
-            tokens widen a few blocks at a time into a cached scratch and multiply in float32.
+``widen``   bfloat16 on any other processor. Holds one bfloat16 copy as blocks of columns. Few
+            tokens sum weight rows directly (an embedding bag reads bfloat16 and adds in float32);
+            many tokens widen a few blocks at a time into a cached scratch and multiply in float32.
 ``plain``   builds of torch without oneDNN: ``F.linear``.
 
 Legend: T tokens, K inputs, N outputs, B blocks of columns, S columns per block.
@@ -45,7 +45,7 @@ def best_path(dtype: torch.dtype) -> Path:
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"CPU weights must be float32 or bfloat16, not {dtype}")
-    native = torch.backends.mkldnn.is_available()
+    native = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     if dtype == torch.float32:
         return "onednn" if native else "plain"
     supported = native and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -67,7 +67,8 @@ def row_sums(table_RS: Tensor, rows_BK: Tensor, factors_BK: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _all_starts(width: int) -> Tensor:
-    return torch.arange(0, 4096 * width, width, dtype=torch.int32)
+    with torch.inference_mode(False):  # cached, so usable in any mode afterwards
+        return torch.arange(0, 4096 * width, width, dtype=torch.int32)
 
 
 def _bag_starts(bags: int, width: int) -> Tensor:
@@ -79,14 +80,16 @@ def _bag_starts(bags: int, width: int) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def block_rows(blocks: int, width: int) -> Tensor:
     """[blocks, width] int32: the rows of each block in a table of blocks * width rows."""
-    return torch.arange(blocks * width, dtype=torch.int32).view(blocks, width)
+    with torch.inference_mode(False):
+        return torch.arange(blocks * width, dtype=torch.int32).view(blocks, width)
 
 
 def scratch(rows: int, columns: int) -> Tensor:
     """A float32 [rows, columns] work area of this thread, overwritten by its next call."""
     held: Tensor | None = getattr(_local, "scratch", None)
     if held is None or held.numel() < rows * columns:
-        held = torch.empty(max(rows * columns, _SCRATCH_ELEMENTS))
+        with torch.inference_mode(False):
+            held = torch.empty(max(rows * columns, _SCRATCH_ELEMENTS))
         _local.scratch = held
     return held[: rows * columns].view(rows, columns)
 
@@ -162,6 +165,8 @@ class PackedLinear:
 
     def __call__(self, x_TK: Tensor, relu: bool = False) -> Tensor:
         """[..., inputs] of the weight's type -> [..., outputs] of the same type."""
+        if x_TK.numel() == 0:
+            return x_TK.new_zeros(*x_TK.shape[:-1], self.out_features)
         if self.path == "onednn":
             y: Tensor = torch.ops.mkldnn._linear_pointwise(
                 x_TK, self._weight, None, "relu" if relu else "none", [], ""
@@ -181,7 +186,7 @@ class PackedLinear:
 
 
 def column_blocks(weight_NK: Tensor) -> Tensor:
-    """[N, K] -> [B, K, S]: the transposed weight in blocks of columns, the last padded with zeros."""
+    """[N, K] -> [B, K, S]: the transpose in blocks of columns, the last padded with zeros."""
     N, K = weight_NK.shape
     S = min(_BLOCK_COLUMNS, N)
     B = -(-N // S)
