@@ -42,7 +42,8 @@ bench: install  ## Time the feed-forward layer, sparse against dense, on this CP
 	$(BIN)/ambidex bench ffn
 
 train-starter: install  ## Train the packaged model anew (about an hour on 2 cores) and install it
-	$(BIN)/ambidex train --preset starter --out runs/starter --install-starter
+	$(BIN)/ambidex train --preset starter
+	rm -rf engine/starter && cp -r runs/starter/checkpoint engine/starter
 
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) *.egg-info build .pytest_cache .mypy_cache .ruff_cache

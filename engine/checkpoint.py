@@ -112,8 +112,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         files = sorted(p for p in temporary.iterdir() if p.name != MANIFEST)
         entries = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
         write_json(temporary / MANIFEST, {"format": 1, "files": entries})
-        for file in (*files, temporary / MANIFEST, temporary):
+        for file in (*files, temporary / MANIFEST):
+            file.chmod(0o644)  # safetensors makes files that only their owner can read
             _sync(file)
+        _sync(temporary)
         if path.exists():
             path.rename(retired)
         temporary.rename(path)

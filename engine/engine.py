@@ -24,6 +24,7 @@ from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import InvalidRequest, Overloaded, require
 from engine.kv_blocks import BlockAllocator
+from engine.output import RequestText
 from engine.request import (
     ExpertPolicy,
     FinishReason,
@@ -37,56 +38,6 @@ from engine.runner import Runner, StepResult, plan_cache
 from engine.sampler import Sampled, sample
 from engine.scheduler import Plan, Scheduler
 from engine.stats import Stats, usage_of
-from engine.tokenizer import IncrementalDecoder, Tokenizer
-
-
-class StopMatcher:
-    """Finds the first stop string in a text that arrives in pieces.
-
-    What may be the beginning of a stop string is held back until that is decided. So text once
-    emitted stands, and a stop string comes whole, at the end of the last piece: a reader that wants
-    it hidden cuts it there.
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
-        self._held = ""
-
-    def push(self, text: str) -> tuple[str, bool]:
-        """(the text that is certain now, whether it ends with a stop string)."""
-        text = self._held + text
-        ends = [at + len(stop) for stop in self._stops if (at := text.find(stop)) >= 0]
-        if ends:
-            self._held = ""
-            return text[: min(ends)], True
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep], False
-
-    def flush(self) -> str:
-        """What was held back, when nothing follows."""
-        text, self._held = self._held, ""
-        return text
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest proper prefix of `stop` that ends `text`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
-
-
-class _Output:
-    """The text side of one running request."""
-
-    def __init__(self, tokenizer: Tokenizer, request: Request) -> None:
-        self.decoder = IncrementalDecoder(tokenizer, request.prompt_ids)
-        self.stops = StopMatcher(request.sampling.stop)
-        self.prompt_logprobs: list[float | None] = [None] * request.prompt_len
-
-    def end(self) -> tuple[str, bool]:
-        """All text that is left, and whether a stop string ends it."""
-        text, stopped = self.stops.push(self.decoder.flush())
-        return (text, True) if stopped else (text + self.stops.flush(), False)
 
 
 @dataclass
@@ -137,7 +88,7 @@ class Engine:
         self.num_experts = checkpoint.config.experts.num_experts
         self.num_layers = checkpoint.config.num_hidden_layers
         self.stats = Stats(self.num_layers, self.num_experts, self.num_blocks)
-        self._outputs: dict[str, _Output] = {}
+        self._outputs: dict[str, RequestText] = {}
         self._undelivered: list[TokenEvent] = []
 
     @classmethod
@@ -214,7 +165,7 @@ class Engine:
         """
         with self.stats.counting_rejections():
             self.scheduler.add(request)
-        self._outputs[request.request_id] = _Output(self.tokenizer, request)
+        self._outputs[request.request_id] = RequestText(self.tokenizer, request)
 
     def abort(self, request_id: str) -> bool:
         """End a request; `step` returns its terminal event. False if it is not in the engine."""
@@ -329,7 +280,7 @@ class Engine:
         )
 
     def _read_token(
-        self, request: Request, output: _Output, token_id: int
+        self, request: Request, output: RequestText, token_id: int
     ) -> tuple[str, FinishReason | None]:
         """The text that a new token made final, and whether it ends the request."""
         sampling = request.sampling
@@ -346,7 +297,7 @@ class Engine:
             return text, "stop_sequence"
         return text, "length" if full else None
 
-    def _prompt_tokens(self, request: Request, output: _Output) -> tuple[TokenLogprob, ...]:
+    def _prompt_tokens(self, request: Request, output: RequestText) -> tuple[TokenLogprob, ...]:
         """The prompt with its log-probabilities, if asked for."""
         if not request.sampling.prompt_logprobs:
             return ()

@@ -157,7 +157,7 @@ class Decoder(nn.Module):
             policy, ids_BL.numel(), self.config.experts.num_experts, ids_BL.device
         )
         attend = causal_attend(batch, length)
-        logits_TV = self(ids_BL.flatten(), positions_T, attend, policies, trace)
+        logits_TV: Tensor = self(ids_BL.flatten(), positions_T, attend, policies, trace)
         return logits_TV.view(batch, length, -1)
 
 

@@ -60,9 +60,9 @@ class Rates:
     per_group: float  # two products on few rows: mostly waking threads and choosing a kernel
 
 
-_FLOAT32 = Rates(75e3, 29e3, 65e3, 24e3, 25e3, 18e3, 80.0)
+_FLOAT32 = Rates(75e3, 29e3, 65e3, 24e3, 25e3, 18e3, 150.0)
 _BFLOAT16 = Rates(380e3, 30e3, 200e3, 22e3, 40e3, 15e3, 50.0)
-_WIDENED = Rates(60e3, 29e3, 45e3, 5e3, 25e3, 5e3, 100.0)
+_WIDENED = Rates(60e3, 29e3, 45e3, 5e3, 25e3, 5e3, 150.0)
 _GEMM_OVERHEAD = 20.0
 _ROWS_OVERHEAD = 60.0
 _ROWS_PER_PAIR = 0.25
@@ -116,7 +116,7 @@ class PackedExpertFFN:
         T, E = x_TD.shape[0], self.num_experts
         if T == 0:
             return torch.zeros_like(x_TD)
-        if self._dense_by_rows(T):
+        if self.dense_way(T) == "rows":
             return self._rows(x_TD, *_every_pair(T, E))
         return self._gemm(x_TD, None)
 
@@ -147,11 +147,13 @@ class PackedExpertFFN:
         rows, grouped = self.rows_cost(P, U), self.grouped_cost(P, U)
         masked = self.gemm_cost(T) + 0.002 * T * self.num_experts
         if min(rows, grouped) > _SURE_GAIN * masked:
-            return "rows" if self._dense_by_rows(T) else "masked"
+            return "rows" if self.dense_way(T) == "rows" else "masked"
         return "rows" if rows <= grouped else "grouped"
 
-    def _dense_by_rows(self, T: int) -> bool:
-        return self.rows_cost(T * self.num_experts, self.num_experts) < self.gemm_cost(T)
+    def dense_way(self, T: int) -> str:
+        """The cheaper of rows and gemm for all neurons of T tokens."""
+        by_rows = self.rows_cost(T * self.num_experts, self.num_experts)
+        return "rows" if by_rows < self.gemm_cost(T) else "gemm"
 
     def rows_cost(self, P: int, U: int) -> float:
         """Read U experts once, then add P of them row by row."""

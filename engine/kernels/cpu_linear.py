@@ -60,7 +60,7 @@ def row_sums(table_RS: Tensor, rows_BK: Tensor, factors_BK: Tensor) -> Tensor:
     """
     B, K = rows_BK.shape
     out: Tensor = torch.embedding_bag(
-        table_RS, rows_BK.view(-1), _bag_starts(B, K), False, 0, False, factors_BK.reshape(-1)
+        table_RS, rows_BK.reshape(-1), _bag_starts(B, K), False, 0, False, factors_BK.reshape(-1)
     )[0]
     return out
 

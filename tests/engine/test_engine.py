@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
-from engine.engine import Engine, StopMatcher
+from engine.engine import Engine
 from engine.errors import ConfigError, InvalidRequest, Overloaded
 from engine.model import Decoder, generate
+from engine.output import StopMatcher
 from engine.request import ExpertPolicy, Request, SamplingParams, TokenEvent
 
 MakeEngine = Callable[..., Engine]

@@ -105,14 +105,14 @@ def test_each_way_matches_the_reference(
         assert_near(ffn.sparse(x_TD, chosen_TE), expected, dtype)
 
 
-@pytest.mark.parametrize("by_rows", [False, True])
+@pytest.mark.parametrize("way", ["rows", "gemm"])
 @pytest.mark.parametrize("activation", ["relu", "relu2"])
 def test_both_dense_ways_match_the_reference(
-    path: str, activation: str, by_rows: bool, monkeypatch: pytest.MonkeyPatch
+    path: str, activation: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     up, down = weights(100, 24, 7, torch.float32)
     ffn = PackedExpertFFN(up, down, 7, activation)
-    monkeypatch.setattr(ffn, "_dense_by_rows", lambda _: by_rows)
+    monkeypatch.setattr(ffn, "dense_way", lambda _: way)
     x_TD = torch.randn(5, 100)
     everyone = torch.ones(5, 7, dtype=torch.bool)
     expected = reference(x_TD, up, down, everyone, activation)
