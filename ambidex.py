@@ -218,6 +218,7 @@ def evaluate(
     """Perplexity, dense and at 1/16, 1/8, 1/4 and 1/2 of the experts, routed and by oracle."""
     from training.evaluation import evaluate_paths
 
+    _check_writable(json_file)
     checkpoint = _load(model)
     curve = evaluate_paths(checkpoint, data or [], max_tokens, lambda policy: err.print(policy))
     table = Table(
@@ -269,6 +270,7 @@ def ffn(json_file: JsonFile = None) -> None:
     """
     from benchmarks.ffn import main as run_bench
 
+    _check_writable(json_file)
     run_bench(["--json", str(json_file)] if json_file is not None else [])
 
 
@@ -276,6 +278,15 @@ def _model_path(model: Path | None) -> Path:
     from engine.checkpoint import STARTER
 
     return model or Path(os.environ.get("AMBIDEX_MODEL", STARTER))
+
+
+def _check_writable(json_file: Path | None) -> None:
+    """Refuse a results file that could not be written, before the work is done."""
+    from engine.errors import require
+
+    if json_file is not None:
+        folder = json_file.parent
+        require(folder.is_dir(), f"--json must name a file in an existing directory, not {folder}")
 
 
 def _load(model: Path | None) -> Checkpoint:

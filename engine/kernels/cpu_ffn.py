@@ -127,18 +127,29 @@ class PackedExpertFFN:
         experts chosen the result is ``dense(x)`` up to rounding.
         """
         T = x_TD.shape[0]
+        if T == 1:
+            return self._sparse_one(x_TD, chosen_TE)
         expert_P, token_P = chosen_TE.t().nonzero().unbind(1)
         P = expert_P.shape[0]
         if P == 0:
             return torch.zeros_like(x_TD)
-        count_E = chosen_TE.sum(0).tolist()
-        U = self.num_experts - count_E.count(0)
-        way = self.way(T, P, U)
+        count_E: list[int] = chosen_TE.sum(0).tolist()
+        way = self.way(T, P, self.num_experts - count_E.count(0))
         if way == "rows":
             return self._rows(x_TD, expert_P, token_P)
         if way == "grouped":
             return self._grouped(x_TD, token_P, count_E)
         return self._gemm(x_TD, chosen_TE)
+
+    def _sparse_one(self, x_1D: Tensor, chosen_1E: Tensor) -> Tensor:
+        """One token: as few operators as possible, and groups of one row never pay."""
+        expert_P = chosen_1E[0].nonzero().view(-1)
+        P = expert_P.shape[0]
+        if P == 0:
+            return torch.zeros_like(x_1D)
+        if self.way(1, P, P) == "masked":
+            return self._gemm(x_1D, chosen_1E)
+        return self._rows(x_1D, expert_P, None)
 
     # --- the cost rule ---
 
@@ -187,15 +198,17 @@ class PackedExpertFFN:
 
     # --- the ways ---
 
-    def _rows(self, x_TD: Tensor, expert_P: Tensor, token_P: Tensor) -> Tensor:
+    def _rows(self, x_TD: Tensor, expert_P: Tensor, token_P: Tensor | None) -> Tensor:
+        """`token_P` is None for a single token, which all pairs share."""
         D, _, E, S = self._shape
-        P, T = expert_P.shape[0], x_TD.shape[0]
-        x_PD = x_TD.expand(P, D) if T == 1 else x_TD.index_select(0, token_P)
+        x_PD = x_TD.expand(len(expert_P), D) if token_P is None else x_TD.index_select(0, token_P)
         up_rows_PD = block_rows(E, D).index_select(0, expert_P)
         h_PS = self._activate(row_sums(self._up_EDS.view(E * D, S), up_rows_PD, x_PD))
         down_rows_PS = block_rows(E, S).index_select(0, expert_P)
         y_PD = row_sums(self._down_FD, down_rows_PS, h_PS)
-        return _combine(y_PD, token_P, T)
+        if token_P is None:
+            return y_PD.sum(0, keepdim=True)
+        return _combine(y_PD, token_P, x_TD.shape[0])
 
     def _grouped(self, x_TD: Tensor, token_P: Tensor, counts: list[int]) -> Tensor:
         compute = torch.float32 if self.path == "widen" else x_TD.dtype
@@ -246,8 +259,6 @@ def expert_ffn_reference(
 
 def _combine(y_PD: Tensor, token_P: Tensor, T: int) -> Tensor:
     """Sum the pairs of each token, in float32 whatever their type: [T, D]."""
-    if T == 1:
-        return y_PD.sum(0, keepdim=True)
     order_P = token_P.argsort(stable=True)
     count_T = token_P.bincount(minlength=T)
     y_TD: Tensor = torch.embedding_bag(y_PD, order_P, count_T.cumsum(0) - count_T)[0]
@@ -255,9 +266,10 @@ def _combine(y_PD: Tensor, token_P: Tensor, T: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _every_pair(T: int, E: int) -> tuple[Tensor, Tensor]:
+def _every_pair(T: int, E: int) -> tuple[Tensor, Tensor | None]:
     with torch.inference_mode(False):  # cached, so usable in any mode afterwards
-        return torch.arange(E).repeat_interleave(T), torch.arange(T).repeat(E)
+        experts = torch.arange(E).repeat_interleave(T)
+        return experts, None if T == 1 else torch.arange(T).repeat(E)
 
 
 def _rates(path: str, dtype: torch.dtype) -> Rates:
