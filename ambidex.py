@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -57,6 +58,9 @@ def main() -> None:
     except AmbidexError as error:
         err.print(f"error: {error}", style="red", markup=False, highlight=False)
         sys.exit(1)
+    except OSError as error:
+        err.print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -102,7 +106,7 @@ def train(
 
     config = _train_config(preset, steps, seed)
     run = out or Path("runs") / preset
-    command = "ambidex " + " ".join(sys.argv[1:])
+    command = shlex.join(["ambidex", *sys.argv[1:]])
     with ProgressMonitor(config.steps) as monitor:
         path = Trainer(
             config, run, data or [], monitor, command, device=device, fresh=fresh
@@ -166,7 +170,10 @@ def generate(
     model: Model = None,
     experts: Experts = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0 is greedy. Default: 0, or 1 if top-k, top-p or seed is given."),
+    ] = None,
     top_k: Annotated[int, typer.Option(help="Sample among the k likeliest; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1: all.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
@@ -178,6 +185,8 @@ def generate(
     from engine.engine import Engine
     from engine.request import SamplingParams
 
+    if temperature is None:
+        temperature = 1.0 if top_k or top_p < 1.0 or seed is not None else 0.0
     sampling = SamplingParams(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )
@@ -307,7 +316,7 @@ def _print_quality(path: Path) -> None:
     from engine.config import ModelConfig
 
     report = read_json(path / "training_report.json")
-    dense = report["evaluation"]["dense"]["perplexity"]
+    dense = report.get("evaluation", {}).get("dense", {}).get("perplexity", float("nan"))
     experts = ModelConfig.from_dict(read_json(path / "config.json")).experts
     table = Table("experts per token", "share", "perplexity", "against dense", title="quality")
     table.add_row("dense", "100%", f"{dense:.3f}", "")

@@ -115,9 +115,11 @@ class Bench:
         rivals: dict[str, Call] = {"dense": lambda i: self.layers[i].dense(x_TD)}
         for name, chosen in choices.items():
             rivals[name] = self._sparse(x_TD, chosen)
+        slow_bf16 = self.dtype == torch.bfloat16 and best_path(self.dtype) == "widen"
+        if not slow_bf16 or tokens <= 4:  # beyond, eager takes up to seconds per layer
+            rivals["eager"] = self._eager(x_TD)
         timing = race(rivals, len(self.layers), rounds, patience)
-        eager = self._time_eager(x_TD)
-        return list(self._records(tokens, timing, eager, choices))
+        return list(self._records(tokens, timing, choices))
 
     def _sparse(self, x_TD: Tensor, chosen: list[Tensor]) -> Call:
         return lambda i: self.layers[i].sparse(x_TD, chosen[i])
@@ -129,39 +131,27 @@ class Bench:
         order_TE = torch.rand(tokens, self.size.experts).argsort(1)
         return order_TE < self.size.chosen
 
-    def _time_eager(self, x_TD: Tensor) -> float | None:
-        hopeless = self.dtype == torch.bfloat16 and best_path(self.dtype) == "widen"
-        if hopeless and len(x_TD) > 4:
-            return None  # seconds per layer
-
+    def _eager(self, x_TD: Tensor) -> Call:
         def call(i: int) -> Tensor:
-            up_FD, down_DF = self.eager[i]
+            up_FD, down_DF = self.eager[i % len(self.eager)]
             return F.linear(F.linear(x_TD, up_FD).relu_(), down_DF)
 
-        return race({"eager": call}, len(self.eager), rounds=5, patience=0.0).ms["eager"]
+        return call
 
     def _records(
-        self, tokens: int, timing: Timing, eager: float | None, choices: dict[str, list[Tensor]]
+        self, tokens: int, timing: Timing, choices: dict[str, list[Tensor]]
     ) -> Iterator[Record]:
-        yield self._record("cpu_ffn_dense", tokens, "all", timing, eager, choices)
-        for routing in choices:
-            yield self._record(
-                "cpu_ffn_sparse", tokens, routing, timing, timing.ms["dense"], choices
-            )
+        E = self.size.experts
+        yield self._record("cpu_ffn_dense", tokens, "all", E, timing)
+        for routing, chosen in choices.items():
+            union = int(chosen[0].any(0).sum())
+            yield self._record("cpu_ffn_sparse", tokens, routing, union, timing)
 
-    def _record(
-        self,
-        name: str,
-        tokens: int,
-        routing: str,
-        timing: Timing,
-        peer: float | None,
-        choices: dict[str, list[Tensor]],
-    ) -> Record:
+    def _record(self, name: str, tokens: int, routing: str, union: int, timing: Timing) -> Record:
         size, ffn = self.size, self.layers[0]
         value = timing.ms["dense" if routing == "all" else routing]
-        union = size.experts if routing == "all" else int(choices[routing][0].any(0).sum())
-        sparse_way = ffn.way(tokens, tokens * size.chosen, union)
+        peer = timing.ms.get("eager" if routing == "all" else "dense")
+        sparse_way = ffn.sparse_way(tokens, tokens * size.chosen, union)
         params = {
             "d_model": size.model,
             "d_ff": size.neurons,

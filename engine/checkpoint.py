@@ -5,7 +5,7 @@ A checkpoint is a directory of safetensors and JSON:
     config.json               the model's shape, its experts, its quality by k
     model.safetensors         the weights (in shards with an index above 5 GB)
     tokenizer.json            Hugging Face tokenizer
-    generation_config.json    end-of-text id and sampling defaults
+    generation_config.json    end-of-text id, for tools that read Hugging Face checkpoints
     training_report.json      how it was made and what it scored
     manifest.json             size and SHA-256 of every other file
 
@@ -31,13 +31,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.config import ModelConfig
-from engine.errors import CheckpointError, ConfigError
+from engine.config import ModelConfig, check_choice
+from engine.errors import CheckpointError, ConfigError, require
 from engine.model import Decoder
 from engine.tokenizer import Tokenizer
 
 STARTER: Final = Path(__file__).parent / "starter"
 MANIFEST: Final = "manifest.json"
+FORMAT: Final = 1
 SHARD_BYTES: Final = 5 << 30
 MAX_JSON_BYTES: Final = 64 << 20
 
@@ -111,16 +112,19 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         yield temporary
         files = sorted(p for p in temporary.iterdir() if p.name != MANIFEST)
         entries = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
-        write_json(temporary / MANIFEST, {"format": 1, "files": entries})
+        write_json(temporary / MANIFEST, {"format": FORMAT, "files": entries})
         for file in (*files, temporary / MANIFEST):
             file.chmod(0o644)  # safetensors makes files that only their owner can read
             _sync(file)
         _sync(temporary)
         if path.exists():
+            shutil.rmtree(retired, ignore_errors=True)
             path.rename(retired)
         temporary.rename(path)
         _sync(path.parent)
     finally:
+        if retired.exists() and not path.exists():
+            retired.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
 
@@ -133,7 +137,10 @@ def verify_manifest(path: Path) -> dict[str, dict[str, Any]]:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint directory")
-    entries = read_json(path / MANIFEST).get("files")
+    manifest = read_json(path / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path / MANIFEST}: format must be {FORMAT}")
+    entries = manifest.get("files")
     if not isinstance(entries, dict) or not entries:
         raise CheckpointError(f"{path / MANIFEST}: lists no files")
     for name, entry in entries.items():
@@ -174,13 +181,13 @@ def save_tensors(directory: Path, tensors: Mapping[str, Tensor], stem: str = "mo
     write_json(directory / f"{stem}.safetensors.index.json", index)
 
 
-def load_tensors(directory: Path, stem: str = "model") -> dict[str, Tensor]:
-    """The tensors that `save_tensors` wrote, memory-mapped where the platform allows."""
-    index = directory / f"{stem}.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(read_json(index)["weight_map"].values()))
-    else:
-        names = [f"{stem}.safetensors"]
+def load_tensors(
+    directory: Path, entries: Mapping[str, Any], stem: str = "model"
+) -> dict[str, Tensor]:
+    """The tensors that `save_tensors` wrote; only files that the manifest's `entries` list."""
+    names = sorted(n for n in entries if n.startswith(stem) and n.endswith(".safetensors"))
+    if not names:
+        raise CheckpointError(f"{directory / MANIFEST}: lists no {stem}.safetensors")
     tensors: dict[str, Tensor] = {}
     for name in names:
         try:
@@ -229,31 +236,55 @@ def load(path: Path | str, device: str = "cpu", dtype: str = "auto") -> Checkpoi
         CheckpointError: if anything is missing, damaged, foreign, or does not fit together.
     """
     path = Path(path)
+    check_device(device)
     entries = verify_manifest(path)
+    for name in ("config.json", "tokenizer.json", "training_report.json"):
+        if name not in entries:
+            raise CheckpointError(f"{path / MANIFEST}: does not list {name}")
     try:
         config = ModelConfig.from_dict(read_json(path / "config.json"))
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     tokenizer = Tokenizer.from_file(path / "tokenizer.json")
-    if tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(
-            f"{path / 'tokenizer.json'}: has {tokenizer.vocab_size} tokens, "
-            f"the model only {config.vocab_size}"
-        )
+    _check_tokenizer(path / "tokenizer.json", tokenizer, config)
     weights = [e["sha256"] for name, e in sorted(entries.items()) if name.endswith("safetensors")]
     return Checkpoint(
         path=path,
         config=config,
-        model=_load_model(path, config, device, dtype),
+        model=_load_model(path, entries, config, device, dtype),
         tokenizer=tokenizer,
         report=read_json(path / "training_report.json"),
         fingerprint=hashlib.sha256("".join(weights).encode()).hexdigest(),
     )
 
 
-def _load_model(path: Path, config: ModelConfig, device: str, dtype: str) -> Decoder:
+def check_device(device: str) -> None:
+    """Raise ConfigError unless `device` is a known one that this machine has."""
+    check_choice("device", device, ("cpu", "cuda"))
+    require(
+        device != "cuda" or torch.cuda.is_available(),
+        "device cuda: torch sees no CUDA device here",
+    )
+
+
+def _check_tokenizer(path: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """Raise CheckpointError unless model and tokenizer agree on tokens and their end."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{path}: has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}"
+        )
+    if tokenizer.eos_id != config.eos_token_id:
+        raise CheckpointError(
+            f"{path}: ends text with token {tokenizer.eos_id}, config.json with "
+            f"{config.eos_token_id}"
+        )
+
+
+def _load_model(
+    path: Path, entries: Mapping[str, Any], config: ModelConfig, device: str, dtype: str
+) -> Decoder:
     """The decoder with its weights, in eval mode."""
-    tensors = load_tensors(path)
+    tensors = load_tensors(path, entries)
     with torch.device("meta"):
         model = Decoder(config)
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
@@ -265,6 +296,10 @@ def _load_model(path: Path, config: ModelConfig, device: str, dtype: str) -> Dec
                 f"config.json asks for {expected.get(name)}"
             )
     target = getattr(torch, config.torch_dtype if dtype == "auto" else dtype)
+    require(
+        device == "cuda" or target is not torch.float16,
+        "dtype float16 needs device cuda; on the CPU use bfloat16 or float32",
+    )
     cast = {
         name: t.to(device, torch.float32 if name.endswith("ffn.router") else target)
         for name, t in tensors.items()

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
-from engine.errors import ConfigError, require
+from engine.errors import ConfigError, InvalidRequest, require
+from engine.request import ExpertPolicy
 
 MODEL_TYPE: Final = "ambidex"
 DTYPES: Final = ("float32", "bfloat16", "float16")
@@ -20,7 +21,10 @@ MAX_EXPERTS: Final = 256  # the routing kernel ranks a token's experts in regist
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Raise ConfigError unless `low <= value <= high`."""
+    """Raise ConfigError unless `low <= value <= high`, and whole if the bounds are."""
+    if isinstance(low, int) and isinstance(high, int):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        require(whole, f"{name} must be a whole number from {low} to {high}, got {value!r}")
     require(low <= value <= high, f"{name} must be between {low} and {high}, got {value}")
 
 
@@ -73,6 +77,15 @@ class ExpertConfig:
     def __post_init__(self) -> None:
         check_range("experts.num_experts", self.num_experts, 1, MAX_EXPERTS)
         check_range("experts.expert_size", self.expert_size, 1, 1 << 20)
+        try:
+            policy = ExpertPolicy.parse(self.default_policy)
+            policy.validate(self.num_experts)
+        except InvalidRequest as error:
+            raise ConfigError(f"experts.default_policy: {error}") from error
+        require(
+            policy.kind in ("dense", "top_k", "mass"),
+            f"experts.default_policy must be dense, top_k:N or mass:SHARE, not {policy}",
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

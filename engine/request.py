@@ -70,7 +70,7 @@ class ExpertPolicy:
         Raises:
             InvalidRequest: if `text` is none of these.
         """
-        kind, _, value = text.strip().partition(":")
+        kind, _, value = text[:40].strip().partition(":")
         if kind in ("dense", "auto") and not value:
             return cls("dense" if kind == "dense" else "auto")
         try:
@@ -87,7 +87,7 @@ class ExpertPolicy:
     def __str__(self) -> str:
         if self.kind in ("dense", "auto"):
             return self.kind
-        return f"{self.kind}:{self.value:g}"
+        return f"{self.kind}:{self.value}"
 
     def resolve(self, default: str) -> ExpertPolicy:
         """Replace `auto` by the checkpoint's `default` policy."""
@@ -98,12 +98,12 @@ class ExpertPolicy:
         if self.kind in ("top_k", "oracle"):
             _check(
                 1 <= self.value <= num_experts,
-                f"experts.{self.kind} must be between 1 and {num_experts}, got {self.value:g}",
+                f"experts.{self.kind} must be between 1 and {num_experts}, got {self.value}",
             )
         if self.kind == "mass":
             _check(
                 math.isfinite(self.value) and 0.0 < self.value <= 1.0,
-                f"experts.mass must be above 0 and at most 1, got {self.value:g}",
+                f"experts.mass must be above 0 and at most 1, got {self.value}",
             )
 
     def limits(self, num_experts: int) -> tuple[int, float]:
@@ -175,7 +175,8 @@ class SamplingParams:
     def _range(self, name: str, low: float, high: float, *, open_low: bool = False) -> None:
         value = getattr(self, name)
         above = value > low if open_low else value >= low
-        bounds = f"above {low:g} and at most {high:g}" if open_low else f"from {low:g} to {high:g}"
+        first, last = (n if isinstance(n, int) else f"{n:g}" for n in (low, high))
+        bounds = f"above {first} and at most {last}" if open_low else f"from {first} to {last}"
         _check(
             math.isfinite(value) and above and value <= high,
             f"{name} must be {bounds}, got {value}",

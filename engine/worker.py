@@ -101,6 +101,8 @@ class Worker:
         self.failure: str | None = None
         self.last_progress = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="ambidex-engine", daemon=True)
+        self._watchdog = threading.Thread(target=self._watch, name="ambidex-watchdog", daemon=True)
+        self._ended = threading.Event()
         self._wake = threading.Event()
         self._lock = threading.Lock()
         self._inbox: list[Request] = []
@@ -120,7 +122,12 @@ class Worker:
     @property
     def alive(self) -> bool:
         """Whether the thread runs and makes progress; if not, only a restart helps."""
-        return self._thread.is_alive() and self.failure is None and not self.hung
+        return self.running and self.failure is None and not self.hung
+
+    @property
+    def running(self) -> bool:
+        """Whether the thread has not ended."""
+        return self._thread.is_alive()
 
     @property
     def ready(self) -> bool:
@@ -136,8 +143,9 @@ class Worker:
     # From the event loop
 
     def start(self) -> None:
-        """Start the thread; once in a worker's life."""
+        """Start the threads; once in a worker's life."""
         self._thread.start()
+        self._watchdog.start()
 
     async def submit(self, request: Request) -> EventStream:
         """Accept a request and return its events. Does not wait.
@@ -221,11 +229,24 @@ class Worker:
         except BaseException as error:  # whatever it is, nobody above this thread would hear of it
             logger.exception("a step of the engine failed")
             self._fail(f"{type(error).__name__}: {error}"[:500])
+        finally:
+            self._ended.set()
+
+    def _watch(self) -> None:
+        """The watchdog: a step that hangs ends every request, without the engine's help."""
+        while not self._ended.wait(min(1.0, self.step_timeout / 4)):
+            if self.hung:
+                with self._lock:
+                    self.failure = f"a step took longer than {self.step_timeout:g} s"
+                    self._inbox.clear()
+                logger.error("the engine has failed: %s", self.failure)
+                self._end_streams("error", f"the engine has failed: {self.failure}")
+                return
 
     def _serve(self) -> None:
         while True:
             self._wake.clear()  # first, so that a signal from here on ends the wait below
-            if self._stopping:
+            if self._stopping or self.failure is not None:
                 break
             self._take_messages()
             if self.engine.has_work():

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 
-import torch
+# Threads that wait for work sleep instead of spinning: beside other processes, spinning makes tests
+# of tiny models many times slower. Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch  # after the setting above
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

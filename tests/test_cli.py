@@ -101,6 +101,10 @@ REFUSED = [
     (["generate", "x", "--max-new-tokens", "0"], "max_new_tokens must be from 1 to"),
     (["generate", ""], "inputs must have at least 1 token"),
     (["generate", "x", "--device", "tpu"], "device must be one of cpu, cuda; got 'tpu'"),
+    (["generate", "x", "--dtype", "float16"], "float16 needs device cuda"),
+    (["generate", "x", "--experts", "top_k:" + "9" * 400], "experts.top_k must be between 1 and"),
+    (["train", "--device", "tpu", "--out", "{tmp}/r"], "device must be one of cpu, cuda"),
+    (["train", "--data", "{tmp}/f", "--out", "{tmp}/f"], "unknown kind of file"),
     (["generate", "x", "--model", "{tmp}"], "manifest.json: missing"),
     (["inspect", "--model", "{tmp}/none"], "no such checkpoint directory"),
     (["serve", "--port", "99999"], "port: Input should be less than or equal to 65535"),
@@ -114,6 +118,7 @@ REFUSED = [
 def test_bad_input_gets_one_sentence(
     arguments: list[str], sentence: str, tmp_path: Path, ambidex: Command
 ) -> None:
+    (tmp_path / "f").write_text("a file of no known kind")
     result = ambidex(*(a.replace("{tmp}", str(tmp_path)) for a in arguments))
     assert result.returncode != 0
     assert "Traceback" not in result.stderr

@@ -24,7 +24,10 @@ _MAX_ROUNDS = 2000
 
 @dataclass(frozen=True)
 class Clustering:
-    """Labels [F] with equal counts, unit centroids [E, D], and the mean cosine distance."""
+    """Labels [F] with equal counts, their unit centroids [E, D], and the inertia.
+
+    Inertia is the mean cosine distance to the centroids that the rows were assigned by.
+    """
 
     labels_F: Tensor
     centroids_ED: Tensor

@@ -14,8 +14,10 @@ import hashlib
 import importlib
 import json
 import lzma
+import platform
 import random
 import sysconfig
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,8 @@ from training.errors import DataError
 
 TEXT_SUFFIXES: Final = (".txt", ".md", ".py", ".jsonl")
 PACKED_SUFFIXES: Final = (".xz", ".gz", ".zst")
+# Whole documents are held out, so the share is overshot, but never by more than this factor.
+_MOST_HELD_OUT: Final = 5
 # Tests and vendored packages repeat themselves and are absent from some distributions' Python.
 _SKIPPED_STDLIB: Final = {
     "site-packages",
@@ -83,9 +87,13 @@ def _open_text(path: Path) -> IO[str]:
     return path.open(encoding="utf-8")
 
 
+def _inner(path: Path) -> Path:
+    """`path` without the suffix of its compression."""
+    return path.with_suffix("") if path.suffix in PACKED_SUFFIXES else path
+
+
 def _is_text_file(path: Path) -> bool:
-    inner = path.with_suffix("") if path.suffix in PACKED_SUFFIXES else path
-    return inner.suffix in TEXT_SUFFIXES
+    return _inner(path).suffix in TEXT_SUFFIXES
 
 
 def _json_line_text(line: str, where: str) -> str:
@@ -107,7 +115,7 @@ def read_documents(path: Path, name: str) -> Iterator[Document]:
     """
     try:
         with _open_text(path) as file:
-            if ".jsonl" in path.suffixes:
+            if _inner(path).suffix == ".jsonl":
                 for number, line in enumerate(file, start=1):
                     if line.strip():
                         text = _json_line_text(line, f"{path}, line {number}")
@@ -120,7 +128,7 @@ def read_documents(path: Path, name: str) -> Iterator[Document]:
         raise DataError(f"{path}: is not UTF-8 text ({error.reason})") from error
     except DataError:
         raise
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
 
 
@@ -144,19 +152,25 @@ def standard_library() -> list[Document]:
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if _SKIPPED_STDLIB.isdisjoint(relative.parts):
-            text = path.read_text(encoding="utf-8", errors="replace")
+            try:
+                text = path.read_text(encoding="utf-8", errors="replace")
+            except OSError:
+                continue  # a dangling link, or not ours to read
             if text.strip():
                 documents.append(Document(relative.as_posix(), text))
     return documents
 
 
 def read_paths(paths: Sequence[Path]) -> list[Document]:
-    """All documents of files and folders, in order of name.
+    """All documents of files and folders, in order of name; the same text counts once.
 
     Raises:
         DataError: if a path is missing, unreadable, or of an unknown kind, or holds no text.
     """
-    documents = [d for p in paths for f, name in _files_below(p) for d in read_documents(f, name)]
+    files = {f.resolve(): (f, name) for p in paths for f, name in _files_below(p)}
+    found = (d for f, name in files.values() for d in read_documents(f, name))
+    # A text that comes twice could be trained on and held out.
+    documents = list({d.text: d for d in found}.values())
     if not documents:
         raise DataError(f"{', '.join(str(p) for p in paths)}: no text found")
     return documents
@@ -165,7 +179,8 @@ def read_paths(paths: Sequence[Path]) -> list[Document]:
 def load_corpus(paths: Sequence[Path], valid_share: float, seed: int) -> Corpus:
     """Read and split the corpus; no paths mean the standard library.
 
-    Whole documents are held out, chosen by the seed; a corpus of one document gives its tail.
+    Whole documents are held out, chosen by the seed; where all are too large for that, the end of
+    the largest one is.
 
     Raises:
         DataError: if a path cannot be read or there is no text at all.
@@ -175,7 +190,9 @@ def load_corpus(paths: Sequence[Path], valid_share: float, seed: int) -> Corpus:
         description = ", ".join(str(p) for p in paths)
     else:
         documents = standard_library()
-        description = f"source of the Python {sysconfig.get_python_version()} standard library"
+        if not documents:
+            raise DataError("this Python has no standard library sources; give --data")
+        description = f"source of the Python {platform.python_version()} standard library"
     digest = hashlib.sha256()
     for document in documents:
         digest.update(document.name.encode())
@@ -187,21 +204,30 @@ def load_corpus(paths: Sequence[Path], valid_share: float, seed: int) -> Corpus:
 def _split(
     documents: list[Document], share: float, seed: int
 ) -> tuple[list[Document], list[Document]]:
-    if len(documents) == 1:
-        name, text = documents[0].name, documents[0].text
-        cut = int(len(text) * (1 - share))
-        return [Document(name, text[:cut])], [Document(name, text[cut:])]
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
-    wanted = share * sum(len(d.text) for d in documents)
+    total = sum(len(d.text) for d in documents)
+    most = min(_MOST_HELD_OUT * share, (1 + share) / 2) * total
     held: set[int] = set()
-    for index in order[:-1]:
-        if wanted <= 0:
-            break
-        held.add(index)
-        wanted -= len(documents[index].text)
+    size = 0
+    for index in order:
+        length = len(documents[index].text)
+        if size < share * total and size + length <= most:
+            held.add(index)
+            size += length
+    if not held:  # a few large documents: no whole one is small enough
+        return _split_tail(documents, share)
     train = [d for i, d in enumerate(documents) if i not in held]
     return train, [d for i, d in enumerate(documents) if i in held]
+
+
+def _split_tail(documents: list[Document], share: float) -> tuple[list[Document], list[Document]]:
+    """Hold out the end of the largest document."""
+    largest = max(documents, key=lambda d: len(d.text))
+    wanted = int(share * sum(len(d.text) for d in documents))
+    cut = len(largest.text) - wanted
+    train = [Document(d.name, d.text[:cut] if d is largest else d.text) for d in documents]
+    return train, [Document(largest.name, largest.text[cut:])]
 
 
 def train_tokenizer(documents: list[Document], vocab_size: int) -> Tokenizer:

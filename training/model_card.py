@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from engine.config import ModelConfig
+
+_STARTER: Final = """ It shows what the software does; it is too small to be useful as a language
+model."""
+_LICENCE: Final = """
+The text that it was trained on is the Python Software Foundation's, under the PSF licence; the
+weights are released under Apache-2.0.
+"""
 
 
 def model_card(config: ModelConfig, report: Mapping[str, Any]) -> str:
@@ -19,12 +26,12 @@ def model_card(config: ModelConfig, report: Mapping[str, Any]) -> str:
         for p in experts.quality
     ]
     switches = [f"- step {s['step']}: {s['phase']} ({s['reason']})" for s in report["switches"]]
+    is_starter = run["preset"] == "starter" and "standard library" in corpus["description"]
     active = ", ".join(f"{share:.1%}" for share in report["active_neurons"])
     return f"""# {run["preset"]}: an SSD model
 
-A small decoder trained by switching between dense and sparse steps, so that one set of weights runs
-dense or as a mixture of experts. It shows what the software does; it is too small to be useful as a
-language model.
+A decoder trained by switching between dense and sparse steps, so that one set of weights runs dense
+or as a mixture of experts.{_STARTER if is_starter else ""}
 
 | | |
 |---|---|
@@ -51,10 +58,7 @@ Perplexity on {corpus["held_out_tokens"]:,} held-out tokens; dense mode: **{dens
 Phases (dense from step 0):
 
 {chr(10).join(switches)}
-
-The text that it was trained on is the Python Software Foundation's under the PSF licence if it is
-the standard library; the weights are released under Apache-2.0.
-"""
+{_LICENCE if is_starter else ""}"""
 
 
 def _machine(report: Mapping[str, Any]) -> str:

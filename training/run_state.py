@@ -10,9 +10,13 @@ at least the one that was there before.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +25,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import (
+    MANIFEST,
     atomic_directory,
     load_tensors,
     read_json,
@@ -28,12 +33,14 @@ from engine.checkpoint import (
     verify_manifest,
     write_json,
 )
+from engine.errors import CheckpointError
 from engine.model import Decoder
 from engine.tokenizer import Tokenizer
 from training.activation import ActivationPattern
 from training.errors import TrainingError
 
-_STATE_GLOB: Final = "state-*"
+_STATE: Final = re.compile(r"state-\d{9,}")
+_UNFINISHED: Final = re.compile(r"\.state-\d{9,}\.\d+\.(tmp|old)")
 LOG: Final = "log.jsonl"
 
 
@@ -48,7 +55,8 @@ class Progress:
         switches: the decisions so far.
         config_digest: of the configuration that the run was started with.
         corpus_fingerprint: of the text that it trains on.
-        threads: CPU threads; sums round differently with another number.
+        device: "cpu" or "cuda"; sums round differently on another one.
+        threads: CPU threads; likewise.
     """
 
     step: int
@@ -57,6 +65,7 @@ class Progress:
     switches: list[dict[str, Any]]
     config_digest: str
     corpus_fingerprint: str
+    device: str
     threads: int
 
 
@@ -82,24 +91,22 @@ def save_state(
         save_tensors(directory, tensors, "state")
         write_json(directory / "state.json", vars(progress))
         tokenizer.backend.save(str(directory / "tokenizer.json"))
-    for other in run.glob(_STATE_GLOB):
+    for other in _folders(run, _STATE):
         if other != path:
             shutil.rmtree(other)
 
 
 def load_state(
     run: Path, model: Decoder, optimizer: torch.optim.Optimizer
-) -> tuple[Progress, dict[str, ActivationPattern]]:
-    """Restore `model` and `optimizer` from the run's latest state; returns the rest.
+) -> dict[str, ActivationPattern]:
+    """Restore `model` and `optimizer` from the run's latest state; returns its probe patterns.
 
     Raises:
         CheckpointError: if the state is damaged.
     """
     path = _latest(run)
     assert path is not None
-    verify_manifest(path)
-    tensors = load_tensors(path, "state")
-    progress = Progress(**read_json(path / "state.json"))
+    tensors = load_tensors(path, verify_manifest(path), "state")
     groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "pattern": {}}
     for name, tensor in tensors.items():
         group, _, rest = name.partition(".")
@@ -114,46 +121,94 @@ def load_state(
     for name, tensor in groups["pattern"].items():
         pattern, _, layer = name.partition(".")
         layers.setdefault(pattern, {})[int(layer)] = tensor.to(model.embedding.weight.device)
-    patterns = {
+    return {
         name: ActivationPattern(tuple(found[i] for i in sorted(found)))
         for name, found in layers.items()
     }
-    return progress, patterns
+
+
+def _folders(run: Path, pattern: re.Pattern[str]) -> list[Path]:
+    """The run's own folders of one kind; whatever else lies in the directory is not ours."""
+    found = run.iterdir() if run.is_dir() else ()
+    return [p for p in found if p.is_dir() and pattern.fullmatch(p.name)]
 
 
 def _latest(run: Path) -> Path | None:
-    return max(run.glob(_STATE_GLOB), default=None)
+    return max(_folders(run, _STATE), key=lambda p: int(p.name[6:]), default=None)
 
 
-def has_state(run: Path) -> bool:
-    return _latest(run) is not None
+def load_progress(run: Path) -> Progress | None:
+    """The non-tensor part of the run's latest state, verified; None if it has no state.
 
-
-def saved_tokenizer(run: Path) -> Tokenizer | None:
-    """The tokenizer of the run's latest state, if it has one."""
+    Raises:
+        CheckpointError: if the state is damaged.
+    """
     path = _latest(run)
-    return Tokenizer.from_file(path / "tokenizer.json") if path is not None else None
+    if path is None:
+        return None
+    verify_manifest(path)
+    try:
+        return Progress(**read_json(path / "state.json"))
+    except TypeError as error:
+        raise CheckpointError(f"{path / 'state.json'}: {error}") from error
+
+
+def saved_tokenizer(run: Path) -> Tokenizer:
+    """The tokenizer of the run's latest state."""
+    path = _latest(run)
+    assert path is not None
+    return Tokenizer.from_file(path / "tokenizer.json")
 
 
 def clear(run: Path) -> None:
     """Remove what earlier training left in `run`: states, log, checkpoint; nothing else."""
-    for path in (*run.glob(_STATE_GLOB), *run.glob(".state-*.tmp"), run / "checkpoint"):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in _folders(run, _STATE):
+        shutil.rmtree(path)
+    if (run / "checkpoint" / MANIFEST).exists():
+        shutil.rmtree(run / "checkpoint")
     (run / LOG).unlink(missing_ok=True)
 
 
-def check_resumable(progress: Progress, config_digest: str, fingerprint: str, run: Path) -> None:
-    """Raise TrainingError unless the run in `run` was started with this config and corpus."""
+def sweep(run: Path) -> None:
+    """Remove states that a kill left unfinished."""
+    for path in _folders(run, _UNFINISHED):
+        shutil.rmtree(path)
+
+
+@contextmanager
+def exclusive(run: Path) -> Iterator[None]:
+    """Hold the run's directory for this process alone.
+
+    Raises:
+        TrainingError: if another process trains there, or it cannot be a directory.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"{run}: cannot be made a directory ({error.strerror})") from error
+    with (run / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise TrainingError(f"{run}: another process is training here") from error
+        yield
+
+
+def check_resumable(
+    run: Path, progress: Progress, config_digest: str, fingerprint: str, device: str
+) -> None:
+    """Raise TrainingError unless the run in `run` was started the same way."""
     for what, now, then in (
         ("configuration", config_digest, progress.config_digest),
         ("corpus", fingerprint, progress.corpus_fingerprint),
+        ("device", device, progress.device),
     ):
         if now != then:
             raise TrainingError(
                 f"{run}: holds a run with another {what}; give --out another directory, "
                 f"or --fresh to start over"
             )
-    if progress.threads != torch.get_num_threads():
+    if device == "cpu" and progress.threads != torch.get_num_threads():
         raise TrainingError(
             f"{run}: was trained with {progress.threads} CPU threads, this process has "
             f"{torch.get_num_threads()}; set OMP_NUM_THREADS={progress.threads} to resume exactly, "

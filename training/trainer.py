@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine import checkpoint
+from engine.checkpoint import check_device
 from engine.experts import Trace, true_mass
 from engine.model import Decoder
 from engine.request import ExpertPolicy
@@ -76,18 +77,17 @@ class Prepared:
 
 
 def prepare(
-    config: TrainConfig, run: Path, paths: Sequence[Path], monitor: Monitor, device: str
+    config: TrainConfig,
+    corpus: data.Corpus,
+    tokenizer: Tokenizer,
+    monitor: Monitor,
+    device: str,
 ) -> Prepared:
-    """Read the corpus, learn the tokenizer (or take the run's), and lay out the token batches.
+    """Lay the tokens out in batches: to train on, held out, and the probe.
 
     Raises:
-        DataError: if the corpus is unreadable, empty, or shorter than one sequence.
+        DataError: if the corpus, or its held-out part, is shorter than one sequence.
     """
-    corpus = data.load_corpus(paths, config.valid_share, config.seed)
-    monitor.message(f"corpus: {corpus.description}, {len(corpus.train)} documents to train on")
-    tokenizer = run_state.saved_tokenizer(run) or data.train_tokenizer(
-        corpus.train, config.model.vocab_size
-    )
     tokens = data.encode_documents(tokenizer, corpus.train)
     valid_tokens = data.encode_documents(tokenizer, corpus.valid)
     monitor.message(f"tokens: {tokens.size:,} to train on, {valid_tokens.size:,} held out")
@@ -146,10 +146,20 @@ class Trainer:
         self.run = run
         self.monitor = monitor or SilentMonitor()
         self.command = command
-        run.mkdir(parents=True, exist_ok=True)
-        if fresh:
-            run_state.clear(run)
-        self.prepared = prepare(config, run, paths, self.monitor, device)
+        self.fresh = fresh
+        self.device = device
+        check_device(device)
+        corpus = data.load_corpus(paths, config.valid_share, config.seed)
+        self.monitor.message(
+            f"corpus: {corpus.description}, {len(corpus.train)} documents to train on"
+        )
+        self.progress = None if fresh else self._resumable_progress(corpus)
+        tokenizer = (
+            run_state.saved_tokenizer(run)
+            if self.progress is not None
+            else data.train_tokenizer(corpus.train, config.model.vocab_size)
+        )
+        self.prepared = prepare(config, corpus, tokenizer, self.monitor, device)
         self.model = Decoder(
             config.model.model_config(
                 config.sequence_length, self.prepared.tokenizer.eos_id, config.dtype
@@ -157,7 +167,6 @@ class Trainer:
         )
         self.model.initialize(self._generator(0))
         self.model.to(device)
-        self.device = device
         self.optimizer = build_optimizer(self.model, config)
         self.controller = SwitchController(config)
         self.patterns: dict[str, ActivationPattern] = {}
@@ -173,11 +182,19 @@ class Trainer:
         """Train to the end, resuming what an earlier process left in the run's directory.
 
         Raises:
-            TrainingError: if the directory holds a run with another configuration or corpus.
+            TrainingError: if another process trains in the run's directory.
             NonFiniteLoss: if the loss or a gradient stops being finite.
         """
-        resumed = self._resume()
-        log = run_state.RunLog(self.run, self.step if resumed else None)
+        with run_state.exclusive(self.run):
+            run_state.sweep(self.run)
+            if self.fresh:
+                run_state.clear(self.run)
+            if self.progress is not None:
+                self._resume(self.progress)
+            return self._train()
+
+    def _train(self) -> Path:
+        log = run_state.RunLog(self.run, self.step if self.progress is not None else None)
         save_every = self.config.steps_of(self.config.checkpoint_share)
         while self.step < self.config.steps:
             began = time.perf_counter()
@@ -196,17 +213,24 @@ class Trainer:
                 self._save_state()
         return self._finish()
 
-    def _resume(self) -> bool:
-        if not run_state.has_state(self.run):
-            return False
-        progress, self.patterns = run_state.load_state(self.run, self.model, self.optimizer)
-        run_state.check_resumable(
-            progress, self.config.digest, self.prepared.corpus.fingerprint, self.run
-        )
+    def _resumable_progress(self, corpus: data.Corpus) -> run_state.Progress | None:
+        """Where the run's directory left off; None for a new run.
+
+        Raises:
+            TrainingError: if it holds a run of another configuration, corpus or machine.
+        """
+        progress = run_state.load_progress(self.run)
+        if progress is not None:
+            run_state.check_resumable(
+                self.run, progress, self.config.digest, corpus.fingerprint, self.device
+            )
+        return progress
+
+    def _resume(self, progress: run_state.Progress) -> None:
+        self.patterns = run_state.load_state(self.run, self.model, self.optimizer)
         self.controller = SwitchController.from_dict(self.config, progress.controller)
         self.step, self.seconds, self.switches = progress.step, progress.seconds, progress.switches
         self.monitor.message(f"resuming at step {self.step} of {self.config.steps}")
-        return True
 
     def _save_state(self) -> None:
         progress = run_state.Progress(
@@ -216,6 +240,7 @@ class Trainer:
             switches=self.switches,
             config_digest=self.config.digest,
             corpus_fingerprint=self.prepared.corpus.fingerprint,
+            device=self.device,
             threads=torch.get_num_threads(),
         )
         run_state.save_state(

@@ -25,7 +25,7 @@ U experts in use (the union over tokens).
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,17 +60,78 @@ class Rates:
     per_group: float  # two products on few rows: mostly waking threads and choosing a kernel
 
 
-_FLOAT32 = Rates(75e3, 29e3, 65e3, 24e3, 25e3, 18e3, 150.0)
+_FLOAT32 = Rates(75e3, 29e3, 65e3, 24e3, 25e3, 18e3, 80.0)
 _BFLOAT16 = Rates(380e3, 30e3, 200e3, 22e3, 40e3, 15e3, 50.0)
-_WIDENED = Rates(60e3, 29e3, 45e3, 5e3, 25e3, 5e3, 150.0)
+_WIDENED = Rates(60e3, 29e3, 45e3, 5e3, 25e3, 5e3, 80.0)
 _GEMM_OVERHEAD = 20.0
-_ROWS_OVERHEAD = 60.0
+_MASK_OVERHEAD = 20.0
+_ROWS_OVERHEAD = 80.0
 _ROWS_PER_PAIR = 0.25
 _GROUPED_OVERHEAD = 70.0
 # Sparse ways must promise at least this gain over the masked dense products to be chosen.
-_SURE_GAIN = 0.85
+_SURE_GAIN = 0.95
+# Below this many pairs per expert, groups never pay, and counting the experts in use is saved.
+_GROUPED_MIN_ROWS = 8
 # Row sums keep one index and one factor per row and pair; beyond this many, other ways are better.
 _ROWS_MAX_INDICES = 1 << 24
+
+
+@dataclass(frozen=True)
+class CostRule:
+    """Predicts what each way costs for one layer shape, in microseconds, and picks the cheapest."""
+
+    model: int
+    experts: int
+    expert_size: int
+    itemsize: int
+    threads: int
+    rates: Rates
+
+    @property
+    def _flops(self) -> int:
+        """Of one pair."""
+        return 4 * self.model * self.expert_size
+
+    @property
+    def _bytes(self) -> int:
+        """Of one expert."""
+        return 2 * self.model * self.expert_size * self.itemsize
+
+    def rows(self, P: int, U: int) -> float:
+        """Read U experts once, then add P of them row by row."""
+        if P * self.model > _ROWS_MAX_INDICES:
+            return float("inf")
+        adding = P * (_ROWS_PER_PAIR + self._flops / self.rates.rows) / self.threads
+        return _ROWS_OVERHEAD + U * self._bytes / self.rates.rows_bytes + adding
+
+    def grouped(self, P: int, U: int) -> float:
+        """Two products for each of U experts, P rows in all."""
+        if P / self.experts < _GROUPED_MIN_ROWS:
+            return float("inf")
+        reading = U * (self.rates.per_group + self._bytes / self.rates.grouped_bytes)
+        return _GROUPED_OVERHEAD + reading + P * self._flops / self.rates.grouped / self.threads
+
+    def gemm(self, T: int) -> float:
+        """All experts' bytes once, all flops of T tokens."""
+        reading = self.experts * self._bytes / self.rates.gemm_bytes
+        adding = T * self.experts * self._flops / self.rates.gemm / self.threads
+        return _GEMM_OVERHEAD + reading + adding
+
+
+@functools.lru_cache(maxsize=4096)
+def dense_way(rule: CostRule, T: int) -> str:
+    """The cheaper of rows and gemm for all neurons of T tokens."""
+    return "rows" if rule.rows(T * rule.experts, rule.experts) < rule.gemm(T) else "gemm"
+
+
+@functools.lru_cache(maxsize=4096)
+def sparse_way(rule: CostRule, T: int, P: int, U: int) -> str:
+    """The cheapest of rows, grouped, masked for T tokens, P pairs and U experts in use."""
+    rows, grouped = rule.rows(P, U), rule.grouped(P, U)
+    masked = rule.gemm(T) + _MASK_OVERHEAD + 0.002 * T * rule.experts
+    if min(rows, grouped) > _SURE_GAIN * masked:
+        return "rows" if dense_way(rule, T) == "rows" else "masked"
+    return "rows" if rows <= grouped else "grouped"
 
 
 class PackedExpertFFN:
@@ -95,7 +156,8 @@ class PackedExpertFFN:
         self.num_experts, self.activation, self.dtype = E, activation, up_FD.dtype
         self._shape = (D, F, E, F // E)
         self.path = best_path(up_FD.dtype)
-        self._rates = _rates(self.path, up_FD.dtype)
+        rates, threads = _rates(self.path, self.dtype), torch.get_num_threads()
+        self._rule = CostRule(D, E, F // E, self.dtype.itemsize, threads, rates)
         up_EDS = up_FD.detach().view(E, F // E, D).transpose(1, 2)
         self._up_EDS = up_EDS.clone(memory_format=torch.contiguous_format)
         self._down_FD = down_FD.detach().clone(memory_format=torch.contiguous_format)
@@ -133,13 +195,18 @@ class PackedExpertFFN:
         P = expert_P.shape[0]
         if P == 0:
             return torch.zeros_like(x_TD)
-        count_E: list[int] = chosen_TE.sum(0).tolist()
-        way = self.way(T, P, self.num_experts - count_E.count(0))
+        way = self.sparse_way(T, P, self._in_use(P, chosen_TE))
         if way == "rows":
             return self._rows(x_TD, expert_P, token_P)
         if way == "grouped":
-            return self._grouped(x_TD, token_P, count_E)
+            return self._grouped(x_TD, token_P, chosen_TE.sum(0).tolist())
         return self._gemm(x_TD, chosen_TE)
+
+    def _in_use(self, P: int, chosen_TE: Tensor) -> int:
+        """U; for few pairs its upper bound, which decides alike and saves two operators."""
+        if P / self.num_experts < _GROUPED_MIN_ROWS:
+            return min(P, self.num_experts)
+        return int(chosen_TE.any(0).sum())
 
     def _sparse_one(self, x_1D: Tensor, chosen_1E: Tensor) -> Tensor:
         """One token: as few operators as possible, and groups of one row never pay."""
@@ -147,54 +214,25 @@ class PackedExpertFFN:
         P = expert_P.shape[0]
         if P == 0:
             return torch.zeros_like(x_1D)
-        if self.way(1, P, P) == "masked":
+        if self.sparse_way(1, P, P) == "masked":
             return self._gemm(x_1D, chosen_1E)
         return self._rows(x_1D, expert_P, None)
 
-    # --- the cost rule ---
-
-    def way(self, T: int, P: int, U: int) -> str:
-        """The cheapest of rows, grouped, masked for T tokens, P pairs and U experts in use."""
-        rows, grouped = self.rows_cost(P, U), self.grouped_cost(P, U)
-        masked = self.gemm_cost(T) + 0.002 * T * self.num_experts
-        if min(rows, grouped) > _SURE_GAIN * masked:
-            return "rows" if self.dense_way(T) == "rows" else "masked"
-        return "rows" if rows <= grouped else "grouped"
+    @property
+    def rule(self) -> CostRule:
+        """The cost rule for this layer at torch's present number of threads."""
+        threads = torch.get_num_threads()
+        if self._rule.threads != threads:
+            self._rule = replace(self._rule, threads=threads)
+        return self._rule
 
     def dense_way(self, T: int) -> str:
-        """The cheaper of rows and gemm for all neurons of T tokens."""
-        by_rows = self.rows_cost(T * self.num_experts, self.num_experts)
-        return "rows" if by_rows < self.gemm_cost(T) else "gemm"
+        """How dense() runs T tokens: by rows or by gemm."""
+        return dense_way(self.rule, T)
 
-    def rows_cost(self, P: int, U: int) -> float:
-        """Read U experts once, then add P of them row by row."""
-        flops, size = self._per_expert()
-        r = self._rates
-        if P * self._shape[0] > _ROWS_MAX_INDICES:
-            return float("inf")
-        adding = P * (_ROWS_PER_PAIR + flops / r.rows) / torch.get_num_threads()
-        return _ROWS_OVERHEAD + U * size / r.rows_bytes + adding
-
-    def grouped_cost(self, P: int, U: int) -> float:
-        """Two products for each of U experts, P rows in all."""
-        flops, size = self._per_expert()
-        r = self._rates
-        reading = U * (r.per_group + size / r.grouped_bytes)
-        return _GROUPED_OVERHEAD + reading + P * flops / r.grouped / torch.get_num_threads()
-
-    def gemm_cost(self, T: int) -> float:
-        """All experts' bytes once, all flops of T tokens."""
-        flops, size = self._per_expert()
-        r, E = self._rates, self.num_experts
-        return (
-            _GEMM_OVERHEAD
-            + E * size / r.gemm_bytes
-            + T * E * flops / r.gemm / torch.get_num_threads()
-        )
-
-    def _per_expert(self) -> tuple[int, int]:
-        D, _, _, S = self._shape
-        return 4 * D * S, 2 * D * S * self.dtype.itemsize
+    def sparse_way(self, T: int, P: int, U: int) -> str:
+        """How sparse() runs P pairs of T tokens over U experts: by rows, grouped or masked."""
+        return sparse_way(self.rule, T, P, U)
 
     # --- the ways ---
 

@@ -68,11 +68,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "manifest.json: not readable",
     ),
     "manifest lists nothing": (
-        lambda p: (p / "manifest.json").write_text('{"files": {}}'),
+        lambda p: (p / "manifest.json").write_text('{"format": 1, "files": {}}'),
         "lists no files",
     ),
     "path outside": (
-        lambda p: (p / "manifest.json").write_text('{"files": {"../x": {}}}'),
+        lambda p: (p / "manifest.json").write_text('{"format": 1, "files": {"../x": {}}}'),
         "not a plain file",
     ),
 }
@@ -104,6 +104,8 @@ def reseal(path: Path) -> None:
         ({"vocab_size": 1}, "vocab_size must be between 2"),
         ({"hidden_act": "gelu"}, "hidden_act must be one of relu, relu2"),
         ({"num_hidden_layers": 3}, "tensor layers.2"),
+        ({"hidden_size": 32.0}, "hidden_size must be a whole number"),
+        ({"eos_token_id": 5}, "ends text with token 0, config.json with 5"),
     ],
 )
 def test_a_foreign_config_is_refused(saved: Path, change: dict[str, object], message: str) -> None:
@@ -111,6 +113,34 @@ def test_a_foreign_config_is_refused(saved: Path, change: dict[str, object], mes
     (saved / "config.json").write_text(json.dumps(config | change))
     reseal(saved)
     with pytest.raises(CheckpointError, match=message):
+        load(saved)
+
+
+@pytest.mark.parametrize("policy", ["auto", "banana", "top_k:999", "oracle:4"])
+def test_a_default_policy_that_could_not_run_is_refused(saved: Path, policy: str) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    config["experts"]["default_policy"] = policy
+    (saved / "config.json").write_text(json.dumps(config))
+    reseal(saved)
+    with pytest.raises(CheckpointError, match=r"experts\.(default_policy|top_k)"):
+        load(saved)
+
+
+def test_only_what_the_manifest_lists_is_read(saved: Path) -> None:
+    index = {"weight_map": {"embedding.weight": "../evil.safetensors"}}
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    load(saved)
+    manifest = json.loads((saved / "manifest.json").read_text())
+    for name, message in (
+        ("config.json", "does not list config.json"),
+        ("model.safetensors", "lists no model"),
+    ):
+        files = {n: e for n, e in manifest["files"].items() if n != name}
+        (saved / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
+        with pytest.raises(CheckpointError, match=message):
+            load(saved)
+    (saved / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
+    with pytest.raises(CheckpointError, match="format must be 1"):
         load(saved)
 
 
@@ -131,6 +161,30 @@ def test_a_failed_write_leaves_the_old_directory_and_nothing_else(tmp_path: Path
 
     with pytest.raises(OSError, match="disk full"):
         write_and_fail()
+    assert (target / "a").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["target"]
+
+
+def test_a_swap_that_fails_puts_the_old_directory_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    with atomic_directory(target) as directory:
+        (directory / "a").write_text("old")
+    rename = Path.rename
+
+    def fail_into_place(self: Path, to: Path) -> Path:
+        if self.suffix == ".tmp":
+            raise KeyboardInterrupt
+        return rename(self, to)
+
+    def write() -> None:
+        with atomic_directory(target) as directory:
+            (directory / "a").write_text("new")
+
+    monkeypatch.setattr(Path, "rename", fail_into_place)
+    with pytest.raises(KeyboardInterrupt):
+        write()
     assert (target / "a").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
 

@@ -43,6 +43,10 @@ BAD = {
     "no text": (lambda p: p.with_suffix(".jsonl").write_text('{"a": 1}'), "string field"),
     "gzip": (lambda p: p.with_suffix(".gz").write_bytes(b"no"), "unknown kind of file"),
     "cut": (lambda p: p.with_suffix(".txt.gz").write_bytes(gzip.compress(b"x")[:9]), "cannot be"),
+    "damaged": (
+        lambda p: p.with_suffix(".txt.gz").write_bytes(gzip.compress(b"x" * 999)[:12] + b"zz" * 9),
+        "cannot be read",
+    ),
     "xz": (lambda p: p.with_suffix(".txt.xz").write_bytes(b"no xz"), "cannot be read"),
 }
 
@@ -125,3 +129,24 @@ def test_documents_end_with_the_end_of_text(corpus: Path) -> None:
     ids = data.encode_documents(tokenizer, documents)
     assert int((ids == tokenizer.eos_id).sum()) == 3
     assert ids[-1] == tokenizer.eos_id
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("sizes", [[1_000_000, 1000], [1_000_000, *[1000] * 5], [5000] * 3, [900]])
+def test_a_lopsided_corpus_keeps_most_of_its_text_for_training(
+    tmp_path: Path, sizes: list[int], seed: int
+) -> None:
+    for number, size in enumerate(sizes):
+        (tmp_path / f"{number}.txt").write_text(f"{number} " + "x" * size)
+    corpus = data.load_corpus([tmp_path], 0.03, seed)
+    held = sum(len(d.text) for d in corpus.valid)
+    total = held + sum(len(d.text) for d in corpus.train)
+    assert 0 < held <= 0.16 * total
+
+
+def test_a_text_given_twice_counts_once(corpus: Path) -> None:
+    once = data.load_corpus([corpus], 0.1, 1)
+    (corpus / "copy.txt").write_text((corpus / "000.txt").read_text())
+    twice = data.load_corpus([corpus, corpus, corpus / "000.txt"], 0.1, 1)
+    assert len(twice.train) + len(twice.valid) == len(once.train) + len(once.valid)
+    assert not {d.text for d in twice.train} & {d.text for d in twice.valid}

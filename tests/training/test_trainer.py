@@ -179,6 +179,51 @@ def test_another_config_or_corpus_is_refused_and_fresh_starts_over(
     assert (run / "mine.txt").exists()
 
 
+def test_fresh_keeps_the_run_until_the_new_one_can_begin(
+    micro: TrainConfig, corpus: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    Trainer(micro, run, [corpus]).train()
+    with pytest.raises(DataError):
+        Trainer(micro, run, [tmp_path / "nowhere"], fresh=True)
+    assert (run / "checkpoint").is_dir()
+    assert run_state.load_progress(run) is not None
+
+
+def test_only_the_trainers_own_files_are_touched(
+    micro: TrainConfig, corpus: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for mine in ("state-machine", "state-1", "checkpoint"):
+        (run / mine).mkdir(parents=True)
+    (run / "state-999999999").write_text("a file")
+    (run / ".state-000000003.4711.tmp").mkdir()  # left by a kill
+    run_state.clear(run)
+    assert (run / "checkpoint").is_dir()
+    Trainer(micro, run, [corpus]).train()
+    assert {"state-machine", "state-1", "state-999999999"} <= {p.name for p in run.iterdir()}
+    assert not (run / ".state-000000003.4711.tmp").exists()
+
+
+def test_another_shape_is_refused_before_any_work(
+    micro: TrainConfig, corpus: Path, tmp_path: Path
+) -> None:
+    Trainer(micro, tmp_path / "run", [corpus]).train()
+    other = dataclasses.replace(micro, model=dataclasses.replace(micro.model, hidden_size=32))
+    with pytest.raises(TrainingError, match="another configuration"):
+        Trainer(other, tmp_path / "run", [corpus])
+
+
+def test_two_processes_do_not_train_in_one_directory(
+    micro: TrainConfig, corpus: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    trainer = Trainer(micro, run, [corpus])
+    with run_state.exclusive(run), pytest.raises(TrainingError, match="another process"):
+        trainer.train()
+    trainer.train()
+
+
 def test_another_number_of_threads_is_refused(
     micro: TrainConfig, corpus: Path, tmp_path: Path
 ) -> None:
@@ -228,7 +273,7 @@ def test_the_penalty_is_the_mass_outside_the_chosen_experts(micro: TrainConfig) 
         assert chosen is not None
         hidden = (x @ ffn.up.T).relu()
         mask = chosen.repeat_interleave(hidden.shape[1] // 8, dim=1)
-        expected.append(float((hidden * ~mask).sum() / hidden.sum()))
-    assert float(penalty(model, trace, 1.0)) == pytest.approx(sum(expected) / 2, abs=1e-5)
+        expected.append(((hidden * ~mask).sum() / hidden.sum()).item())
+    assert penalty(model, trace, 1.0).item() == pytest.approx(sum(expected) / 2, abs=1e-5)
     gradient = torch.autograd.grad(penalty(model, trace, 0.5), model.ffns()[0].up)[0]
     assert float(gradient.abs().sum()) > 0

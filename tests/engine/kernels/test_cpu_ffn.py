@@ -98,7 +98,7 @@ def test_each_way_matches_the_reference(
     D, S, E = 100, 24, 7
     up, down = weights(D, S, E, dtype)
     ffn = PackedExpertFFN(up, down, E, activation)
-    monkeypatch.setattr(ffn, "way", lambda *_: way)
+    monkeypatch.setattr(ffn, "sparse_way", lambda *_: way)
     x_TD = torch.randn(T, D).to(dtype)
     for chosen_TE in choices(T, E).values():
         expected = reference(x_TD, up, down, chosen_TE, activation)
@@ -193,9 +193,9 @@ def test_the_cost_rule_prefers_rows_for_few_groups_for_many_and_dense_for_all() 
     torch.set_num_threads(2)
     try:
         ffn = PackedExpertFFN(*weights(768, 96, 32, torch.float32), 32)
-        assert ffn.way(T=1, P=6, U=6) == "rows"
-        assert ffn.way(T=256, P=256 * 6, U=6) == "grouped"
-        assert ffn.way(T=16, P=16 * 32, U=32) == "masked"
+        assert ffn.sparse_way(T=1, P=6, U=6) == "rows"
+        assert ffn.sparse_way(T=256, P=256 * 6, U=6) == "grouped"
+        assert ffn.sparse_way(T=16, P=16 * 32, U=32) == "masked"
     finally:
         torch.set_num_threads(threads)
 
