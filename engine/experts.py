@@ -107,6 +107,7 @@ class PolicyBatch:
         max_k: the largest k of the tokens that are not dense; 0 if all are dense.
         dense_rows: indices of dense tokens; None if there are none.
         sparse_rows: indices of the other tokens; None if there are no dense ones.
+        same_k: the k of all those tokens, if it is one k and mass never binds; else None.
         oracle: choose by true activation mass instead of the router (evaluation).
     """
 
@@ -115,6 +116,7 @@ class PolicyBatch:
     max_k: int
     dense_rows: Tensor | None
     sparse_rows: Tensor | None
+    same_k: int | None = None
     oracle: bool = False
 
     @classmethod
@@ -140,6 +142,9 @@ class PolicyBatch:
         dense_rows = [i for i, dense in enumerate(is_dense) if dense]
         sparse_rows = [i for i, dense in enumerate(is_dense) if not dense]
 
+        limits = {(k[i], mass[i]) for i in sparse_rows}
+        same_k = k[sparse_rows[0]] if len(limits) == 1 and mass[sparse_rows[0]] > 1 else None
+
         def rows(indices: list[int]) -> Tensor:
             return torch.tensor(indices, dtype=torch.long, device=device)
 
@@ -149,6 +154,7 @@ class PolicyBatch:
             max_k=max((k[i] for i in sparse_rows), default=0),
             dense_rows=rows(dense_rows) if dense_rows else None,
             sparse_rows=rows(sparse_rows) if dense_rows else None,
+            same_k=same_k,
             oracle=True in oracle,
         )
 
@@ -170,29 +176,34 @@ class Trace:
 
     Attributes:
         keep_inputs: also keep each layer's input and choice (training's penalty, evaluation).
-        counts: per layer, the number of experts of each token, [T].
-        union: per layer, the number of distinct experts that any token chose, 0-dim.
+        chosen: per layer, the choice [T, E]; None where every token used every expert.
         inputs: per layer, the FFN's input [T, D], if kept.
-        chosen: per layer, the choice [T, E] (None where all were dense), if kept.
     """
 
     keep_inputs: bool = False
-    counts: list[Tensor] = field(default_factory=list)
-    union: list[Tensor] = field(default_factory=list)
-    inputs: list[Tensor] = field(default_factory=list)
     chosen: list[Tensor | None] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+    _num_experts: int = 0
+    _num_tokens: int = 0
 
     def add(self, x_TD: Tensor, chosen_TE: Tensor | None, num_experts: int) -> None:
         """Record one layer; `chosen_TE` None means that every token used every expert."""
-        if chosen_TE is None:
-            self.counts.append(x_TD.new_full((x_TD.shape[0],), num_experts, dtype=torch.int32))
-            self.union.append(x_TD.new_full((), num_experts, dtype=torch.int32))
-        else:
-            self.counts.append(chosen_TE.sum(1, dtype=torch.int32))
-            self.union.append(chosen_TE.any(0).sum(dtype=torch.int32))
+        self._num_experts, self._num_tokens = num_experts, x_TD.shape[0]
+        self.chosen.append(chosen_TE)
         if self.keep_inputs:
             self.inputs.append(x_TD)
-            self.chosen.append(chosen_TE)
+
+    @property
+    def counts(self) -> list[Tensor]:
+        """Per layer, the number of experts of each token, [T]."""
+        everything = torch.full((self._num_tokens,), self._num_experts)
+        return [everything if c is None else c.sum(1) for c in self.chosen]
+
+    @property
+    def union(self) -> list[Tensor]:
+        """Per layer, the number of distinct experts that any token chose, 0-dim."""
+        everything = torch.tensor(self._num_experts)
+        return [everything if c is None else c.any(0).sum() for c in self.chosen]
 
 
 def sparse_ffn(
@@ -294,7 +305,13 @@ class ExpertFFN(nn.Module):
         if self._use_kernels:
             return self._sparse_kernels(x_TD, k_T, mass_T, policy)
         scores_TE = self.scores(x_TD, oracle=policy.oracle)
-        chosen_TE = routing.choose_reference(scores_TE, k_T, mass_T)
+        if policy.same_k is not None:  # the usual case, in a quarter of the operators
+            best_TK = scores_TE.topk(policy.same_k, sorted=False).indices
+            chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, best_TK, True)
+            if self._packed is not None and x_TD.shape[0] == 1:
+                return self._packed.sparse_one(x_TD, best_TK[0]), chosen_TE
+        else:
+            chosen_TE = routing.choose_reference(scores_TE, k_T, mass_T)
         if self._packed is not None:
             return self._packed.sparse(x_TD, chosen_TE), chosen_TE
         return sparse_ffn(x_TD, self.up, self.down, chosen_TE, self.activation), chosen_TE

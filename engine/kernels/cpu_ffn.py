@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .cpu_linear import (
+from engine.kernels.cpu_linear import (
     PackedLinear,
     best_path,
     block_rows,
@@ -72,8 +72,9 @@ _GROUPED_OVERHEAD = 70.0
 _SURE_GAIN = 0.95
 # Below this many pairs per expert, groups never pay, and counting the experts in use is saved.
 _GROUPED_MIN_ROWS = 8
-# Row sums keep one index and one factor per row and pair; beyond this many, other ways are better.
-_ROWS_MAX_INDICES = 1 << 24
+# Row sums need one index and one factor per row and pair. Many pairs go in slices of this many, so
+# that these stay in the cache and in memory that the allocator does not give back every time.
+_SLICE_ELEMENTS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,6 @@ class CostRule:
 
     def rows(self, P: int, U: int) -> float:
         """Read U experts once, then add P of them row by row."""
-        if P * self.model > _ROWS_MAX_INDICES:
-            return float("inf")
         adding = P * (_ROWS_PER_PAIR + self._flops / self.rates.rows) / self.threads
         return _ROWS_OVERHEAD + U * self._bytes / self.rates.rows_bytes + adding
 
@@ -190,7 +189,7 @@ class PackedExpertFFN:
         """
         T = x_TD.shape[0]
         if T == 1:
-            return self._sparse_one(x_TD, chosen_TE)
+            return self.sparse_one(x_TD, chosen_TE[0].nonzero().view(-1))
         expert_P, token_P = chosen_TE.t().nonzero().unbind(1)
         P = expert_P.shape[0]
         if P == 0:
@@ -208,14 +207,17 @@ class PackedExpertFFN:
             return min(P, self.num_experts)
         return int(chosen_TE.any(0).sum())
 
-    def _sparse_one(self, x_1D: Tensor, chosen_1E: Tensor) -> Tensor:
-        """One token: as few operators as possible, and groups of one row never pay."""
-        expert_P = chosen_1E[0].nonzero().view(-1)
+    def sparse_one(self, x_1D: Tensor, expert_P: Tensor) -> Tensor:
+        """One token and its experts: [1, D], int64 [P] -> [1, D], in as few operators as possible.
+
+        Groups of one row never pay, so there is nothing to group.
+        """
         P = expert_P.shape[0]
         if P == 0:
             return torch.zeros_like(x_1D)
         if self.sparse_way(1, P, P) == "masked":
-            return self._gemm(x_1D, chosen_1E)
+            chosen_1E = torch.zeros(1, self.num_experts, dtype=torch.bool)
+            return self._gemm(x_1D, chosen_1E.index_fill_(1, expert_P, True))
         return self._rows(x_1D, expert_P, None)
 
     @property
@@ -238,15 +240,25 @@ class PackedExpertFFN:
 
     def _rows(self, x_TD: Tensor, expert_P: Tensor, token_P: Tensor | None) -> Tensor:
         """`token_P` is None for a single token, which all pairs share."""
+        if token_P is None:
+            x_PD = x_TD.expand(len(expert_P), self._shape[0])
+            return self._row_pairs(x_PD, expert_P).sum(0, keepdim=True)
+        size = max(1, _SLICE_ELEMENTS // self._shape[0])
+        slices = []
+        for start in range(0, len(expert_P), size):
+            part = slice(start, start + size)
+            x_PD = x_TD.index_select(0, token_P[part])
+            slices.append(self._row_pairs(x_PD, expert_P[part]))
+        y_PD = slices[0] if len(slices) == 1 else torch.cat(slices)
+        return _combine(y_PD, token_P, x_TD.shape[0])
+
+    def _row_pairs(self, x_PD: Tensor, expert_P: Tensor) -> Tensor:
+        """The output of each pair by itself: [P, D]."""
         D, _, E, S = self._shape
-        x_PD = x_TD.expand(len(expert_P), D) if token_P is None else x_TD.index_select(0, token_P)
         up_rows_PD = block_rows(E, D).index_select(0, expert_P)
         h_PS = self._activate(row_sums(self._up_EDS.view(E * D, S), up_rows_PD, x_PD))
         down_rows_PS = block_rows(E, S).index_select(0, expert_P)
-        y_PD = row_sums(self._down_FD, down_rows_PS, h_PS)
-        if token_P is None:
-            return y_PD.sum(0, keepdim=True)
-        return _combine(y_PD, token_P, x_TD.shape[0])
+        return row_sums(self._down_FD, down_rows_PS, h_PS)
 
     def _grouped(self, x_TD: Tensor, token_P: Tensor, counts: list[int]) -> Tensor:
         compute = torch.float32 if self.path == "widen" else x_TD.dtype
