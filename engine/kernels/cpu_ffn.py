@@ -241,8 +241,7 @@ class PackedExpertFFN:
     def _rows(self, x_TD: Tensor, expert_P: Tensor, token_P: Tensor | None) -> Tensor:
         """`token_P` is None for a single token, which all pairs share."""
         if token_P is None:
-            x_PD = x_TD.expand(len(expert_P), self._shape[0])
-            return self._row_pairs(x_PD, expert_P).sum(0, keepdim=True)
+            return self._rows_of_one(x_TD, expert_P)
         size = max(1, _SLICE_ELEMENTS // self._shape[0])
         slices = []
         for start in range(0, len(expert_P), size):
@@ -252,13 +251,27 @@ class PackedExpertFFN:
         y_PD = slices[0] if len(slices) == 1 else torch.cat(slices)
         return _combine(y_PD, token_P, x_TD.shape[0])
 
+    def _rows_of_one(self, x_1D: Tensor, expert_P: Tensor) -> Tensor:
+        """A single token: its experts' rows of `down` are summed in one bag a thread."""
+        D, _, E, S = self._shape
+        P = len(expert_P)
+        h_PS = self._hidden(x_1D.expand(P, D), expert_P)
+        rows_PS = block_rows(E, S).index_select(0, expert_P)
+        bags = self.rule.threads if P * S % self.rule.threads == 0 else P
+        return row_sums(self._down_FD, rows_PS.view(bags, -1), h_PS.view(bags, -1)).sum(
+            0, keepdim=True
+        )
+
     def _row_pairs(self, x_PD: Tensor, expert_P: Tensor) -> Tensor:
         """The output of each pair by itself: [P, D]."""
+        rows_PS = block_rows(*self._shape[2:]).index_select(0, expert_P)
+        return row_sums(self._down_FD, rows_PS, self._hidden(x_PD, expert_P))
+
+    def _hidden(self, x_PD: Tensor, expert_P: Tensor) -> Tensor:
+        """The activations of each pair: [P, S]."""
         D, _, E, S = self._shape
-        up_rows_PD = block_rows(E, D).index_select(0, expert_P)
-        h_PS = self._activate(row_sums(self._up_EDS.view(E * D, S), up_rows_PD, x_PD))
-        down_rows_PS = block_rows(E, S).index_select(0, expert_P)
-        return row_sums(self._down_FD, down_rows_PS, h_PS)
+        rows_PD = block_rows(E, D).index_select(0, expert_P)
+        return self._activate(row_sums(self._up_EDS.view(E * D, S), rows_PD, x_PD))
 
     def _grouped(self, x_TD: Tensor, token_P: Tensor, counts: list[int]) -> Tensor:
         compute = torch.float32 if self.path == "widen" else x_TD.dtype
