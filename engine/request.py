@@ -87,7 +87,8 @@ class ExpertPolicy:
     def __str__(self) -> str:
         if self.kind in ("dense", "auto"):
             return self.kind
-        return f"{self.kind}:{self.value}"
+        value = self.value if isinstance(self.value, int) else f"{self.value:.12g}"
+        return f"{self.kind}:{value}"
 
     def resolve(self, default: str) -> ExpertPolicy:
         """Replace `auto` by the checkpoint's `default` policy."""

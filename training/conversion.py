@@ -35,7 +35,7 @@ def permute_neurons(
 @torch.no_grad()
 def refresh_router(ffn: ExpertFFN) -> None:
     """Recompute the centroids from the current rows of `up`, keeping the common norm."""
-    norm = float(ffn.router.norm(dim=1).mean())
+    norm = float(ffn.router.norm(dim=1).mean()) or 1.0
     ffn.router.copy_(centroid_router(ffn.up, ffn.num_experts, norm))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zstandard
 
 from engine.tokenizer import END_OF_TEXT
 from training import data
@@ -28,7 +29,6 @@ def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
 
 
 def test_zstandard_is_read(tmp_path: Path) -> None:
-    zstandard = pytest.importorskip("zstandard")
     (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"packed"))
     assert [d.text for d in data.read_paths([tmp_path])] == ["packed\n"]
 

@@ -12,6 +12,7 @@ from engine import checkpoint as checkpoints
 from engine.model import Decoder
 from engine.request import ExpertPolicy
 from training.config import TrainConfig
+from training.conversion import refresh_router
 from training.errors import DataError
 from training.evaluation import evaluate, evaluate_paths, quality_curve
 from training.trainer import Trainer
@@ -21,7 +22,9 @@ from training.trainer import Trainer
 def model(micro: TrainConfig) -> Decoder:
     model = Decoder(micro.model.model_config(16, 0, "float32"))
     model.initialize(torch.Generator().manual_seed(0))
-    return model.requires_grad_(False)
+    for ffn in model.requires_grad_(False).ffns():
+        refresh_router(ffn)
+    return model
 
 
 def test_perplexity_is_the_exponential_of_the_mean_loss(model: Decoder) -> None:
