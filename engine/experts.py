@@ -56,10 +56,6 @@ class ExpertLayout:
         )
         return cls(torch.argsort(labels_F, stable=True), num_experts)
 
-    @classmethod
-    def identity(cls, num_neurons: int, num_experts: int) -> Self:
-        return cls(torch.arange(num_neurons), num_experts)
-
     @property
     def expert_size(self) -> int:
         return self.order_F.numel() // self.num_experts

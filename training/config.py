@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Self
+from typing import Final
 
-from engine.config import ExpertConfig, ModelConfig, check_choice, check_range, known_fields
+from engine.config import ExpertConfig, ModelConfig, check_choice, check_range
 from engine.errors import require
 
 
@@ -175,19 +174,6 @@ class TrainConfig:
         """Identifies the configuration: a run resumes only under the same one."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Parse nested mappings, as from JSON; raises ConfigError on unknown keys."""
-        fields = known_fields(cls, values, "training config")
-        parts = {"model": ModelShape, "optimizer": OptimizerConfig, "switch": SwitchConfig}
-        for name, part in parts.items():
-            if name in fields:
-                inner = known_fields(part, fields[name], f"training config: {name}")
-                if "mixed_top_k" in inner:
-                    inner["mixed_top_k"] = tuple(inner["mixed_top_k"])
-                fields[name] = part(**inner)
-        return cls(**fields)
 
 
 PRESETS: Final[dict[str, TrainConfig]] = {
