@@ -199,7 +199,7 @@ def test_draining_aborts_what_takes_too_long(with_loop: Any) -> None:
     with with_loop(step_seconds=0.01) as live:
         stream = Client(live.url, "/generate_stream", max_new_tokens=4000)
         whole = Client(live.url, "/generate", max_new_tokens=4000)
-        wait(lambda: stream.events > 0 and live.frontend.active == 2)
+        wait(lambda: stream.events > 0 and live.frontend.worker.num_unfinished == 2)
         drain(live, 0.05).join(30)
         assert stream.last_event()["error_type"] == "incomplete_generation"
         whole.join(30)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -295,7 +296,11 @@ def test_the_access_log_names_requests_and_cannot_be_forged(
 ) -> None:
     with serve(access_log=True) as live, caplog.at_level("INFO", "ambidex.server"):
         live.http.get("/no%0aforged?key=secret", headers={"X-Request-Id": "mine"})
-        lines = [r.getMessage() for r in caplog.records if r.name == "ambidex.server"]
+        lines: list[str] = []
+        deadline = time.monotonic() + 30
+        while not lines and time.monotonic() < deadline:  # it is written after the response
+            lines = [r.getMessage() for r in caplog.records if r.name == "ambidex.server"]
+            time.sleep(0.01)
     (line,) = lines
     assert line.startswith("GET /no%0aforged 404 ")
     assert line.endswith(" id=mine")
