@@ -94,7 +94,7 @@ def test_a_half_sent_request_costs_nothing(slow: Live) -> None:
         sock.sendall(request_bytes("/generate", LONG)[:-5])
         time.sleep(0.05)
     time.sleep(0.05)
-    assert slow.frontend.active == 0
+    wait(lambda: slow.frontend.active == 0)
     assert slow.generate(max_new_tokens=1)
 
 
@@ -132,7 +132,7 @@ def test_a_full_queue_is_told_to_come_back(serve: Serve) -> None:
             assert int(response.headers["retry-after"]) >= 1
             assert "1 requests are waiting" in response.json()["error"]
         live.wait_until_idle()
-        assert live.frontend.active == 0
+        wait(lambda: live.frontend.active == 0)
 
 
 def test_the_settings_bound_tokens(serve: Serve) -> None:
@@ -158,7 +158,7 @@ def test_a_small_cache_bounds_tokens(serve: Serve) -> None:
 
 @pytest.fixture(scope="module")
 def small(serve: Serve) -> Iterator[Live]:
-    with serve(max_body_bytes=2000, body_timeout=0.2) as live:
+    with serve(max_body_bytes=2000, body_timeout=2.0) as live:
         yield live
 
 
@@ -173,7 +173,8 @@ def check_too_large(response: httpx.Response) -> None:
 
 def test_a_body_at_the_limit_is_read_and_one_above_is_not(small: Live) -> None:
     body = json.dumps({"inputs": "hello", "parameters": {"max_new_tokens": 1}}).encode()
-    headers = {"Content-Type": "application/json"}
+    # A refused body is not read, so its connection ends: none is used twice here.
+    headers = {"Content-Type": "application/json", "Connection": "close"}
     for path in ("/generate", "/generate_stream", "/"):
         fits = small.http.post(path, content=body.ljust(2000), headers=headers)
         assert fits.status_code == 200
@@ -199,7 +200,7 @@ def test_a_body_that_dawdles_is_given_up(small: Live) -> None:
         sock.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         answer = b"".join(iter(lambda: sock.recv(4096), b""))  # until the server hangs up
         assert answer.startswith(b"HTTP/1.1 408")
-        assert b"body must arrive within 0.2 seconds" in answer
+        assert b"body must arrive within 2 seconds" in answer
 
 
 def test_bodies_of_other_routes_are_bounded(small: Live) -> None:
