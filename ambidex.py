@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -215,35 +216,59 @@ def evaluate(
     data: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Files or folders of text, as for train. Repeatable. "
-            "Default: the held-out part of Python's standard library."
+            help="Files or folders of text for perplexity, as for train. Repeatable. Default: the "
+            "held-out part of Python's standard library, or no text if there is a --task."
+        ),
+    ] = None,
+    task: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help='Task file, JSON lines. Repeatable. Cloze: {"text"}, of which the last word is '
+            'the target, or {"context", "target"}. Multiple choice: {"question", "choices", '
+            '"answer"}, the answer an index from 0.'
+        ),
+    ] = None,
+    experts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Policy to evaluate: dense, auto, top_k:N, mass:SHARE or oracle:N (the N experts "
+            "with the most true activation mass). Repeatable. Default: dense, and 1/16, 1/8, 1/4 "
+            "and 1/2 of the experts, routed and, for perplexity, by oracle."
         ),
     ] = None,
     max_tokens: Annotated[
-        int, typer.Option(min=1, max=1 << 30, help="Evaluate at most about this many tokens.")
+        int,
+        typer.Option(
+            min=1, max=1 << 30, help="Tokens of text at most; whole sequences are evaluated."
+        ),
     ] = 1 << 16,
+    max_examples: Annotated[
+        int | None,
+        typer.Option(min=1, max=1 << 30, help="Evaluate only the first so many of each task."),
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Perplexity, dense and at 1/16, 1/8, 1/4 and 1/2 of the experts, routed and by oracle."""
-    from training.evaluation import evaluate_paths
+    """Perplexity and task accuracy of one checkpoint, dense and with fewer experts."""
+    from server.version import VERSION
+    from training.progress import EvaluationProgress
+    from training.suite import prepare
 
     _check_writable(json_file)
     checkpoint = _load(model)
-    curve = evaluate_paths(checkpoint, data or [], max_tokens, lambda policy: err.print(policy))
-    table = Table(
-        "policy", "perplexity", "against dense", "experts", "coverage", title=str(model or "")
-    )
-    for result in [curve.dense, *curve.routed.values(), *curve.oracle.values()]:
-        table.add_row(
-            result.policy,
-            f"{result.perplexity:.3f}",
-            f"{result.perplexity / curve.dense.perplexity - 1:+.2%}",
-            f"{result.activated_ratio:.1%}",
-            f"{result.coverage:.1%}",
-        )
-    Console().print(table)
+    suite = prepare(checkpoint, data or [], task or [], experts or [], max_tokens, max_examples)
+    with EvaluationProgress(suite.work, err) as progress:
+        result = suite.run(progress.advance)
+    table = Table(*map(escape, result.header()), title=escape(str(model or "")))
+    for cells in result.cells():
+        table.add_row(*cells)
+    console = Console()
+    # A pipe or file has no width that would justify breaking the table.
+    console = console if console.is_terminal else Console(width=240)
+    console.print(table)
+    for note in result.notes():
+        console.print(note, highlight=False, markup=False)
     if json_file is not None:
-        json_file.write_text(json.dumps(curve.to_dict(), indent=2) + "\n", encoding="utf-8")
+        _write_json(json_file, result.to_dict(VERSION))
 
 
 @app.command()
@@ -296,6 +321,18 @@ def _check_writable(json_file: Path | None) -> None:
     if json_file is not None:
         folder = json_file.parent
         require(folder.is_dir(), f"--json must name a file in an existing directory, not {folder}")
+        require(not json_file.is_dir(), f"--json must name a file, {json_file} is a directory")
+
+
+def _write_json(json_file: Path, value: Any) -> None:
+    """Write a results file whole, or leave what was there."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    if json_file.exists() and not json_file.is_file():  # a device or pipe, such as /dev/stdout
+        json_file.write_text(text, encoding="utf-8")
+        return
+    temporary = json_file.with_name(f".{json_file.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(json_file)
 
 
 def _load(model: Path | None) -> Checkpoint:

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from engine.checkpoint import file_sha256
 from engine.tokenizer import END_OF_TEXT, Tokenizer
 from training.errors import DataError
 
@@ -174,6 +175,17 @@ def read_paths(paths: Sequence[Path]) -> list[Document]:
     if not documents:
         raise DataError(f"{', '.join(str(p) for p in paths)}: no text found")
     return documents
+
+
+def path_sha256(path: Path) -> str:
+    """SHA-256 of a text file's bytes, or of a folder's list of text files and their SHA-256.
+
+    The list is what `sha256sum` prints for the folder's text files in order of name.
+    """
+    if path.is_file():
+        return file_sha256(path)
+    lines = (f"{file_sha256(file)}  {name}\n" for file, name in _files_below(path))
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def load_corpus(paths: Sequence[Path], valid_share: float, seed: int) -> Corpus:

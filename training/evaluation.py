@@ -18,11 +18,12 @@ from torch import Tensor
 
 from engine.checkpoint import Checkpoint
 from engine.config import QualityPoint
-from engine.experts import Trace, true_mass
+from engine.experts import Trace
 from engine.model import Decoder
 from engine.request import ExpertPolicy
 from training import data
 from training.errors import DataError
+from training.expert_use import ExpertUse
 
 _EVAL_BATCH: Final = 4
 SHARES: Final = (Fraction(1, 16), Fraction(1, 8), Fraction(1, 4), Fraction(1, 2))
@@ -52,8 +53,7 @@ def evaluate(
     model: Decoder, batches: Iterable[tuple[Tensor, Tensor]], policy: ExpertPolicy
 ) -> Evaluation:
     """Perplexity of `model` under `policy`."""
-    loss_sum, tokens, activated, available = 0.0, 0, 0, 0
-    inside, total = 0.0, 0.0
+    loss_sum, tokens, use = 0.0, 0, ExpertUse()
     for inputs_BL, targets_BL in batches:
         trace = Trace(keep_inputs=policy.kind != "dense")
         logits_BLV = model.logits(inputs_BL, policy, trace)
@@ -61,27 +61,10 @@ def evaluate(
             F.cross_entropy(logits_BLV.flatten(0, 1), targets_BL.flatten(), reduction="sum")
         )
         tokens += targets_BL.numel()
-        activated += sum(int(count.sum()) for count in trace.counts)
-        available += targets_BL.numel() * len(trace.counts) * model.config.experts.num_experts
-        chosen_mass, all_mass = _masses(model, trace)
-        inside, total = inside + chosen_mass, total + all_mass
+        use.add(model, trace)
     return Evaluation(
-        str(policy),
-        math.exp(min(loss_sum / tokens, 700.0)),
-        activated / available,
-        inside / total if total else 1.0,
+        str(policy), math.exp(min(loss_sum / tokens, 700.0)), use.activated_ratio, use.coverage
     )
-
-
-def _masses(model: Decoder, trace: Trace) -> tuple[float, float]:
-    """(activation mass inside the chosen experts, all of it), summed over layers and tokens."""
-    inside = total = 0.0
-    for ffn, x_TD, chosen_TE in zip(model.ffns(), trace.inputs, trace.chosen, strict=False):
-        if chosen_TE is not None:
-            mass_TE = true_mass(x_TD, ffn.up, ffn.num_experts, ffn.activation)
-            inside += float((mass_TE * chosen_TE).sum())
-            total += float(mass_TE.sum())
-    return inside, total
 
 
 def top_k_of(share: Fraction, num_experts: int) -> int:
@@ -142,13 +125,35 @@ def quality_curve(
     )
 
 
-def evaluate_paths(
-    checkpoint: Checkpoint,
-    paths: Sequence[Path],
-    max_tokens: int,
-    report: Callable[[str], None] = lambda _policy: None,
-) -> QualityCurve:
-    """Evaluate a checkpoint on text files; no paths mean what its own training held out.
+@dataclass(frozen=True)
+class TextSet:
+    """Text cut into sequences, ready to be evaluated.
+
+    Attributes:
+        batches: inputs and targets, each int64 [B, L].
+        length: tokens predicted in each sequence.
+        sequences: how many of those.
+        available: tokens that the whole text has.
+        sources: where it came from: {"path" or "description", "sha256"}.
+    """
+
+    batches: Batches
+    length: int
+    sequences: int
+    available: int
+    sources: tuple[dict[str, str], ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens predicted, never more than asked for."""
+        return self.sequences * self.length
+
+
+def read_text(checkpoint: Checkpoint, paths: Sequence[Path], max_tokens: int) -> TextSet:
+    """The first whole sequences of some text that have `max_tokens` tokens together at most.
+
+    A sequence is as long as the model's context, or `max_tokens` if that is less. No paths mean
+    what the checkpoint's own training held out.
 
     Raises:
         DataError: if the text cannot be read or does not fill one sequence.
@@ -156,13 +161,21 @@ def evaluate_paths(
     documents = data.read_paths(paths) if paths else _held_out(checkpoint.report)
     tokens = data.encode_documents(checkpoint.tokenizer, documents)
     length = min(checkpoint.config.max_position_embeddings, max_tokens)
-    count = max(1, max_tokens // (_EVAL_BATCH * length))
-    batches = list(data.consecutive_batches(tokens, _EVAL_BATCH, length, count))
-    if not batches:
+    sequences = min((tokens.size - 1) // length, max_tokens // length)
+    if not sequences:
         raise DataError(
-            f"the text has {tokens.size} tokens, fewer than one sequence of {length + 1}"
+            f"the text has {tokens.size} tokens, fewer than one sequence of {length + 1}; give "
+            f"more text or a smaller --max-tokens"
         )
-    return quality_curve(checkpoint.model, batches, report)
+    kept = tokens[: sequences * length + 1]
+    batches = list(data.consecutive_batches(kept, _EVAL_BATCH, length, sequences))
+    if paths:
+        sources = [{"path": str(path), "sha256": data.path_sha256(path)} for path in paths]
+    else:
+        corpus = checkpoint.report["corpus"]
+        description = f"held out of the {corpus['description']}"
+        sources = [{"description": description, "sha256": corpus["fingerprint"]}]
+    return TextSet(batches, length, sequences, tokens.size, tuple(sources))
 
 
 def _held_out(report: Mapping[str, Any]) -> list[data.Document]:

@@ -1,4 +1,4 @@
-"""A progress bar for training: phase, loss, speed, time left."""
+"""Progress bars: of training (phase, loss, speed, time left) and of an evaluation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -63,3 +64,41 @@ class ProgressMonitor:
                 f"step {step + 1}/{self._total} {phase} loss {loss:.3f} "
                 f"{tokens_per_second:,.0f} tokens/s"
             )
+
+
+class EvaluationProgress:
+    """How far an evaluation is, on a terminal; elsewhere a line for each policy it comes to."""
+
+    def __init__(self, total_tokens: int, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description:>10}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=total_tokens)
+        self._policy = ""
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def advance(self, policy: str, tokens: int) -> None:
+        """`tokens` more have been run, under `policy`."""
+        self._progress.update(self._task, advance=tokens, description=policy)
+        if policy != self._policy and not self._console.is_terminal:
+            self._console.print(policy, highlight=False)
+        self._policy = policy
