@@ -327,7 +327,8 @@ def _check_writable(json_file: Path | None) -> None:
 def _write_json(json_file: Path, value: Any) -> None:
     """Write a results file whole, or leave what was there."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    if json_file.exists() and not json_file.is_file():  # a device or pipe, such as /dev/stdout
+    # Renaming over a link (/dev/stdout is one), a device or a pipe would replace it by a file.
+    if json_file.is_symlink() or (json_file.exists() and not json_file.is_file()):
         json_file.write_text(text, encoding="utf-8")
         return
     temporary = json_file.with_name(f".{json_file.name}.{os.getpid()}.tmp")

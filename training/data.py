@@ -105,7 +105,18 @@ def _json_line_text(line: str, where: str) -> str:
     text = value.get("text") if isinstance(value, dict) else None
     if not isinstance(text, str):
         raise DataError(f'{where}: every line must be an object with a string field "text"')
+    if not is_unicode(text):
+        raise DataError(f"{where}: text has half of a surrogate pair, which is no text")
     return text
+
+
+def is_unicode(text: str) -> bool:
+    """Whether `text` can be written as UTF-8; JSON can spell halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_documents(path: Path, name: str) -> Iterator[Document]:

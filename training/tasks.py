@@ -14,8 +14,9 @@ already; a field "delimiter" gives another string to join them with, perhaps the
 of other names, such as an id, are notes to the reader of the file and mean nothing here.
 
 Measures are named and defined as in EleutherAI's lm-evaluation-harness: `acc`; `acc_norm`, where
-log-likelihoods are first divided by the choices' length in UTF-8 bytes; `perplexity` of cloze
-targets, exp of the mean negative log-likelihood per target (not per token).
+log-likelihoods are first divided by the choices' length in UTF-8 bytes (the harness counts
+characters, the same for ASCII); `perplexity` of cloze targets, exp of the mean negative
+log-likelihood per target (not per token).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from engine.checkpoint import file_sha256
 from engine.model import Decoder
 from engine.request import ExpertPolicy
 from engine.tokenizer import Tokenizer
+from training.data import is_unicode
 from training.errors import DataError
 from training.expert_use import ExpertUse
 from training.scoring import Score, encode_pairs, padded_tokens, score
@@ -231,12 +233,8 @@ def _string(value: dict[str, Any], name: str, where: str, *, blank: bool = False
         raise DataError(f"{where}: {name} must be a string, got {_kind_of(text)}")
     if not blank and not text.strip():
         raise DataError(f"{where}: {name} must not be blank")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: {name} has half of a surrogate pair, which is no text"
-        ) from error
+    if not is_unicode(text):
+        raise DataError(f"{where}: {name} has half of a surrogate pair, which is no text")
     return text
 
 

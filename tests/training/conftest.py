@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 
 import pytest
 import torch
 
+from engine.checkpoint import Checkpoint
+from engine.model import Decoder
+from training import data
 from training.config import ModelShape, SwitchConfig, TrainConfig
+from training.conversion import refresh_router
 
 WORDS = ["the", "cat", "dog", "sat", "on", "mat", "log", "and", "then", "ran", "under", "tree"]
 
@@ -50,3 +55,17 @@ def micro() -> TrainConfig:
         ),
         switch=SwitchConfig(top_k=2, mixed_top_k=(1, 2, 4)),
     )
+
+
+@pytest.fixture
+def tiny(micro: TrainConfig) -> Checkpoint:
+    """A random model with a context of 64 and a tokenizer that knows WORDS; end of text is 0."""
+    documents = [data.Document("words", " ".join(WORDS * 20))]
+    tokenizer = data.train_tokenizer(documents, 280)
+    config = micro.model.model_config(64, tokenizer.eos_id, "float32")
+    # logits far enough apart that rounding never decides
+    model = Decoder(dataclasses.replace(config, initializer_range=0.3))
+    model.initialize(torch.Generator().manual_seed(0))
+    for ffn in model.requires_grad_(False).ffns():
+        refresh_router(ffn)
+    return Checkpoint(Path("tiny"), config, model.eval(), tokenizer, {}, "f" * 64)

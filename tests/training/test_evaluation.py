@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine import checkpoint as checkpoints
+from engine.checkpoint import Checkpoint
 from engine.model import Decoder
 from engine.request import ExpertPolicy
+from training import data
 from training.config import TrainConfig
 from training.conversion import refresh_router
 from training.errors import DataError
-from training.evaluation import evaluate, evaluate_paths, quality_curve
-from training.trainer import Trainer
+from training.evaluation import evaluate, quality_curve, read_text
 
 
 @pytest.fixture
@@ -49,12 +51,63 @@ def test_the_curve_has_every_share_and_recommends_the_sparsest_good_one(model: D
     assert curve.recommended(8, tolerance=-10.0) == "dense"
 
 
-def test_a_checkpoint_is_evaluated_on_files_or_on_what_it_held_out(
-    micro: TrainConfig, corpus: Path, tmp_path: Path
+@pytest.mark.parametrize("max_tokens", [1, 63, 64, 65, 127, 128, 129, 600, 1 << 20])
+def test_text_is_cut_into_whole_sequences_that_never_exceed_max_tokens(
+    max_tokens: int, tiny: Checkpoint, corpus: Path
 ) -> None:
-    path = Trainer(micro, tmp_path / "run", [corpus]).train()
-    checkpoint = checkpoints.load(path, dtype="float32")
-    curve = evaluate_paths(checkpoint, [corpus], 2000)
-    assert math.isfinite(curve.dense.perplexity)
-    with pytest.raises(DataError, match="give --data"):
-        evaluate_paths(checkpoint, [], 2000)
+    text = read_text(tiny, [corpus], max_tokens)
+    assert text.length == min(64, max_tokens)
+    most = min(max_tokens, text.available - 1)
+    assert most - text.length < text.tokens <= most
+    assert sum(targets.numel() for _, targets in text.batches) == text.tokens
+    documents = data.read_paths([corpus])
+    tokens = data.encode_documents(tiny.tokenizer, documents).astype("int64")
+    inputs = torch.cat([inputs.flatten() for inputs, _ in text.batches])
+    targets = torch.cat([targets.flatten() for _, targets in text.batches])
+    assert inputs.tolist() == tokens[: text.tokens].tolist()
+    assert targets.tolist() == tokens[1 : text.tokens + 1].tolist()
+
+
+def test_text_too_short_for_a_sequence_is_refused(tiny: Checkpoint, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("the cat\n")
+    with pytest.raises(DataError, match=r"has \d+ tokens, fewer than one sequence of 65"):
+        read_text(tiny, [short], 1000)
+    assert read_text(tiny, [short], 1).tokens == 1
+
+
+def test_sources_are_fingerprinted(tiny: Checkpoint, corpus: Path) -> None:
+    file = corpus / "003.txt"
+    first, second = read_text(tiny, [corpus, file], 64).sources
+    listing = "".join(
+        f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n"
+        for f in sorted(corpus.iterdir())
+    )
+    assert first == {
+        "path": str(corpus),
+        "sha256": hashlib.sha256(listing.encode()).hexdigest(),
+    }
+    assert second["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_without_files_the_held_out_part_of_the_training_text_is_evaluated(
+    tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = [data.Document(f"{i}.py", f"the cat sat on {i} " * 40) for i in range(20)]
+    monkeypatch.setattr(data, "standard_library", lambda: library)
+    corpus = data.load_corpus([], 0.3, 7)
+    report = {
+        "config": {"valid_share": 0.3, "seed": 7},
+        "corpus": {"fingerprint": corpus.fingerprint, "description": corpus.description},
+    }
+    text = read_text(dataclasses.replace(tiny, report=report), [], 1 << 20)
+    expected = data.encode_documents(tiny.tokenizer, corpus.valid)
+    assert text.available == expected.size
+    assert text.batches[0][0].flatten()[:9].tolist() == expected[:9].tolist()
+    assert text.sources[0]["sha256"] == corpus.fingerprint
+
+    report["corpus"]["fingerprint"] = "another"
+    with pytest.raises(DataError, match="trained on other text .* give --data"):
+        read_text(dataclasses.replace(tiny, report=report), [], 1000)
+    with pytest.raises(DataError, match="names no corpus; give --data"):
+        read_text(tiny, [], 1000)
