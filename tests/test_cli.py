@@ -80,15 +80,40 @@ def test_inspect_verifies_and_shows_the_quality_by_share(ambidex: Command) -> No
     assert "25.00%" in result.stdout
 
 
-def test_eval_measures_a_text(tmp_path: Path, ambidex: Command) -> None:
-    text, results = tmp_path / "a.py", tmp_path / "results.json"
+def test_eval_measures_text_and_tasks(tmp_path: Path, ambidex: Command) -> None:
+    text, task, results = tmp_path / "a.py", tmp_path / "quiz.jsonl", tmp_path / "results.json"
     text.write_text("def f(x):\n    return [y for y in x if y]\n" * 200)
-    result = ambidex("eval", "--data", str(text), "--max-tokens", "600", "--json", str(results))
+    line = {"question": "import os\nimport", "choices": ["sys", "yes and no"], "answer": 0}
+    task.write_text(f"{json.dumps(line)}\n" * 3)
+    options = ["--data", text, "--task", task, "--json", results]
+    result = ambidex("eval", *map(str, options), "--max-tokens", "600", "--max-examples", "2")
     assert result.returncode == 0, result.stderr
     assert "oracle:16" in result.stdout
+    assert "acc_norm" in result.stdout
+    assert "text: 512 tokens evaluated of " in result.stdout
+    assert "quiz: 2 examples of 3, chance 50.0%" in result.stdout
+    assert result.stderr.split()[:2] == ["dense", "top_k:4"]
     scores = json.loads(results.read_text())
-    assert set(scores["routed"]) == {"4", "8", "16", "32"}
-    assert 1 < scores["dense"]["perplexity"] < 4096
+    by_policy = {entry["policy"]: entry for entry in scores["results"]}
+    assert list(by_policy)[:5] == ["dense", "top_k:4", "top_k:8", "top_k:16", "top_k:32"]
+    assert 1 < by_policy["dense"]["text"]["perplexity"] < 4096
+    assert by_policy["top_k:16"]["text"]["activated_ratio"] == 0.25
+    assert by_policy["oracle:16"]["tasks"]["quiz"] is None
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_eval_writes_through_a_link_and_over_a_file(tmp_path: Path, ambidex: Command) -> None:
+    task, target, link = tmp_path / "t[b].jsonl", tmp_path / "target.json", tmp_path / "link.json"
+    task.write_text('{"text": "import sys"}\n')
+    target.write_text("old")
+    link.symlink_to(target)
+    for path in (link, target):
+        result = ambidex("eval", "--task", str(task), "--experts", "top_k:8", "--json", str(path))
+        assert result.returncode == 0, result.stderr
+        assert "t[b]" in result.stdout  # not taken for markup
+        assert json.loads(target.read_text())["results"][0]["policy"] == "top_k:8"
+        target.write_text("old")
+    assert link.is_symlink()
 
 
 REFUSED = [
@@ -111,6 +136,13 @@ REFUSED = [
     (["serve", "--model", "{tmp}"], "manifest.json: missing"),
     (["eval", "--data", "{tmp}"], "no text found"),
     (["eval", "--json", "{tmp}/no/where.json"], "--json"),
+    (["eval", "--json", "{tmp}"], "is a directory"),
+    (["eval", "--task", "{tmp}/f"], ":1: is not JSON"),
+    (["eval", "--task", "{tmp}/none"], "no such task file"),
+    (["eval", "--experts", "half"], "mass:SHARE or oracle:N; got 'half'"),
+    (["eval", "--experts", "top_k:65"], "experts.top_k must be between 1 and 64, got 65"),
+    (["eval", "--max-tokens", "0"], "--max-tokens"),
+    (["eval", "--max-examples", "0"], "--max-examples"),
 ]
 
 

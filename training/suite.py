@@ -53,8 +53,8 @@ class Suite:
     Attributes:
         checkpoint: the model.
         text: for perplexity; None if only tasks were asked for.
-        tasks: with distinct names.
-        names: of the tasks, distinct.
+        tasks: the task sets.
+        names: theirs, distinct.
         policies: resolved and distinct, in the order of the table's rows.
         oracle_tasks: run tasks under oracle policies too; they were asked for by name.
     """

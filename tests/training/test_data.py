@@ -40,6 +40,10 @@ BAD = {
     "binary": (lambda p: p.with_suffix(".txt").write_bytes(b"\xff\xfe\0"), "is not UTF-8"),
     "kind": (lambda p: p.with_suffix(".pdf").write_text("x"), "unknown kind of file"),
     "json": (lambda p: p.with_suffix(".jsonl").write_text("{"), "line 1: not JSON"),
+    "surrogate": (
+        lambda p: p.with_suffix(".jsonl").write_text('{"text": "\\ud800"}'),
+        "line 1: text has half of a surrogate pair",
+    ),
     "no text": (lambda p: p.with_suffix(".jsonl").write_text('{"a": 1}'), "string field"),
     "gzip": (lambda p: p.with_suffix(".gz").write_bytes(b"no"), "unknown kind of file"),
     "cut": (lambda p: p.with_suffix(".txt.gz").write_bytes(gzip.compress(b"x")[:9]), "cannot be"),

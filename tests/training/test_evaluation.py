@@ -107,7 +107,7 @@ def test_without_files_the_held_out_part_of_the_training_text_is_evaluated(
     assert text.sources[0]["sha256"] == corpus.fingerprint
 
     report["corpus"]["fingerprint"] = "another"
-    with pytest.raises(DataError, match="trained on other text .* give --data"):
+    with pytest.raises(DataError, match=r"trained on other text .* give --data"):
         read_text(dataclasses.replace(tiny, report=report), [], 1000)
     with pytest.raises(DataError, match="names no corpus; give --data"):
         read_text(tiny, [], 1000)
