@@ -122,7 +122,9 @@ def parse_record(line: str) -> Record | None:
         return _probe(int(step), values)
     if isinstance(values.get("valid"), Mapping):
         found = {str(k): number(v) for k, v in values["valid"].items()}
-        known = {k: v for k, v in found.items() if v is not None and (k == "dense" or k.isdecimal())}
+        known = {
+            k: v for k, v in found.items() if v is not None and (k == "dense" or k.isdecimal())
+        }
         return ValidRecord(int(step), known)
     if isinstance(values.get("switch"), Mapping):
         return _switch(int(step), values["switch"])
@@ -203,7 +205,9 @@ class RunHistory:
     @property
     def last_step(self) -> int:
         """The highest step that any record names; 0 if there is none."""
-        return max((r.step for r in (*self.steps, *self.probes, *self.valids, *self.switches)), default=0)
+        return max(
+            (r.step for r in (*self.steps, *self.probes, *self.valids, *self.switches)), default=0
+        )
 
     @property
     def total_steps(self) -> int | None:

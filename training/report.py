@@ -119,8 +119,8 @@ def _figure(chart: Chart) -> str:
 def _legend(chart: Chart) -> str:
     drawn = [s for s in chart.series if any(y is not None for _, y in s.points)]
     items = [_legend_item(s.name, s.colour, _line_class(s)) for s in drawn]
-    for kind in sorted({band.kind for band in chart.bands} & {"sparse", "mixed"}):
-        items.append(_legend_item(f"{kind} phase", f"var(--{kind}-band)", "area"))
+    shaded = sorted({band.kind for band in chart.bands} & {"sparse", "mixed"})
+    items += [_legend_item(f"{kind} phase", f"var(--{kind}-band)", "area") for kind in shaded]
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
@@ -148,7 +148,7 @@ def _count(value: object) -> str:
 
 
 def _share(value: float | None) -> str:
-    return "" if value is None else format_percent(value)
+    return "" if value is None else f"{value:.1%}"
 
 
 def _relative(value: float | None, base: float | None) -> str:
@@ -299,8 +299,8 @@ def _heat_map(probe: ProbeRecord) -> str:
 def _layers(probe: ProbeRecord) -> str:
     """The last probe, layer by layer."""
     k = probe.study.top_k
-    head = ["layer", "active neurons", "never fire", "mass in the best 1/16", "1/8", "1/4"]
-    head += [f"best {k} (oracle)", f"router's {k}", "load: fullest", "entropy", "dead", "cohesion"]
+    head = ["layer", "active", "never fire", "mass in 1/16", "in 1/8", "in 1/4"]
+    head += [f"best {k}", f"router's {k}", "fullest", "entropy", "dead", "cohesion"]
     rows = []
     for i, layer in enumerate(probe.study.layers):
         entropy = layer.load_entropy
@@ -312,9 +312,12 @@ def _layers(probe: ProbeRecord) -> str:
         row += [str(layer.dead_experts) if layer.load else "", f"{layer.cohesion:.2f}"]
         rows.append(row)
     return (
-        f'<p class="note">The probe at step {probe.step:,}, {probe.study.tokens:,} tokens. '
-        f"Cohesion: how many times likelier a neuron fires when one of its own expert does than "
-        f"when one of another expert does.</p>\n{_table(head, rows)}"
+        f'<p class="note">The probe at step {probe.step:,}, {probe.study.tokens:,} tokens: neurons '
+        f"that fire, and that never do; activation mass in the best 1/16, 1/8 and 1/4 of the "
+        f"experts, in the best {k} and in the router's {k}; load of the fullest expert over the "
+        f"uniform one, entropy of the load (1 is even), experts never chosen. Cohesion: how many "
+        f"times likelier a neuron fires when one of its own expert does than when one of another "
+        f"expert does.</p>\n{_table(head, rows)}"
     )
 
 
@@ -337,7 +340,7 @@ def _quality(history: RunHistory) -> str:
                 _share(number(dig(oracle, "coverage"))),
             ]
         )
-    head = ["experts", "share", "perplexity", "against dense", "oracle", "mass inside", "oracle"]
+    head = ["experts", "share", "perplexity", "to dense", "oracle", "mass inside", "oracle"]
     return _grid([charts.quality(history)], _table(head, rows))
 
 
@@ -361,7 +364,9 @@ def _facts(history: RunHistory, dense: RunHistory | None) -> str:
     if "tokens_seen" in report:
         rows.append(("tokens seen", _count(report["tokens_seen"])))
     rows += [(f"version: {k}", _plain(v)) for k, v in _items(report.get("versions"))]
-    rows += [(f"FLOPs a token: {k}", _plain(v)) for k, v in _items(dig(report, "flops", "per_token"))]
+    rows += [
+        (f"FLOPs a token: {k}", _plain(v)) for k, v in _items(dig(report, "flops", "per_token"))
+    ]
     rows += _flat("", report.get("config"))
     if history.skipped:
         rows.append(("lines of the log not understood", f"{history.skipped:,}"))

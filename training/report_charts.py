@@ -24,7 +24,7 @@ _LOG_RATIO: Final = 5.0
 
 def ramp(index: int, count: int) -> str:
     """The colour of one of `count` ordered things, from blue over green to orange."""
-    hue = 260 - 230 * (index / (count - 1) if count > 1 else 0.0)
+    hue = 240 - 215 * (index / (count - 1) if count > 1 else 0.0)
     return f"hsl({hue:.0f} var(--ramp-s) var(--ramp-l))"
 
 
@@ -185,9 +185,7 @@ def quality(history: RunHistory) -> Chart:
     for name, colour in (("routed", ROUTED), ("oracle", ORACLE)):
         found = dig(evaluation, name)
         results = list(found.values()) if isinstance(found, dict) else []
-        pairs = [
-            (number(dig(r, "activated_ratio")), number(dig(r, "perplexity"))) for r in results
-        ]
+        pairs = [(number(dig(r, "activated_ratio")), number(dig(r, "perplexity"))) for r in results]
         points: list[Point] = sorted((x, y) for x, y in pairs if x and y is not None)
         shares += [x for x, _ in points]
         series.append(Series(name, points, colour, dots=True, dashed=name == "oracle"))
@@ -244,12 +242,12 @@ def cost(history: RunHistory, dense: RunHistory | None) -> list[Chart]:
     charts = []
     for title, value, rate, name in kinds:
         series = [Series("this run", _over_steps(history, value), ROUTED)]
-        if rate is not None:
-            line: list[Point] = [(r.step, rate * (r.step + 1)) for r in history.steps]
-            series.append(Series(name, line, DENSE, dashed=True))
         if dense is not None:
             shown = [p for p in _over_steps(dense, value) if p[0] <= history.last_step]
             series.append(Series("dense run", shown, OTHER))
+        if rate is not None:
+            line: list[Point] = [(r.step, rate * (r.step + 1)) for r in history.steps]
+            series.append(Series(name, line, DENSE, dashed=True))
         charts.append(_chart(history, title, series, y_zero=True))
     return charts
 

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
+from pathlib import Path
 from typing import Any, Final, Self
 
 import torch
@@ -24,12 +27,15 @@ from engine.config import check_range, known_fields
 from engine.errors import ConfigError, require
 from engine.experts import ExpertFFN, activate
 from engine.model import Decoder
+from engine.tokenizer import Tokenizer
+from training import data
 from training.activation import ffn_inputs
 from training.evaluation import top_k_of
 
 # The shares of the experts whose oracle mass is recorded, whatever the run's own k.
 CONCENTRATION_SHARES: Final = (Fraction(1, 16), Fraction(1, 8), Fraction(1, 4))
 _SAMPLED_NEURONS: Final = 256
+_PROBE_CHARACTERS: Final = 1 << 19
 _DIGITS: Final = 6
 
 
@@ -131,6 +137,30 @@ class ActivationStudy:
             return cls(int(fields["tokens"]), int(fields["top_k"]), layers)
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"activation study: {error!r}") from error
+
+
+def text_probe(
+    tokenizer: Tokenizer, paths: Sequence[Path], length: int, tokens: int = 4096
+) -> Tensor:
+    """A probe of about `tokens` token ids, [B, L], from a fixed sample of a text's documents.
+
+    Args:
+        tokenizer: of the model to study.
+        paths: files and folders of text; none mean Python's standard library.
+        length: L, tokens per sequence.
+        tokens: the batch has at most this many, but at least one sequence.
+
+    Raises:
+        DataError: if a path cannot be read, or the text does not fill one sequence.
+    """
+    documents = data.read_paths(paths) if paths else data.standard_library()
+    random.Random(0).shuffle(documents)
+    read = accumulate((len(document.text) for document in documents), initial=0)
+    enough = sum(characters < _PROBE_CHARACTERS for characters in read)
+    ids = data.encode_documents(tokenizer, documents[:enough])
+    available = (ids.size - 1) // length
+    batch = max(1, min(tokens // length, available))
+    return data.TokenBatches(ids, batch, length, seed=0).batch(0)[0]
 
 
 @torch.no_grad()

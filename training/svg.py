@@ -246,7 +246,7 @@ def _grid(chart: Chart, x_axis: Axis, y_axis: Axis) -> list[str]:
     parts = []
     for value in y_axis.ticks():
         y = y_axis(value)
-        parts.append(f'<path class="grid" d="M{_LEFT},{y:.1f}H{WIDTH - _RIGHT}"/>')
+        parts.append(f'<path class="rule" d="M{_LEFT},{y:.1f}H{WIDTH - _RIGHT}"/>')
         parts.append(
             f'<text class="tick tick-y" x="{_LEFT - 8}" y="{y:.1f}" dy="0.35em" '
             f'text-anchor="end">{escape(chart.y_format(value))}</text>'
@@ -284,7 +284,9 @@ def _series(series: Series, chart: Chart, x_axis: Axis, y_axis: Axis) -> list[st
         "M" + "L".join(f"{x_axis(x):.2f},{y_axis(y):.2f}" for x, y in run) for run in lines
     )
     name = escape(series.name)
-    parts = [f'<path class="{classes}" {style} d="{path}"><title>{name}</title></path>'] * bool(path)
+    parts = [f'<path class="{classes}" {style} d="{path}"><title>{name}</title></path>'] * bool(
+        path
+    )
     dotted = [p for run in runs for p in run if series.dots or len(run) == 1]
     for x, y in dotted:
         label = f"{name}: {escape(chart.y_format(y))} at {escape(chart.x_format(x))}"
@@ -310,8 +312,7 @@ def heat_map(title: str, rows: Sequence[tuple[str, Sequence[float]]], most: floa
     titled = columns * len(rows) <= _MOST_TITLES
     total = _TOP + height * len(rows) + _BOTTOM
     parts = [
-        f'<svg class="chart" role="img" viewBox="0 0 {WIDTH} {total}" '
-        f'aria-label="{escape(title)}">'
+        f'<svg class="chart" role="img" viewBox="0 0 {WIDTH} {total}" aria-label="{escape(title)}">'
     ]
     for number, (label, values) in enumerate(rows):
         y = _TOP + number * height
