@@ -306,9 +306,9 @@ def inspect(
     """Verify a checkpoint and show its shape, its experts, and its quality by share of experts."""
     from engine.errors import require
 
-    options = {"--data": data, "--top-k": top_k, "--against": against, "--json": json_file}
-    for name, value in options.items():
-        require(activations or value in (None, []), f"{name} needs --activations")
+    given = {"--data": data, "--top-k": top_k, "--against": against, "--json": json_file}
+    for option, setting in given.items():
+        require(activations or setting in (None, []), f"{option} needs --activations")
     _check_writable(json_file)
     path = _model_path(model)
     checkpoint = _load(model)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
@@ -205,9 +205,8 @@ class RunHistory:
     @property
     def last_step(self) -> int:
         """The highest step that any record names; 0 if there is none."""
-        return max(
-            (r.step for r in (*self.steps, *self.probes, *self.valids, *self.switches)), default=0
-        )
+        kinds: tuple[Sequence[Record], ...] = (self.steps, self.probes, self.valids, self.switches)
+        return max((record.step for records in kinds for record in records), default=0)
 
     @property
     def total_steps(self) -> int | None:

@@ -208,9 +208,10 @@ def _sparsity_tile(history: RunHistory) -> Tile | None:
                 return "sparse mode", format_percent(share), more
     if not history.probes:
         return None
-    layers = history.probes[-1].study.layers
+    probe = history.probes[-1]
+    layers = probe.study.layers
     mean = sum(layer.active for layer in layers) / max(1, len(layers))
-    return "active neurons", format_percent(mean), f"mean of layers, step {history.last_step:,}"
+    return "active neurons", f"{mean:.1%}", f"mean of layers, probe at step {probe.step:,}"
 
 
 def _routed(history: RunHistory) -> list[tuple[int, float, float]]:
@@ -231,7 +232,11 @@ def _flops_tile(history: RunHistory) -> Tile | None:
         return None
     if dense is None:
         return "training FLOPs", format_number(spent), "no dense steps to compare with yet"
-    return "training FLOPs", format_number(spent), f"{dense / spent:.2f}x fewer than all dense"
+    return (
+        "training FLOPs",
+        format_number(spent),
+        f"all dense would take {dense / spent:.2f} times as many",
+    )
 
 
 def _flops(history: RunHistory) -> tuple[float | None, float | None]:

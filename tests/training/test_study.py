@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,16 @@ from engine.experts import ExpertLayout
 from engine.model import Decoder
 from training.activation import ffn_inputs, observe
 from training.conversion import build_experts, permute_neurons, refresh_router
-from training.study import ActivationStudy, LayerStudy, adjusted_rand_index, cofiring, study
+from training.data import read_paths, train_tokenizer
+from training.errors import DataError
+from training.study import (
+    ActivationStudy,
+    LayerStudy,
+    adjusted_rand_index,
+    cofiring,
+    study,
+    text_probe,
+)
 
 E, S, K = 8, 6, 3
 
@@ -257,3 +267,18 @@ def test_cuda_counts_what_the_cpu_counts(probe: torch.Tensor) -> None:
         assert a.active == pytest.approx(b.active, abs=2e-3)
         assert a.load == pytest.approx(b.load, abs=0.1)
         assert a.within == pytest.approx(b.within, abs=5e-3)
+
+
+def test_a_text_probe_is_fixed_and_of_the_size_asked_for(tmp_path: Path) -> None:
+    for number in range(30):
+        words = " ".join(f"word{i * number % 97}" for i in range(60))
+        (tmp_path / f"{number}.txt").write_text(words)
+    tokenizer = train_tokenizer(read_paths([tmp_path]), 300)
+    probe_BL = text_probe(tokenizer, [tmp_path], length=16, tokens=64)
+    assert probe_BL.shape == (4, 16)
+    assert torch.equal(probe_BL, text_probe(tokenizer, [tmp_path], length=16, tokens=64))
+    assert len({tuple(row) for row in probe_BL.tolist()}) == 4
+    few_BL = text_probe(tokenizer, [tmp_path], length=2048, tokens=1 << 20)
+    assert 1 <= few_BL.shape[0] < 8  # as many whole sequences as the text fills, none twice
+    with pytest.raises(DataError, match="fewer than one sequence"):
+        text_probe(tokenizer, [tmp_path / "0.txt"], length=2048)
