@@ -215,11 +215,16 @@ class RunHistory:
         return None if total is None else int(total)
 
     @property
+    def end(self) -> int:
+        """Where the run ended, or how far it has come."""
+        return max(self.total_steps or 0, self.last_step)
+
+    @property
     def phases(self) -> list[tuple[int, int, str]]:
         """(first step, end, phase) of every stretch of the run so far."""
         first = self.steps[0].phase if self.steps and self.steps[0].phase else "dense"
         starts = [(0, first), *((s.step, s.phase) for s in self.switches)]
-        ends = [step for step, _ in starts[1:]] + [max(self.last_step, starts[-1][0])]
+        ends = [step for step, _ in starts[1:]] + [max(self.end, starts[-1][0])]
         return [(a, b, phase) for (a, phase), b in zip(starts, ends, strict=True) if b > a]
 
 

@@ -41,7 +41,7 @@ def _chart(history: RunHistory, title: str, series: Sequence[Series], **options:
         series=series,
         bands=[Band(a, b, phase) for a, b, phase in history.phases if phase != "dense"],
         marks=[(s.step, f"step {s.step}: {s.phase}, {s.reason}") for s in history.switches],
-        x_range=(0.0, float(history.last_step)),
+        x_range=(0.0, float(history.end)),
         x_format=whole,
         **options,  # type: ignore[arg-type]  # fields of Chart, by name
     )
@@ -148,7 +148,7 @@ def similarity(history: RunHistory) -> Chart:
     for name, colour in (("settled", ROUTED), ("stale", ORACLE)):
         bound = number(dig(limits, name))
         if bound is not None and history.probes:
-            ends: list[Point] = [(0.0, bound), (float(history.last_step), bound)]
+            ends: list[Point] = [(0.0, bound), (float(history.end), bound)]
             series.append(Series(f"bound: {name} {bound:g}", ends, colour, faint=True, dashed=True))
     return _chart(history, "Similarity of activation patterns", series)
 
@@ -243,7 +243,7 @@ def cost(history: RunHistory, dense: RunHistory | None) -> list[Chart]:
     for title, value, rate, name in kinds:
         series = [Series("this run", _over_steps(history, value), ROUTED)]
         if dense is not None:
-            shown = [p for p in _over_steps(dense, value) if p[0] <= history.last_step]
+            shown = [p for p in _over_steps(dense, value) if p[0] <= history.end]
             series.append(Series("dense run", shown, OTHER))
         if rate is not None:
             line: list[Point] = [(r.step, rate * (r.step + 1)) for r in history.steps]

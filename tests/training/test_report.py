@@ -237,7 +237,7 @@ def test_the_loss_drawn_is_the_loss_logged(finished: Path) -> None:
     for (x, y), line in zip(drawn, steps, strict=True):
         assert x == pytest.approx(line["step"], abs=1)
         assert y == pytest.approx(line["loss"], abs=0.03)
-    assert figure.bands == ["sparse, 100 to 300", "mixed, 300 to 390"]
+    assert figure.bands == ["sparse, 100 to 300", "mixed, 300 to 400"]
     assert "activations settled: similarity 0.712 >= 0.7" in figure.marks[0]
 
 
