@@ -1,4 +1,4 @@
-"""The command `ambidex`: train, serve, generate, eval, inspect, bench.
+"""The command `ambidex`: train, report, serve, generate, eval, inspect, bench.
 
 Thin: each subcommand parses its options and calls the package that does the work, which is imported
 only then, so `--help` answers at once.
@@ -21,6 +21,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from engine.checkpoint import Checkpoint
     from engine.request import ExpertPolicy
+    from training.correspondence import LayerComparison
+    from training.study import ActivationStudy
 
 app = typer.Typer(
     name="ambidex",
@@ -130,6 +132,26 @@ def _train_config(preset: str, steps: int | None, seed: int | None) -> Any:
         steps=config.steps if steps is None else steps,
         seed=config.seed if seed is None else seed,
     )
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run's directory, finished or not.")],
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Another run's directory to draw beside it, such as a dense one."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page to write; default: RUN/report.html.")
+    ] = None,
+) -> None:
+    """Draw a training run as one HTML page: loss, perplexity, sparsity, switches, experts, cost.
+
+    The page holds everything it needs and runs no scripts. It can be made while the run goes on.
+    """
+    from training.report import write_report
+
+    typer.echo(f"report: {write_report(run, out, against)}")
 
 
 @app.command()
@@ -272,8 +294,47 @@ def evaluate(
 
 
 @app.command()
-def inspect(model: Model = None) -> None:
+def inspect(
+    model: Model = None,
+    activations: Annotated[
+        bool,
+        typer.Option(
+            "--activations",
+            help="Study which neurons fire on a text, layer by layer, and how experts share them.",
+        ),
+    ] = False,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="With --activations: files or folders of text, as for train. Repeatable. "
+            "Default: Python's standard library."
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            help="With --activations: experts per token. Default: what auto means for the "
+            "checkpoint, or a quarter of the experts."
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --activations: a checkpoint to compare with, such as the same model "
+            "trained for longer."
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="With --activations: also write it here.")
+    ] = None,
+) -> None:
     """Verify a checkpoint and show its shape, its experts, and its quality by share of experts."""
+    from engine.errors import require
+
+    given = {"--data": data, "--top-k": top_k, "--against": against, "--json": json_file}
+    for option, setting in given.items():
+        require(activations or setting in (None, []), f"{option} needs --activations")
+    _check_writable(json_file)
     path = _model_path(model)
     checkpoint = _load(model)
     config = checkpoint.config
@@ -293,6 +354,87 @@ def inspect(model: Model = None) -> None:
         table.add_row(name, value)
     Console().print(table)
     _print_quality(path)
+    if activations:
+        _inspect_activations(checkpoint, data or [], top_k, against, json_file)
+
+
+def _inspect_activations(
+    checkpoint: Checkpoint,
+    data: list[Path],
+    top_k: int | None,
+    against: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Study a checkpoint's activations, and compare them with another's."""
+    from engine.errors import require
+    from training.correspondence import compare
+    from training.study import study, text_probe
+
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer
+    policy = _policy(config.experts.default_policy)
+    automatic = (
+        int(policy.value) if policy.kind == "top_k" else max(1, config.experts.num_experts // 4)
+    )
+    other = _load(against) if against is not None else None
+    length = min(c.config.max_position_embeddings for c in (checkpoint, other) if c is not None)
+    probe_BL = text_probe(tokenizer, data, min(length, 512))
+    result = study(checkpoint.model, probe_BL, automatic if top_k is None else top_k)
+    _print_study(result, config.experts.num_experts)
+    record: dict[str, Any] = {"study": result.to_dict()}
+    if other is not None:
+        same = tokenizer.backend.to_str() == other.tokenizer.backend.to_str()
+        require(same, f"--against {against}: has another tokenizer, so no token corresponds")
+        layers = compare(checkpoint.model, other.model, probe_BL)
+        _print_comparison(layers, against)
+        record["against"] = [layer.to_dict() for layer in layers]
+    if json_file is not None:
+        json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _print_study(study: ActivationStudy, num_experts: int) -> None:
+    k = study.top_k
+    firing = Table(
+        *("layer", "active", "never fire", "in 1/16", "in 1/8", "in 1/4", "cohesion"),
+        title=f"activations on {study.tokens:,} tokens; mass in the best share of the experts",
+    )
+    routing = Table(
+        *("layer", f"best {k}", f"router's {k}", "least load", "most", "entropy", "dead"),
+        title=f"routing to {k} of {num_experts}; mass inside, load over the uniform load",
+    )
+    for i, layer in enumerate(study.layers):
+        shares = [f"{s:.1%}" for s in (layer.active, layer.never, *layer.concentration)]
+        firing.add_row(str(i), *shares, f"{layer.cohesion:.2f}")
+        if layer.coverage is None or layer.load_entropy is None:
+            routing.add_row(str(i), f"{layer.oracle:.1%}", "no router")
+            continue
+        load = (f"{min(layer.load):.2f}", f"{max(layer.load):.2f}", f"{layer.load_entropy:.3f}")
+        inside = (f"{layer.oracle:.1%}", f"{layer.coverage:.1%}")
+        routing.add_row(str(i), *inside, *load, str(layer.dead_experts))
+    Console().print(firing)
+    Console().print(routing)
+
+
+def _print_comparison(layers: tuple[LayerComparison, ...], against: Path | None) -> None:
+    table = Table(
+        *("layer", "partners", "similarity", "ARI", "active", "there", "correlation"),
+        title=f"against {against}",
+    )
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    for i, layer in enumerate(layers):
+        alike = (number(layer.similarity), number(layer.adjusted_rand))
+        active = (f"{share:.1%}" for share in layer.active)
+        table.add_row(str(i), f"{layer.matched:.1%}", *alike, *active, number(layer.correlation))
+    Console().print(table)
+    if any(layer.similarity is None for layer in layers):
+        err.print(
+            "Where fewer than half of the neurons have a partner in the other checkpoint, the two "
+            "do not share their neurons: similarity and ARI (agreement of the clusterings) have no "
+            "meaning there, and only the shares of active neurons are compared.",
+            highlight=False,
+        )
 
 
 @bench_app.command()

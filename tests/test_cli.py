@@ -55,7 +55,10 @@ def flat(text: str) -> str:
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["train"], ["serve"], ["generate"], ["eval"], ["inspect"], ["bench"], ["bench", "ffn"]],
+    [
+        *([], ["train"], ["report"], ["serve"], ["generate"], ["eval"], ["inspect"]),
+        *(["bench"], ["bench", "ffn"]),
+    ],
     ids=lambda command: " ".join(command) or "ambidex",
 )
 def test_help_explains(command: list[str], ambidex: Command) -> None:
@@ -78,6 +81,32 @@ def test_inspect_verifies_and_shows_the_quality_by_share(ambidex: Command) -> No
     assert result.returncode == 0, result.stderr
     assert "64 of 16 neurons" in result.stdout
     assert "25.00%" in result.stdout
+
+
+def test_inspect_studies_activations_and_compares_checkpoints(
+    tmp_path: Path, ambidex: Command
+) -> None:
+    text, results = tmp_path / "a.py", tmp_path / "study.json"
+    text.write_text("".join(f"def f{i}(x):\n    return [x * {i}]\n" for i in range(300)))
+    against = str(Path(command_line.__file__).parent / "engine" / "starter")
+    options = ["--data", str(text), "--top-k", "8", "--against", against, "--json", str(results)]
+    result = ambidex("inspect", "--activations", *options)
+    assert result.returncode == 0, result.stderr
+    assert "routing to 8 of 64" in result.stdout
+    assert "cohesion" in result.stdout
+    record = json.loads(results.read_text())
+    layers = record["study"]["layers"]
+    assert (record["study"]["top_k"], len(layers)) == (8, 4)
+    assert all(0.5 < layer["coverage"] <= layer["oracle"] for layer in layers)
+    assert all(layer["within"] > layer["between"] for layer in layers)
+    assert all(layer["similarity"] == layer["adjusted_rand"] == 1 for layer in record["against"])
+
+
+def test_report_draws_a_run(tmp_path: Path, ambidex: Command) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "phase": "dense", "loss": 5.5}\n')
+    result = ambidex("report", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "Training loss" in (tmp_path / "report.html").read_text()
 
 
 def test_eval_measures_text_and_tasks(tmp_path: Path, ambidex: Command) -> None:
@@ -143,6 +172,13 @@ REFUSED = [
     (["eval", "--experts", "top_k:65"], "experts.top_k must be between 1 and 64, got 65"),
     (["eval", "--max-tokens", "0"], "--max-tokens"),
     (["eval", "--max-examples", "0"], "--max-examples"),
+    (["inspect", "--top-k", "8"], "--top-k needs --activations"),
+    (["inspect", "--data", "{tmp}/f"], "--data needs --activations"),
+    (["inspect", "--activations", "--top-k", "65"], "top_k must be between 1 and 64, got 65"),
+    (["inspect", "--activations", "--data", "{tmp}/f"], "unknown kind of file"),
+    (["inspect", "--activations", "--against", "{tmp}"], "manifest.json: missing"),
+    (["report", "{tmp}"], "holds no training run"),
+    (["report", "{tmp}/none"], "holds no training run"),
 ]
 
 
