@@ -20,7 +20,7 @@ def test_planted_clusters_are_found() -> None:
     rows = centres[truth] * 5 + 0.1 * torch.randn(32, 12, generator=generator(2))
     found = balanced_kmeans(rows, 4, generator(3), warm_start_ED=centres)
     for label in range(4):
-        assert truth[found.labels_F == label].unique().numel() == 1
+        assert len(set(truth[found.labels_F == label].tolist())) == 1
 
 
 def test_the_better_of_fresh_and_warm_is_kept() -> None:
