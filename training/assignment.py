@@ -25,8 +25,8 @@ from torch import Tensor
 from engine.errors import require
 
 # Temperatures of the Newton steps, in standard deviations of the similarities.
-_COLD: Final = (1.0, 1.0, 1.0, 0.3, 0.3, 0.3, 0.1, 0.1, 0.1, 0.03, 0.03, 0.01, 0.01, 0.003, 0.003)
-_WARM: Final = (0.1, 0.1, 0.03, 0.03, 0.01, 0.01, 0.003, 0.003)
+_COLD: Final = (1.0, 1.0, 0.3, 0.3, 0.1, 0.1, 0.03, 0.03, 0.01, 0.003)
+_WARM: Final = (1.0, 0.3, 0.1, 0.03, 0.01)
 _LONGEST_STEP: Final = 4.0  # in temperatures: beyond it the quadratic model means little
 _RIDGE: Final = 1e-3  # of a cluster's load: the Hessian is singular along equal prices
 _TIE: Final = 1e-9  # differences of similarity below this are none

@@ -19,6 +19,7 @@ from torch import Tensor
 from engine.errors import require
 from training.assignment import balanced_assignment, cluster_prices
 
+_SEED_WIDTH: Final = 128  # columns that suffice to tell far rows from near ones
 _SETTLED: Final = 2e-4  # stop when an iteration lowers the inertia by less than this share of it
 
 
@@ -39,8 +40,11 @@ def _centre(unit_FD: Tensor, labels_F: Tensor, clusters: int) -> tuple[Tensor, T
 
     The sum over a cluster of the cosines to its centroid is the length of its rows' sum.
     """
-    member_EF = labels_F == torch.arange(clusters, device=labels_F.device)[:, None]
-    sums_ED = member_EF.float() @ unit_FD  # a product: index_add on CUDA adds in no fixed order
+    if unit_FD.is_cuda:  # index_add adds in no fixed order there, a product does
+        member_EF = labels_F == torch.arange(clusters, device=labels_F.device)[:, None]
+        sums_ED = member_EF.float() @ unit_FD
+    else:
+        sums_ED = unit_FD.new_zeros(clusters, unit_FD.shape[1]).index_add(0, labels_F, unit_FD)
     return F.normalize(sums_ED, dim=1), 1 - sums_ED.norm(dim=1).sum() / unit_FD.shape[0]
 
 
@@ -48,18 +52,25 @@ def _seeds(unit_FD: Tensor, clusters: int, generator: torch.Generator) -> Tensor
     """Rows [E, D] drawn one after another, each in proportion to its distance from those before.
 
     k-means++ (Arthur and Vassilvitskii, 2007); half the squared distance of unit rows is their
-    cosine distance. The random numbers are drawn first: no step waits for the device.
+    cosine distance, here between random projections of wide rows, since it need not be exact. The
+    random numbers are drawn first: no step waits for the device.
     """
+    rows, width = unit_FD.shape
     draws_E = torch.rand(clusters, generator=generator).to(unit_FD.device)
-    distance_F = unit_FD.new_ones(unit_FD.shape[0])
+    if width > _SEED_WIDTH:
+        mix_DR = torch.randn(width, _SEED_WIDTH, generator=generator).to(unit_FD.device)
+        narrow_FR = F.normalize(unit_FD @ mix_DR, dim=1)
+    else:
+        narrow_FR = unit_FD
+    distance_F = unit_FD.new_ones(rows)
     seeds = []
     for draw in draws_E.unbind():
         cumulative_F = distance_F.cumsum(0)
-        position = torch.searchsorted(cumulative_F, draw * cumulative_F[-1])
-        seed_D = unit_FD.index_select(0, position.clamp_max(unit_FD.shape[0] - 1)[None])[0]
-        distance_F = torch.minimum(distance_F, (1 - unit_FD @ seed_D).clamp_min(0))
-        seeds.append(seed_D)
-    return torch.stack(seeds)
+        seed = torch.searchsorted(cumulative_F, draw * cumulative_F[-1]).clamp_max(rows - 1)
+        seeds.append(seed)
+        nearness_F = narrow_FR @ narrow_FR.index_select(0, seed[None])[0]
+        distance_F = torch.minimum(distance_F, (1 - nearness_F).clamp_min(0))
+    return unit_FD[torch.stack(seeds)]
 
 
 def _lloyd(unit_FD: Tensor, centroids_ED: Tensor, iterations: int) -> Clustering:
