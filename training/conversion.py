@@ -8,16 +8,26 @@ Shapes: T tokens, D model, F neurons, E experts.
 
 from __future__ import annotations
 
+from typing import Final, Literal
+
 import torch
 from torch import Tensor
 
+from engine.config import check_choice
+from engine.errors import require
 from engine.experts import ExpertFFN, ExpertLayout, centroid_router, true_mass
 from engine.model import Decoder
 from training.activation import ffn_inputs
-from training.clustering import balanced_kmeans
+from training.clustering import Clustering, balanced_kmeans
+from training.coactivation import coactivation_rows
+from training.router import fit_router, share_loss, true_shares
 
+# What makes neurons alike: the direction of their weights, or the tokens they fire on.
+Method = Literal["weights", "coactivation"]
+METHODS: Final = ("weights", "coactivation")
 # Candidate router norms: the calibration picks among them, layer by layer.
-_NORMS = torch.logspace(-1.0, 2.0, 61)
+_NORMS: Final = torch.logspace(-1.0, 2.0, 61)
+_CHUNK: Final = 4096  # tokens whose activations are in memory at once
 
 
 def permute_neurons(
@@ -39,6 +49,13 @@ def refresh_router(ffn: ExpertFFN) -> None:
     ffn.router.copy_(centroid_router(ffn.up, ffn.num_experts, norm))
 
 
+def token_mass(ffn: ExpertFFN, x_TD: Tensor) -> Tensor:
+    """True activation mass [T, E], float32, of many tokens; a chunk at a time."""
+    chunks = torch.split(x_TD, _CHUNK)
+    masses = [true_mass(x_CD, ffn.up, ffn.num_experts, ffn.activation).float() for x_CD in chunks]
+    return torch.cat(masses)
+
+
 @torch.no_grad()
 def calibrate_router(ffn: ExpertFFN, x_TD: Tensor) -> float:
     """Set the router's common norm so that softmax(scores) predicts the shares of true mass.
@@ -46,16 +63,51 @@ def calibrate_router(ffn: ExpertFFN, x_TD: Tensor) -> float:
     The norm leaves every ranking as it is; the one with the least cross-entropy to the true shares
     on `x_TD` is chosen. Returns that cross-entropy in nats.
     """
-    mass_TE = true_mass(x_TD, ffn.up, ffn.num_experts, ffn.activation).float()
-    share_TE = mass_TE / mass_TE.sum(1, keepdim=True).clamp_min(1e-20)
+    share_TE = true_shares(token_mass(ffn, x_TD))
     unit_ED = centroid_router(ffn.up, ffn.num_experts)
     scores_TE = x_TD.float() @ unit_ED.T
-    losses = torch.stack(
-        [-(share_TE * (scores_TE * norm).log_softmax(1)).sum(1).mean() for norm in _NORMS]
-    )
+    losses = torch.stack([share_loss(scores_TE * norm, share_TE) for norm in _NORMS.tolist()])
     best = int(losses.argmin())
     ffn.router.copy_(unit_ED * _NORMS[best])
     return float(losses[best])
+
+
+@torch.no_grad()
+def learn_router(ffn: ExpertFFN, x_TD: Tensor) -> None:
+    """Calibrate the centroids on these FFN inputs, then fit the router's rows to the true mass."""
+    calibrate_router(ffn, x_TD)
+    ffn.router.copy_(fit_router(x_TD, token_mass(ffn, x_TD), ffn.router))
+
+
+@torch.no_grad()
+def cluster_neurons(
+    ffn: ExpertFFN,
+    generator: torch.Generator,
+    method: Method = "weights",
+    x_TD: Tensor | None = None,
+    *,
+    warm_start: bool = False,
+) -> Clustering:
+    """Group the neurons of one FFN into equal experts; moves nothing.
+
+    Args:
+        ffn: whose neurons.
+        generator: on the CPU; for the clustering's seeds and the projection of co-activations.
+        method: "weights" clusters the rows of `up`, "coactivation" the tokens that neurons fire on.
+        x_TD: the FFN's inputs on probe tokens; "coactivation" alone reads them, and needs them.
+        warm_start: start from the present experts as well; the better of both results is kept.
+
+    Raises:
+        ConfigError: if `method` is unknown, or is "coactivation" without `x_TD`.
+    """
+    check_choice("method", method, METHODS)
+    rows = ffn.up.detach()
+    if method == "coactivation":
+        require(x_TD is not None, "method coactivation needs x_TD, the inputs on probe tokens")
+        assert x_TD is not None
+        rows = coactivation_rows(x_TD, rows, ffn.activation, generator)
+    present = centroid_router(rows, ffn.num_experts) if warm_start else None
+    return balanced_kmeans(rows, ffn.num_experts, generator, present)
 
 
 @torch.no_grad()
@@ -66,24 +118,30 @@ def build_experts(
     generator: torch.Generator,
     *,
     warm_start: bool,
+    method: Method = "weights",
+    learn: bool = False,
 ) -> list[ExpertLayout]:
     """Cluster, permute and route every layer; returns the layouts that were applied.
 
     Args:
         model: its dense function stays the same.
         optimizer: its moments move along; None if there is none.
-        probe_BL: token ids on which the routers are calibrated.
+        probe_BL: token ids on which neurons are watched and the routers calibrated or fitted.
         generator: for the clustering's seeds.
-        warm_start: start from the present experts' centroids as well.
+        warm_start: start from the present experts as well.
+        method: what makes neurons alike, see `cluster_neurons`.
+        learn: fit the routers to the true mass; else they are centroids at a calibrated norm.
     """
     layouts = []
-    for ffn in model.ffns():
-        previous_ED = centroid_router(ffn.up, ffn.num_experts) if warm_start else None
-        clusters = balanced_kmeans(ffn.up, ffn.num_experts, generator, previous_ED)
+    for ffn, x_TD in zip(model.ffns(), ffn_inputs(model, probe_BL), strict=True):
+        clusters = cluster_neurons(ffn, generator, method, x_TD, warm_start=warm_start)
         layout = ExpertLayout.from_labels(clusters.labels_F, ffn.num_experts)
         permute_neurons(ffn, layout, optimizer)
+        if learn:
+            learn_router(ffn, x_TD)
+        else:
+            calibrate_router(ffn, x_TD)
         layouts.append(layout)
-    calibrate_routers(model, probe_BL)
     return layouts
 
 
