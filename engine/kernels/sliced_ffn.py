@@ -94,7 +94,7 @@ class _SparseFFN(torch.autograd.Function):
         return y_TD
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, up_FD, down_FD, token_P, hidden_PS = ctx.saved_tensors
         counts_E: list[int] = ctx.counts_E
