@@ -129,6 +129,17 @@ def test_a_nan_counts_as_a_gradient() -> None:
     assert parameter.isnan().any()
 
 
+@pytest.mark.parametrize("value", [1e-30, -1e-30])
+def test_the_smallest_gradient_of_either_sign_counts(value: float) -> None:
+    parameter = weights()
+    optimizer = optimizer_of(parameter)
+    parameter.grad = torch.zeros_like(parameter)
+    parameter.grad[4, 2] = value
+    before = parameter.detach().clone()
+    optimizer.sparse_step()
+    assert (parameter != before).any(1).tolist() == rows_of([1]).tolist()
+
+
 def test_gradients_are_still_there_afterwards_and_hooks_run_once() -> None:
     parameter = weights()
     optimizer = optimizer_of(parameter)
