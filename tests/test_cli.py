@@ -55,7 +55,17 @@ def flat(text: str) -> str:
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["train"], ["serve"], ["generate"], ["eval"], ["inspect"], ["bench"], ["bench", "ffn"]],
+    [
+        [],
+        ["train"],
+        ["serve"],
+        ["generate"],
+        ["eval"],
+        ["inspect"],
+        ["bench"],
+        ["bench", "ffn"],
+        ["bench", "train"],
+    ],
     ids=lambda command: " ".join(command) or "ambidex",
 )
 def test_help_explains(command: list[str], ambidex: Command) -> None:
