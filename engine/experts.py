@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from engine.config import ModelConfig
 from engine.errors import require
 from engine.kernels import cpu_ffn, expert_ffn, grouped_ffn, routing
+from engine.kernels.sliced_ffn import sparse_ffn
 from engine.request import ExpertPolicy
 
 # The GPU's few-token kernel reads the weights of each token-expert pair anew; past this many weight
@@ -200,34 +201,6 @@ class Trace:
         """Per layer, the number of distinct experts that any token chose, 0-dim."""
         everything = torch.tensor(self._num_experts)
         return [everything if c is None else c.any(0).sum() for c in self.chosen]
-
-
-def sparse_ffn(
-    x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, chosen_TE: Tensor, activation: str
-) -> Tensor:
-    """The chosen experts only, by slices; differentiable in x, up and down. Returns [T, D].
-
-    Token-expert pairs are sorted by expert: one gather of inputs, two products per expert that has
-    tokens, one scatter-add. Neither the forward nor the backward pass computes an unchosen pair.
-    """
-    num_experts = chosen_TE.shape[1]
-    expert_P, token_P = chosen_TE.T.nonzero(as_tuple=True)
-    counts = torch.bincount(expert_P, minlength=num_experts).tolist()
-    x_PD = x_TD.index_select(0, token_P)
-    # unbind's backward writes each expert's gradient once; slicing would add up E full-size zeros
-    up_experts = up_FD.view(num_experts, -1, up_FD.shape[1]).unbind(0)
-    down_experts = down_FD.view(num_experts, -1, down_FD.shape[1]).unbind(0)
-    y_PD = torch.cat(
-        [
-            activate(x_nD @ up_SD.T, activation) @ down_SD
-            for x_nD, up_SD, down_SD in zip(
-                torch.split(x_PD, counts), up_experts, down_experts, strict=True
-            )
-            if x_nD.shape[0]
-        ]
-        or [x_PD]
-    )
-    return torch.zeros_like(x_TD).index_add(0, token_P, y_PD)
 
 
 class ExpertFFN(nn.Module):

@@ -57,7 +57,7 @@ def flat(text: str) -> str:
     "command",
     [
         *([], ["train"], ["report"], ["serve"], ["generate"], ["eval"], ["inspect"]),
-        *(["bench"], ["bench", "ffn"]),
+        *(["bench"], ["bench", "ffn"], ["bench", "train"]),
     ],
     ids=lambda command: " ".join(command) or "ambidex",
 )

@@ -33,7 +33,7 @@ from engine.request import ExpertPolicy
 from engine.tokenizer import Tokenizer
 from training import data, run_state
 from training.activation import ActivationPattern, observe, similarity
-from training.config import TrainConfig
+from training.config import SwitchConfig, TrainConfig
 from training.conversion import build_experts, calibrate_routers, refresh_router
 from training.errors import DataError, NonFiniteLoss
 from training.evaluation import Batches, QualityCurve, quality_curve
@@ -126,6 +126,34 @@ def penalty(model: Decoder, trace: Trace, token_share: float) -> Tensor:
         inside = (mass_TE * chosen_TE[::stride]).sum()
         outside.append(1 - inside / mass_TE.sum().clamp_min(1e-9))
     return torch.stack(outside).mean()
+
+
+def objective(
+    model: Decoder, inputs_BL: Tensor, targets_BL: Tensor, top_k: int | None, switch: SwitchConfig
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a step minimises, its cross-entropy, and the share of mass outside the chosen experts.
+
+    Dense if `top_k` is None, and then without a penalty (the third value is None). Otherwise sparse
+    and with it, on routers refreshed from the present weights.
+    """
+    trace, policy = None, ExpertPolicy.dense()
+    if top_k is not None:
+        for ffn in model.ffns():
+            refresh_router(ffn)
+        trace, policy = Trace(keep_inputs=True), ExpertPolicy.top_k(top_k)
+    logits_BLV = model.logits(inputs_BL, policy, trace)
+    loss = F.cross_entropy(logits_BLV.flatten(0, 1), targets_BL.flatten())
+    if trace is None:
+        return loss, loss, None
+    outside = penalty(model, trace, switch.penalty_tokens)
+    return loss + switch.penalty * outside, loss, outside
+
+
+def gradients(model: Decoder, total: Tensor, clip: float) -> Tensor:
+    """Backward pass into fresh gradients, clipped to the norm `clip`; returns the norm before."""
+    model.zero_grad(set_to_none=True)
+    total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
 
 
 class Trainer:
@@ -293,36 +321,28 @@ class Trainer:
             tensor.to(self.device) for tensor in self.prepared.batches.batch(self.step)
         )
         top_k = self.controller.step_top_k(self.step)
-        outside = None
-        if top_k is None:
-            logits_BLV = self.model.logits(inputs_BL, ExpertPolicy.dense())
-        else:
-            for ffn in self.model.ffns():
-                refresh_router(ffn)
-            trace = Trace(keep_inputs=True)
-            logits_BLV = self.model.logits(inputs_BL, ExpertPolicy.top_k(top_k), trace)
-            outside = penalty(self.model, trace, self.config.switch.penalty_tokens)
-        loss = F.cross_entropy(logits_BLV.flatten(0, 1), targets_BL.flatten())
-        objective = loss if outside is None else loss + self.config.switch.penalty * outside
-        self._update(objective)
+        total, loss, outside = objective(
+            self.model, inputs_BL, targets_BL, top_k, self.config.switch
+        )
+        self._update(total, sparse=top_k is not None)
         return loss.item(), None if outside is None else outside.item(), top_k
 
-    def _update(self, objective: Tensor) -> None:
-        """Backward pass, clipping, optimiser step; stops before the step on a non-finite value."""
-        self.optimizer.zero_grad(set_to_none=True)
-        objective.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        clip = self.config.optimizer.grad_clip
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip).item()
-        objective_value = objective.item()
-        if not (math.isfinite(objective_value) and math.isfinite(norm)):
+    def _update(self, total: Tensor, *, sparse: bool) -> None:
+        """Gradients and optimiser step; stops before the step on a non-finite value."""
+        norm = gradients(self.model, total, self.config.optimizer.grad_clip).item()
+        value = total.item()
+        if not (math.isfinite(value) and math.isfinite(norm)):
             raise NonFiniteLoss(
-                f"step {self.step}: loss {objective_value:g}, gradient norm {norm:g}; stopped "
+                f"step {self.step}: loss {value:g}, gradient norm {norm:g}; stopped "
                 f"before the optimiser step, {self.run} keeps the last good state; lower "
                 f"optimizer.learning_rate or raise optimizer.warmup_share"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
-        self.optimizer.step()
+        if sparse:
+            self.optimizer.sparse_step()
+        else:
+            self.optimizer.step()
 
     def _finish(self) -> Path:
         """Round to the saved dtype, calibrate, evaluate those weights, write the checkpoint."""

@@ -20,9 +20,9 @@ from engine.experts import (
     Trace,
     activate,
     centroid_router,
-    sparse_ffn,
     true_mass,
 )
+from engine.kernels.sliced_ffn import sparse_ffn
 from engine.model import Decoder
 from engine.request import ExpertPolicy
 from training.clustering import balanced_kmeans

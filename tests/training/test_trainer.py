@@ -24,7 +24,7 @@ from tests.training.conftest import make_corpus
 from training import run_state
 from training.config import OptimizerConfig, TrainConfig
 from training.errors import DataError, NonFiniteLoss, TrainingError
-from training.trainer import Trainer, penalty
+from training.trainer import Trainer, objective, penalty
 
 
 def log_of(run: Path) -> list[dict[str, Any]]:
@@ -277,3 +277,17 @@ def test_the_penalty_is_the_mass_outside_the_chosen_experts(micro: TrainConfig) 
     assert penalty(model, trace, 1.0).item() == pytest.approx(sum(expected) / 2, abs=1e-5)
     gradient = torch.autograd.grad(penalty(model, trace, 0.5), model.ffns()[0].up)[0]
     assert float(gradient.abs().sum()) > 0
+
+
+def test_a_sparse_step_minimises_the_loss_and_the_weighted_penalty(micro: TrainConfig) -> None:
+    model = Decoder(micro.model.model_config(16, 0, "float32"))
+    model.initialize(torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 300, (2, 17))
+    total, loss, outside = objective(model, ids[:, :-1], ids[:, 1:], 3, micro.switch)
+    assert outside is not None
+    assert 0 < outside.item() < 1
+    assert total.item() == pytest.approx(loss.item() + micro.switch.penalty * outside.item())
+    dense_total, dense_loss, nothing = objective(model, ids[:, :-1], ids[:, 1:], None, micro.switch)
+    assert nothing is None
+    assert dense_total is dense_loss
+    assert dense_loss.item() != loss.item()
