@@ -120,7 +120,9 @@ class _Listing:
         chars: its length in characters.
         digests: SHA-256 of its text, the first 16 bytes.
         versions: (size, time of change) of each file.
-        fingerprint: SHA-256 over names and texts.
+        repeated: which documents repeat an earlier one. Source files never count as repeats.
+        named_after: the last repeat of each document that has any: it goes by that one's name.
+        fingerprint: SHA-256 over names and texts, repeats left out.
     """
 
     files: list[TextFile]
@@ -129,6 +131,8 @@ class _Listing:
     chars: array[int] = field(default_factory=lambda: array("q"))
     digests: bytearray = field(default_factory=bytearray)
     versions: list[tuple[int, int]] = field(default_factory=list)
+    repeated: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, dtype=np.bool_))
+    named_after: dict[int, int] = field(default_factory=dict)
     fingerprint: str = ""
 
     @classmethod
@@ -152,7 +156,10 @@ class _Listing:
                     listing.digests += digest.digest()[:_DIGEST_BYTES]
                     digest = None
         listing.first.append(len(listing.numbers))
+        listing.repeated = np.zeros(len(listing.numbers), dtype=np.bool_)
         listing.fingerprint = everything.hexdigest()
+        if not all(file.is_source for file in files):
+            listing._find_repeats()
         return listing
 
     def fragments(self, file_number: int) -> Iterator[tuple[int, Fragment]]:
@@ -175,20 +182,36 @@ class _Listing:
             raise changed
 
     def name(self, document: int) -> str:
+        document = self.named_after.get(document, document)
         file_number = bisect_right(self.first, document) - 1
         return self.files[file_number].document_name(self.numbers[document])
 
-    def repeats(self) -> tuple[NDArray[np.bool_], dict[int, int]]:
-        """Which documents repeat an earlier one; the last repeat of each one that has any."""
+    def _find_repeats(self) -> None:
+        if len(self.numbers) < 2:
+            return
         halves = np.frombuffer(self.digests, dtype=np.uint64).reshape(-1, 2)
-        order = np.lexsort((halves[:, 1], halves[:, 0]))
+        order = np.lexsort((halves[:, 1], halves[:, 0]))  # stable: repeats stay in order
         is_same = np.zeros(len(order) + 1, dtype=np.bool_)
         is_same[1:-1] = (halves[order[1:]] == halves[order[:-1]]).all(1)
-        repeated = np.zeros(len(order), dtype=np.bool_)
-        repeated[order[is_same[:-1]]] = True
+        if not is_same.any():
+            return
+        self.repeated[order[is_same[:-1]]] = True
         firsts = order[~is_same[:-1] & is_same[1:]]
         lasts = order[is_same[:-1] & ~is_same[1:]]
-        return repeated, dict(zip(firsts.tolist(), lasts.tolist(), strict=True))
+        self.named_after = dict(zip(firsts.tolist(), lasts.tolist(), strict=True))
+        self.fingerprint = self._fingerprint()
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for file_number in range(len(self.files)):
+            is_begun = False
+            for document, fragment in self.fragments(file_number):
+                if not self.repeated[document]:
+                    if not is_begun:
+                        digest.update(self.name(document).encode())
+                    digest.update(fragment.text.encode("utf-8", "surrogatepass"))
+                is_begun = not fragment.last
+        return digest.hexdigest()
 
 
 def _version(file: TextFile) -> tuple[int, int]:
@@ -221,8 +244,9 @@ class Survey:
         self._tail: tuple[int, int] | None = None  # document, characters to train on
         self._listing = _Listing.of(sources.train)
         self._valid = _Listing(files=[])
-        self._parts = self._distinct(self._listing)
-        self.fingerprint = self._fingerprint(self._listing, self._parts)
+        # A text that comes twice could be trained on and held out.
+        self._parts = np.where(self._listing.repeated, Part.DROPPED, Part.TRAIN).astype(np.int8)
+        self.fingerprint = self._listing.fingerprint
         if not self._parts.any():
             raise DataError(f"{sources.description}: no text found")
         if sources.valid is None:
@@ -230,29 +254,6 @@ class Survey:
         else:
             self._hold_out(sources.valid)
         self.train_documents = int((self._parts == Part.TRAIN).sum())
-
-    def _distinct(self, listing: _Listing) -> NDArray[np.int8]:
-        """TRAIN for every document, DROPPED for repeats."""
-        parts = np.full(len(listing.numbers), Part.TRAIN, dtype=np.int8)
-        # A text that comes twice could be trained on and held out.
-        if not all(file.is_source for file in listing.files):
-            parts[listing.repeats()[0]] = Part.DROPPED
-        return parts
-
-    def _fingerprint(self, listing: _Listing, parts: NDArray[np.int8]) -> str:
-        if parts.all():
-            return listing.fingerprint
-        # A text that comes more than once goes by its last name.
-        named, digest = listing.repeats()[1], hashlib.sha256()
-        for file_number in range(len(listing.files)):
-            is_begun = False
-            for document, fragment in listing.fragments(file_number):
-                if parts[document] != Part.DROPPED:
-                    if not is_begun:
-                        digest.update(listing.name(named.get(document, document)).encode())
-                    digest.update(fragment.text.encode("utf-8", "surrogatepass"))
-                is_begun = not fragment.last
-        return digest.hexdigest()
 
     def _split(self, share: float) -> None:
         kept = array("q", np.flatnonzero(self._parts).tolist())
@@ -274,11 +275,9 @@ class Survey:
 
     def _hold_out(self, files: list[TextFile]) -> None:
         self._valid = _Listing.of(files)
-        valid_parts = self._distinct(self._valid)
-        if not valid_parts.any():
+        if not self._valid.numbers:
             raise DataError(f"{', '.join(str(f.path) for f in files)}: no text found to hold out")
-        valid_fingerprint = self._fingerprint(self._valid, valid_parts)
-        both = f"{self.fingerprint} held out {valid_fingerprint}"
+        both = f"{self.fingerprint} held out {self._valid.fingerprint}"
         self.fingerprint = hashlib.sha256(both.encode()).hexdigest()
         held, digests = self._valid.digests, self._listing.digests
         step = _DIGEST_BYTES
@@ -298,10 +297,9 @@ class Survey:
         for file_number in range(len(self._listing.files)):
             for document, part, fragment in self._kept(file_number):
                 yield part, self._listing.name(document), fragment
-        parts = self._distinct(self._valid)
         for file_number in range(len(self._valid.files)):
             for document, fragment in self._valid.fragments(file_number):
-                if parts[document]:
+                if not self._valid.repeated[document]:
                     yield Part.VALID, self._valid.name(document), fragment
 
     def _kept(self, file_number: int) -> Iterator[tuple[int, Part, Fragment]]:
