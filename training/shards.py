@@ -324,7 +324,7 @@ def open_shards(path: Path, *, verify: bool = True) -> TokenShards:
     """
     index = Index.read(path)
     try:
-        entries = verify_manifest(path) if verify else read_json(path / MANIFEST).get("files", {})
+        entries = verify_manifest(path) if verify else read_json(path / MANIFEST).get("files")
         tokenizer = Tokenizer.from_file(path / _TOKENIZER)
     except CheckpointError as error:
         raise DataError(str(error)) from error
@@ -349,10 +349,10 @@ def _check_tokenizer(path: Path, index: Index, tokenizer: Tokenizer) -> None:
         )
 
 
-def _map(path: Path, shard: Shard, index: Index, entries: Mapping[str, Any]) -> Ids:
+def _map(path: Path, shard: Shard, index: Index, entries: object) -> Ids:
     file = path / shard.file
-    entry = entries.get(shard.file)
-    if entry != {"bytes": shard.bytes, "sha256": shard.sha256}:
+    entry = {"bytes": shard.bytes, "sha256": shard.sha256}
+    if not isinstance(entries, dict) or entries.get(shard.file) != entry:
         raise DataError(f"{path / INDEX}: says otherwise about {shard.file} than {MANIFEST}")
     try:
         size = file.stat().st_size

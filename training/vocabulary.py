@@ -21,7 +21,7 @@ MOST_CHARS: Final = 1 << 28
 # The 256 bytes and the end of text.
 _LEAST_TOKENS: Final = 257
 _BATCH_FRAGMENTS: Final = 64
-_BATCH_CHARS: Final = 1 << 21
+_BATCH_CHARS: Final = 1 << 20
 
 Tokens = NDArray[np.uint32]
 Tag = TypeVar("Tag")
