@@ -1,4 +1,4 @@
-"""The command `ambidex`: train, report, serve, generate, eval, inspect, bench.
+"""The command `ambidex`: train, prepare, report, serve, generate, eval, inspect, bench.
 
 Thin: each subcommand parses its options and calls the package that does the work, which is imported
 only then, so `--help` answers at once.
@@ -49,6 +49,13 @@ Experts = Annotated[
         "activation mass).",
     ),
 ]
+Valid = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--valid",
+        help="Files or folders of text to hold out, instead of a share of --data. Repeatable.",
+    ),
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the results here.")]
 
 
@@ -80,10 +87,12 @@ def train(
     data: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Files or folders of text (.txt, .md, .py, .jsonl; also .xz, .gz, .zst). "
-            "Repeatable. Default: the source of Python's standard library."
+            help="Files or folders of text (.txt, .md, .py, .jsonl; also .xz, .gz, .zst), or a "
+            "directory that `ambidex prepare` made. Repeatable. "
+            "Default: the source of Python's standard library."
         ),
     ] = None,
+    valid: Valid = None,
     out: Annotated[
         Path | None, typer.Option(help="The run's directory; default: runs/PRESET.")
     ] = None,
@@ -112,10 +121,73 @@ def train(
     command = shlex.join(["ambidex", *sys.argv[1:]])
     with ProgressMonitor(config.steps) as monitor:
         path = Trainer(
-            config, run, data or [], monitor, command, device=device, fresh=fresh
+            config,
+            run,
+            data or [],
+            monitor,
+            command,
+            device=device,
+            fresh=fresh,
+            valid_paths=valid or [],
         ).train()
     _print_quality(path)
     typer.echo(f"checkpoint: {path}")
+
+
+@app.command()
+def prepare(
+    out: Annotated[Path, typer.Option(help="The new directory to write.")],
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Files or folders of text, as for train. Repeatable. "
+            "Default: the source of Python's standard library."
+        ),
+    ] = None,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(help="Tokens of the tokenizer to learn: the model's vocabulary."),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="Use this tokenizer.json, or the one of this checkpoint, and learn none."
+        ),
+    ] = None,
+    valid: Valid = None,
+    valid_share: Annotated[
+        float, typer.Option(help="Share of the text to hold out, where --valid names none.")
+    ] = 0.03,
+    seed: Annotated[int, typer.Option(help="Decides which documents are held out.")] = 1,
+) -> None:
+    """Tokenise text once, into a directory of token shards that `ambidex train --data` maps.
+
+    Text is read as a stream, so the corpus may be larger than memory. The directory is there whole
+    or not at all.
+    """
+    from engine.errors import require
+    from training.data import prepare_tokens
+    from training.vocabulary import read_tokenizer
+
+    require(
+        (vocab_size is None) != (tokenizer is None),
+        "give either --vocab-size, to learn a tokenizer, or --tokenizer, to use one",
+    )
+    known = read_tokenizer(tokenizer) if tokenizer is not None else None
+    index = prepare_tokens(
+        data or [],
+        valid or [],
+        out,
+        vocab_size=vocab_size or (known.vocab_size if known is not None else 0),
+        valid_share=valid_share,
+        seed=seed,
+        report=lambda text: err.print(text, markup=False, highlight=False),
+        tokenizer=known,
+    ).index
+    typer.echo(
+        f"{out}: {index.train_tokens:,} tokens to train on in {len(index.train)} shards, "
+        f"{index.valid_tokens:,} held out, vocabulary of {index.vocab_size:,}"
+    )
 
 
 def _train_config(preset: str, steps: int | None, seed: int | None) -> Any:

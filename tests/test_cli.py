@@ -56,7 +56,7 @@ def flat(text: str) -> str:
 @pytest.mark.parametrize(
     "command",
     [
-        *([], ["train"], ["report"], ["serve"], ["generate"], ["eval"], ["inspect"]),
+        *([], ["train"], ["prepare"], ["report"], ["serve"], ["generate"], ["eval"], ["inspect"]),
         *(["bench"], ["bench", "ffn"], ["bench", "train"]),
     ],
     ids=lambda command: " ".join(command) or "ambidex",
@@ -145,10 +145,49 @@ def test_eval_writes_through_a_link_and_over_a_file(tmp_path: Path, ambidex: Com
     assert link.is_symlink()
 
 
+def test_text_is_prepared_once_and_trained_on(tmp_path: Path, ambidex: Command) -> None:
+    text, tokens = tmp_path / "a.txt", tmp_path / "tokens"
+    text.write_text("<|endoftext|>".join(f"{n} {n * 7919 % 1009}\n" * 40 for n in range(400)))
+    result = ambidex("prepare", "--data", str(text), "--out", str(tokens), "--vocab-size", "512")
+    assert result.returncode == 0, result.stderr
+    assert "held out, vocabulary of 512" in flat(result.stdout)
+    arguments = ["--preset", "smoke", "--steps", "2", "--out", str(tmp_path / "run")]
+    result = ambidex("train", "--data", str(tokens), *arguments)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "run/checkpoint/training_report.json").read_text())
+    assert report["corpus"]["description"] == str(text)
+    again = ["--out", str(tmp_path / "again"), "--tokenizer", str(tmp_path / "run/checkpoint")]
+    result = ambidex(
+        "prepare", "--data", str(text), "--valid", str(text.with_name("v.txt")), *again
+    )
+    assert "v.txt: no such file or folder" in flat(result.stderr)
+    text.with_name("v.txt").write_text("77 78 79")
+    result = ambidex(
+        "prepare", "--data", str(text), "--valid", str(text.with_name("v.txt")), *again
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "again/tokenizer.json").read_text() == (
+        tokens / "tokenizer.json"
+    ).read_text()
+
+
 REFUSED = [
     (["train", "--preset", "huge"], "--preset must be one of starter, smoke; got 'huge'"),
     (["train", "--steps", "0", "--out", "{tmp}/r"], "steps must be between 1 and"),
     (["train", "--data", "{tmp}/none", "--out", "{tmp}/r"], "no such file or folder"),
+    (["train", "--valid", "{tmp}/none", "--out", "{tmp}/r"], "none: no such file or folder"),
+    (["prepare", "--out", "{tmp}/t"], "give either --vocab-size, to learn a tokenizer, or"),
+    (
+        ["prepare", "--out", "{tmp}/t", "--data", "{tmp}/none", "--vocab-size", "300"],
+        "none: no such file or folder",
+    ),
+    (["prepare", "--out", "{tmp}/t", "--vocab-size", "9"], "must be at least 257"),
+    (
+        ["prepare", "--out", "{tmp}/t", "--vocab-size", "300", "--valid-share", "0.6"],
+        "valid_share must be between 0.001 and 0.5",
+    ),
+    (["prepare", "--out", "{tmp}", "--vocab-size", "300"], "is there already"),
+    (["prepare", "--out", "{tmp}/t", "--tokenizer", "{tmp}/f"], "f: not a readable tokenizer"),
     (["generate", "x", "--experts", "all"], "experts must be dense, auto, top_k:N or mass:SHARE"),
     (["generate", "x", "--experts", "top_k:65"], "experts.top_k must be between 1 and 64, got 65"),
     (["generate", "x", "--experts", "oracle:3"], "oracle is for evaluation only"),

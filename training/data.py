@@ -1,333 +1,305 @@
-"""Text to token batches: files and folders -> documents -> token arrays -> batches by step number.
+"""The way from text to tokens: one door for training, one for preparing tokens beforehand.
 
-The default corpus is one that every machine has: the source text of Python's standard library.
-A batch is a pure function of (seed, step), so a resumed run sees the data an uninterrupted one
-would.
+    training.text        files -> documents, streamed
+    training.corpus      documents -> training and held-out parts, fingerprint
+    training.vocabulary  text -> tokenizer, token ids
+    training.shards      token ids on disk
+    training.batches     token ids -> batches by step number
 
-Shapes: B sequences, L length.
+Tokens that a run needs are made once, in its own directory, and used again as long as the files
+and everything else that decided them are the same.
 """
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import importlib
-import json
-import lzma
-import platform
-import random
-import sysconfig
-import zlib
-from collections.abc import Iterator, Sequence
+import fcntl
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Final, cast
+from typing import Any, Final
 
-import numpy as np
-import tokenizers
-import torch
-from numpy.typing import NDArray
-from tokenizers import decoders, models, pre_tokenizers, trainers
-from torch import Tensor
+from engine.config import check_range
+from engine.errors import require
+from engine.tokenizer import Tokenizer
+from training.batches import TokenBatches, consecutive_batches
+from training.corpus import (
+    Corpus,
+    Document,
+    Part,
+    Sources,
+    Survey,
+    find_sources,
+    load_corpus,
+    read_paths,
+)
+from training.errors import DataError, writing
+from training.shards import (
+    INDEX,
+    SHARD_BYTES,
+    Ids,
+    TokenArray,
+    TokenShards,
+    is_token_directory,
+    open_shards,
+    tokenizer_sha256,
+    write_shards,
+)
+from training.text import is_unicode, path_sha256
+from training.vocabulary import MOST_CHARS, encode_documents, encode_fragments, train_tokenizer
 
-from engine.checkpoint import file_sha256
-from engine.tokenizer import END_OF_TEXT, Tokenizer
-from training.errors import DataError
+__all__ = [
+    "Corpus",
+    "Document",
+    "TokenArray",
+    "TokenBatches",
+    "TokenData",
+    "consecutive_batches",
+    "encode_documents",
+    "is_unicode",
+    "load_corpus",
+    "open_tokens",
+    "path_sha256",
+    "prepare_tokens",
+    "read_paths",
+    "train_tokenizer",
+]
 
-TEXT_SUFFIXES: Final = (".txt", ".md", ".py", ".jsonl")
-PACKED_SUFFIXES: Final = (".xz", ".gz", ".zst")
-# Whole documents are held out, so the share is overshot, but never by more than this factor.
-_MOST_HELD_OUT: Final = 5
-# Tests and vendored packages repeat themselves and are absent from some distributions' Python.
-_SKIPPED_STDLIB: Final = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idle_test",
-    "__pycache__",
-}
+# Below this many characters, tokenising is over before anybody wonders.
+_QUIET_CHARS: Final = 1 << 25
 
-Tokens = NDArray[np.uint32]
+Report = Callable[[str], None]
+TokenizerFor = Callable[[str], Tokenizer | None]
 
 
 @dataclass(frozen=True)
-class Document:
-    """One text and where it came from."""
-
-    name: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Documents split into training and held-out parts.
+class TokenData:
+    """What a run trains on.
 
     Attributes:
-        description: where they came from, in words.
-        fingerprint: SHA-256 over names and texts, in order.
+        tokenizer: what the ids mean.
+        train, valid: tokens to train on and held out.
+        description: where the text came from, in words.
+        fingerprint: of the text: SHA-256 over names and texts, in order. Of a directory that was
+            prepared beforehand: SHA-256 over its tokenizer and shards.
     """
 
-    train: list[Document]
-    valid: list[Document]
+    tokenizer: Tokenizer
+    train: TokenArray
+    valid: TokenArray
     description: str
     fingerprint: str
 
 
-def _open_text(path: Path) -> IO[str]:
-    if path.suffix == ".xz":
-        return lzma.open(path, "rt", encoding="utf-8")
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    if path.suffix == ".zst":
-        try:
-            zstandard = importlib.import_module("zstandard")
-        except ImportError as error:
-            raise DataError(f"{path}: reading .zst needs the extra: ambidex[zst]") from error
-        return cast("IO[str]", zstandard.open(path, "rt", encoding="utf-8"))
-    return path.open(encoding="utf-8")
+def open_tokens(
+    paths: Sequence[Path],
+    valid_paths: Sequence[Path],
+    out_dir: Path,
+    *,
+    vocab_size: int,
+    valid_share: float,
+    seed: int,
+    report: Report,
+    tokenizer_for: TokenizerFor = lambda _fingerprint: None,
+    verify: bool = True,
+) -> TokenData:
+    """The tokens of a run: those of a prepared directory, or of text, tokenised into `out_dir`.
 
-
-def _inner(path: Path) -> Path:
-    """`path` without the suffix of its compression."""
-    return path.with_suffix("") if path.suffix in PACKED_SUFFIXES else path
-
-
-def _is_text_file(path: Path) -> bool:
-    return _inner(path).suffix in TEXT_SUFFIXES
-
-
-def _json_line_text(line: str, where: str) -> str:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON") from error
-    text = value.get("text") if isinstance(value, dict) else None
-    if not isinstance(text, str):
-        raise DataError(f'{where}: every line must be an object with a string field "text"')
-    if not is_unicode(text):
-        raise DataError(f"{where}: text has half of a surrogate pair, which is no text")
-    return text
-
-
-def is_unicode(text: str) -> bool:
-    """Whether `text` can be written as UTF-8; JSON can spell halves of surrogate pairs."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def read_documents(path: Path, name: str) -> Iterator[Document]:
-    """The documents of one file: one per JSON line, or per text between end-of-text lines.
+    Args:
+        paths: files and folders of text, or one directory that `prepare_tokens` made; none mean
+            the source of Python's standard library.
+        valid_paths: text to hold out; none hold out a share of `paths`.
+        out_dir: where tokens of text are kept, and looked for.
+        vocab_size: of the model: tokens that a new tokenizer learns, the most that a prepared one
+            may have.
+        valid_share: share of the text (by characters) to hold out.
+        seed: of the split.
+        report: hears what happens, in words.
+        tokenizer_for: is called with the fingerprint before anything is written; it may refuse by
+            raising, or return the tokenizer to use, as a resumed run does.
+        verify: read everything that is there once and compare; see `open_shards`.
 
     Raises:
-        DataError: if the file cannot be read, is not UTF-8, or is not the JSON lines it claims.
+        DataError: if the text is missing, unreadable, empty or too small for `vocab_size`, or a
+            prepared directory is damaged or does not fit; names the path.
+        StorageError: if `out_dir` cannot be written.
     """
-    try:
-        with _open_text(path) as file:
-            if _inner(path).suffix == ".jsonl":
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        text = _json_line_text(line, f"{path}, line {number}")
-                        yield Document(f"{name}#{number}", text)
-                return
-            for number, text in enumerate(file.read().split(END_OF_TEXT)):
-                if text.strip():
-                    yield Document(f"{name}#{number}", text.strip("\n") + "\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text ({error.reason})") from error
-    except DataError:
-        raise
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
-
-
-def _files_below(path: Path) -> Iterator[tuple[Path, str]]:
-    if path.is_file():
-        if not _is_text_file(path):
-            kinds = ", ".join((*TEXT_SUFFIXES, *PACKED_SUFFIXES))
-            raise DataError(f"{path}: unknown kind of file; known are {kinds}")
-        yield path, path.name
-    elif path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file() and _is_text_file(p)):
-            yield file, file.relative_to(path).as_posix()
-    else:
-        raise DataError(f"{path}: no such file or folder")
-
-
-def standard_library() -> list[Document]:
-    """The source of Python's standard library, without its tests, in order of name."""
-    root = Path(sysconfig.get_path("stdlib"))
-    documents = []
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if _SKIPPED_STDLIB.isdisjoint(relative.parts):
-            try:
-                text = path.read_text(encoding="utf-8", errors="replace")
-            except OSError:
-                continue  # a dangling link, or not ours to read
-            if text.strip():
-                documents.append(Document(relative.as_posix(), text))
-    return documents
-
-
-def read_paths(paths: Sequence[Path]) -> list[Document]:
-    """All documents of files and folders, in order of name; the same text counts once.
-
-    Raises:
-        DataError: if a path is missing, unreadable, or of an unknown kind, or holds no text.
-    """
-    files = {f.resolve(): (f, name) for p in paths for f, name in _files_below(p)}
-    found = (d for f, name in files.values() for d in read_documents(f, name))
-    # A text that comes twice could be trained on and held out.
-    documents = list({d.text: d for d in found}.values())
-    if not documents:
-        raise DataError(f"{', '.join(str(p) for p in paths)}: no text found")
-    return documents
-
-
-def path_sha256(path: Path) -> str:
-    """SHA-256 of a text file's bytes, or of a folder's list of text files and their SHA-256.
-
-    The list is what `sha256sum` prints for the folder's text files in order of name.
-    """
-    if path.is_file():
-        return file_sha256(path)
-    lines = (f"{file_sha256(file)}  {name}\n" for file, name in _files_below(path))
-    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def load_corpus(paths: Sequence[Path], valid_share: float, seed: int) -> Corpus:
-    """Read and split the corpus; no paths mean the standard library.
-
-    Whole documents are held out, chosen by the seed; where all are too large for that, the end of
-    the largest one is.
-
-    Raises:
-        DataError: if a path cannot be read or there is no text at all.
-    """
-    if paths:
-        documents = read_paths(paths)
-        description = ", ".join(str(p) for p in paths)
-    else:
-        documents = standard_library()
-        if not documents:
-            raise DataError("this Python has no standard library sources; give --data")
-        description = f"source of the Python {platform.python_version()} standard library"
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(document.name.encode())
-        digest.update(document.text.encode("utf-8", "surrogatepass"))
-    train, valid = _split(documents, valid_share, seed)
-    return Corpus(train, valid, description, digest.hexdigest())
-
-
-def _split(
-    documents: list[Document], share: float, seed: int
-) -> tuple[list[Document], list[Document]]:
-    order = list(range(len(documents)))
-    random.Random(seed).shuffle(order)
-    total = sum(len(d.text) for d in documents)
-    most = min(_MOST_HELD_OUT * share, (1 + share) / 2) * total
-    held: set[int] = set()
-    size = 0
-    for index in order:
-        length = len(documents[index].text)
-        if size < share * total and size + length <= most:
-            held.add(index)
-            size += length
-    if not held:  # a few large documents: no whole one is small enough
-        return _split_tail(documents, share)
-    train = [d for i, d in enumerate(documents) if i not in held]
-    return train, [d for i, d in enumerate(documents) if i in held]
-
-
-def _split_tail(documents: list[Document], share: float) -> tuple[list[Document], list[Document]]:
-    """Hold out the end of the largest document."""
-    largest = max(documents, key=lambda d: len(d.text))
-    wanted = int(share * sum(len(d.text) for d in documents))
-    cut = len(largest.text) - wanted
-    train = [Document(d.name, d.text[:cut] if d is largest else d.text) for d in documents]
-    return train, [Document(largest.name, largest.text[cut:])]
-
-
-def train_tokenizer(documents: list[Document], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE learned from `documents`; it can encode any text.
-
-    Raises:
-        DataError: if the text is too small for that many tokens.
-    """
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator((d.text for d in documents), trainer)
-    if backend.get_vocab_size() != vocab_size:
-        raise DataError(
-            f"the corpus gives {backend.get_vocab_size()} tokens at most, fewer than "
-            f"model.vocab_size {vocab_size}"
-        )
-    return Tokenizer(backend)
-
-
-def encode_documents(tokenizer: Tokenizer, documents: list[Document]) -> Tokens:
-    """All documents one after another, each ended by the end-of-text token."""
-    ids: list[NDArray[np.uint32]] = []
-    for start in range(0, len(documents), 64):
-        rows = tokenizer.encode_batch([d.text for d in documents[start : start + 64]])
-        ids.extend(np.array([*row, tokenizer.eos_id], dtype=np.uint32) for row in rows)
-    return np.concatenate(ids)
-
-
-class TokenBatches:
-    """Sequences of one token array, shuffled anew each epoch; a batch depends on its step alone.
-
-    Raises:
-        DataError: if the tokens do not fill one sequence.
-    """
-
-    def __init__(self, tokens: Tokens, batch_size: int, length: int, seed: int) -> None:
-        if tokens.size < length + 1:
-            raise DataError(
-                f"the corpus has {tokens.size} tokens, fewer than one sequence of {length + 1}"
+    prepared = [path for path in paths if is_token_directory(path)]
+    if prepared:
+        for others in (paths[1:], valid_paths):
+            require(
+                not others,
+                f"{prepared[0]}: holds prepared tokens, held-out ones included, and cannot be "
+                f"joined with {others[0] if others else ''}",
+                DataError,
             )
-        self._tokens = tokens
-        self._batch_size = batch_size
-        self._length = length
-        self._seed = seed
-        self.num_sequences = (tokens.size - 1) // length
-        self._epoch = -1
-        self._order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        return _open_prepared(prepared[0], vocab_size, tokenizer_for, verify)
+    sources = find_sources(paths, valid_paths)
+    made_from = _made_from(sources, vocab_size, valid_share, seed)
+    with _locked(out_dir):
+        _sweep(out_dir)
+        found = _reusable(out_dir, made_from, verify)
+        tokenizer = None
+        if found is not None:
+            tokenizer = tokenizer_for(found.index.fingerprint)
+            if tokenizer is None or tokenizer_sha256(tokenizer) == found.index.tokenizer_sha256:
+                report(f"corpus: {sources.description}; tokens of {out_dir}")
+                return _token_data(found, sources.description, found.index.fingerprint)
+        survey = Survey(sources, valid_share, seed)
+        if found is None:
+            tokenizer = tokenizer_for(survey.fingerprint)
+        report(f"corpus: {sources.description}, {survey.train_documents} documents to train on")
+        intact = "free space there or give another directory, and run the same command again"
+        _write(survey, tokenizer, out_dir, made_from, report, SHARD_BYTES, intact)
+        shards = open_shards(out_dir, verify=False)
+    return _token_data(shards, sources.description, survey.fingerprint)
 
-    def _sequence(self, number: int) -> NDArray[np.int64]:
-        epoch, position = divmod(number, self.num_sequences)
-        if epoch != self._epoch:
-            random_state = np.random.default_rng((self._seed, epoch))
-            self._order, self._epoch = random_state.permutation(self.num_sequences), epoch
-        start = int(self._order[position]) * self._length
-        return self._tokens[start : start + self._length + 1].astype(np.int64)
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of `step`, each int64 [B, L]; targets are the next tokens."""
-        first = step * self._batch_size
-        rows = np.stack([self._sequence(first + i) for i in range(self._batch_size)])
-        return torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])
+def prepare_tokens(
+    paths: Sequence[Path],
+    valid_paths: Sequence[Path],
+    out_dir: Path,
+    *,
+    vocab_size: int,
+    valid_share: float,
+    seed: int,
+    report: Report,
+    tokenizer: Tokenizer | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> TokenShards:
+    """Tokenise text into the new directory `out_dir`, for runs to train on.
+
+    Args:
+        tokenizer: the one to use; None learns one of `vocab_size` tokens.
+        shard_bytes: size of a shard at most.
+
+    The others are those of `open_tokens`.
+
+    Raises:
+        ConfigError: if `valid_share`, `seed` or `shard_bytes` is out of range.
+        DataError: if the text is missing, unreadable, empty or too small for `vocab_size`, or
+            `out_dir` is there already.
+        StorageError: if `out_dir` cannot be written; nothing is left there.
+    """
+    check_range("valid_share", valid_share, 0.001, 0.5)
+    check_range("seed", seed, 0, (1 << 31) - 1)
+    check_range("shard_bytes", shard_bytes, 1 << 10, 1 << 40)
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise DataError(f"{out_dir}: is there already; give --out a new directory")
+    sources = find_sources(paths, valid_paths)
+    made_from = _made_from(sources, vocab_size, valid_share, seed)
+    survey = Survey(sources, valid_share, seed)
+    report(f"corpus: {sources.description}, {survey.train_documents} documents to train on")
+    intact = "nothing is left there"
+    _write(survey, tokenizer, out_dir, made_from, report, shard_bytes, intact)
+    return open_shards(out_dir, verify=False)
 
 
-def consecutive_batches(
-    tokens: Tokens, batch_size: int, length: int, max_batches: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets over `tokens` in order, for evaluation; the last batch may be smaller."""
-    count = (tokens.size - 1) // length
-    for first in range(0, min(count, batch_size * max_batches), batch_size):
-        starts = range(first, min(first + batch_size, count))
-        rows = np.stack([tokens[s * length : (s + 1) * length + 1] for s in starts])
-        batch_BL = torch.from_numpy(rows.astype(np.int64))
-        yield batch_BL[:, :-1], batch_BL[:, 1:]
+def _token_data(shards: TokenShards, description: str, fingerprint: str) -> TokenData:
+    return TokenData(shards.tokenizer, shards.train, shards.valid, description, fingerprint)
+
+
+def _open_prepared(
+    path: Path, vocab_size: int, tokenizer_for: TokenizerFor, verify: bool
+) -> TokenData:
+    shards = open_shards(path, verify=verify)
+    if shards.index.vocab_size > vocab_size:
+        raise DataError(
+            f"{path}: was prepared with {shards.index.vocab_size} tokens, model.vocab_size is "
+            f"{vocab_size}; prepare it with --vocab-size {vocab_size}"
+        )
+    fingerprint = shards.index.tokens_fingerprint
+    tokenizer_for(fingerprint)  # the fingerprint covers the tokenizer: a run's own is this one
+    return _token_data(shards, shards.index.description, fingerprint)
+
+
+def _made_from(sources: Sources, vocab_size: int, valid_share: float, seed: int) -> dict[str, Any]:
+    return {
+        "files_sha256": sources.sha256(),
+        "vocab_size": vocab_size,
+        "valid_share": None if sources.valid is not None else valid_share,
+        "seed": seed,
+    }
+
+
+def _reusable(path: Path, made_from: dict[str, Any], verify: bool) -> TokenShards | None:
+    """The tokens in `path`, if they were made from the same and are whole."""
+    if not (path / INDEX).is_file():
+        return None
+    try:
+        found = open_shards(path, verify=verify)
+    except DataError:
+        return None  # made anew from the text
+    return found if found.index.made_from == made_from else None
+
+
+def _write(
+    survey: Survey,
+    tokenizer: Tokenizer | None,
+    path: Path,
+    made_from: dict[str, Any],
+    report: Report,
+    shard_bytes: int,
+    intact: str,
+) -> None:
+    description, chars = survey.sources.description, survey.train_chars
+    if tokenizer is None:
+        if chars > MOST_CHARS:
+            report(f"tokenizer: learns from a sample of {MOST_CHARS:,} of {chars:,} characters")
+        texts = survey.training_text(MOST_CHARS)
+        tokenizer = train_tokenizer(texts, made_from["vocab_size"], description)
+    write_shards(
+        path,
+        tokenizer,
+        _reported(_ids(survey, tokenizer), chars, report),
+        description=description,
+        fingerprint=survey.fingerprint,
+        made_from=made_from,
+        shard_bytes=shard_bytes,
+        intact=intact,
+    )
+
+
+def _ids(survey: Survey, tokenizer: Tokenizer) -> Iterator[tuple[tuple[bool, int], Ids]]:
+    """((is held out, characters), ids) of every fragment."""
+    tagged = (
+        ((part is Part.VALID, len(fragment.text)), fragment)
+        for part, _, fragment in survey.fragments()
+    )
+    yield from encode_fragments(tokenizer, tagged)
+
+
+def _reported(
+    ids: Iterator[tuple[tuple[bool, int], Ids]], chars: int, report: Report
+) -> Iterator[tuple[bool, Ids]]:
+    """Pass `ids` on, and say at every twentieth of a large corpus how far it got."""
+    done = tokens = said = 0
+    for (is_held_out, length), row in ids:
+        yield is_held_out, row
+        if is_held_out:
+            continue
+        done, tokens = done + length, tokens + row.size
+        if chars > _QUIET_CHARS and done * 20 // chars > said:
+            said = done * 20 // chars
+            report(f"tokenised {done:,} of {chars:,} characters, {tokens:,} tokens")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time makes the tokens in `path`; the others wait and find them."""
+    with writing(path.parent, "nothing was begun"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(f".{path.name}.lock").open("w")
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _sweep(path: Path) -> None:
+    """Remove what a kill left unfinished; the lock must be held."""
+    unfinished = re.compile(rf"\.{re.escape(path.name)}\.\d+\.(tmp|old)")
+    for found in path.parent.iterdir():
+        if unfinished.fullmatch(found.name):
+            shutil.rmtree(found)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
 from engine.errors import AmbidexError
 
 
@@ -15,3 +21,21 @@ class DataError(TrainingError):
 
 class NonFiniteLoss(TrainingError):
     """Loss or gradient became NaN or infinite; raised before the optimiser step."""
+
+
+class StorageError(TrainingError):
+    """Something could not be written, on a full disk for example; says what is still intact."""
+
+
+@contextmanager
+def writing(path: Path, intact: str) -> Iterator[None]:
+    """Turn a failure to write `path` into one sentence that ends with what is `intact`.
+
+    Raises:
+        StorageError: instead of the OSError or safetensors' own error.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise StorageError(f"{path}: cannot be written ({reason}); {intact}") from error

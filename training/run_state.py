@@ -37,7 +37,7 @@ from engine.errors import CheckpointError
 from engine.model import Decoder
 from engine.tokenizer import Tokenizer
 from training.activation import ActivationPattern
-from training.errors import TrainingError
+from training.errors import TrainingError, writing
 
 _STATE: Final = re.compile(r"state-\d{9,}")
 _UNFINISHED: Final = re.compile(r"\.state-\d{9,}\.\d+\.(tmp|old)")
@@ -77,7 +77,11 @@ def save_state(
     patterns: dict[str, ActivationPattern],
     progress: Progress,
 ) -> None:
-    """Write the state of `progress.step`, then remove the previous ones."""
+    """Write the state of `progress.step`, then remove the previous ones.
+
+    Raises:
+        StorageError: if it cannot be written, on a full disk for example; says what is intact.
+    """
     tensors: dict[str, Tensor] = {f"model.{k}": v for k, v in model.state_dict().items()}
     names = {parameter: name for name, parameter in model.named_parameters()}
     for parameter, name in names.items():
@@ -87,13 +91,23 @@ def save_state(
         for layer, active in enumerate(pattern.layers):
             tensors[f"pattern.{name}.{layer}"] = active
     path = run / f"state-{progress.step:09d}"
-    with atomic_directory(path) as directory:
+    with writing(path, _intact(run)), atomic_directory(path) as directory:
         save_tensors(directory, tensors, "state")
         write_json(directory / "state.json", vars(progress))
-        tokenizer.backend.save(str(directory / "tokenizer.json"))
+        # Not the backend's own save: its error for a full disk is no OSError.
+        text = tokenizer.backend.to_str(pretty=True)
+        (directory / "tokenizer.json").write_text(text, encoding="utf-8")
     for other in _folders(run, _STATE):
         if other != path:
             shutil.rmtree(other)
+
+
+def _intact(run: Path) -> str:
+    """What a run that cannot write still has, as the end of a sentence."""
+    latest = _latest(run)
+    if latest is None:
+        return "no state was saved before; free space and start again"
+    return f"{latest.name} is intact: free space and run the same command again to go on from it"
 
 
 def load_state(
@@ -231,8 +245,10 @@ class RunLog:
         os.replace(temporary, self.path)
 
     def write(self, step: int, **values: Any) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        line = json.dumps({"step": step, **values}) + "\n"
+        intact = _intact(self.path.parent)
+        with writing(self.path, intact), self.path.open("a", encoding="utf-8") as file:
+            file.write(line)
 
 
 def _before(line: str, step: int) -> bool:

@@ -153,7 +153,7 @@ def text_probe(
     Raises:
         DataError: if a path cannot be read, or the text does not fill one sequence.
     """
-    documents = data.read_paths(paths) if paths else data.standard_library()
+    documents = data.read_paths(paths)
     random.Random(0).shuffle(documents)
     read = accumulate((len(document.text) for document in documents), initial=0)
     enough = sum(characters < _PROBE_CHARACTERS for characters in read)

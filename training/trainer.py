@@ -68,7 +68,7 @@ class SilentMonitor:
 class Prepared:
     """Everything that is fixed before the first step."""
 
-    corpus: data.Corpus
+    tokens: data.TokenData
     tokenizer: Tokenizer
     batches: data.TokenBatches
     valid: Batches
@@ -76,40 +76,34 @@ class Prepared:
     train_tokens: int
 
 
-def prepare(
-    config: TrainConfig,
-    corpus: data.Corpus,
-    tokenizer: Tokenizer,
-    monitor: Monitor,
-    device: str,
-) -> Prepared:
+def prepare(config: TrainConfig, tokens: data.TokenData, monitor: Monitor, device: str) -> Prepared:
     """Lay the tokens out in batches: to train on, held out, and the probe.
 
     Raises:
         DataError: if the corpus, or its held-out part, is shorter than one sequence.
     """
-    tokens = data.encode_documents(tokenizer, corpus.train)
-    valid_tokens = data.encode_documents(tokenizer, corpus.valid)
-    monitor.message(f"tokens: {tokens.size:,} to train on, {valid_tokens.size:,} held out")
+    monitor.message(f"tokens: {tokens.train.size:,} to train on, {tokens.valid.size:,} held out")
     length = config.sequence_length
-    batches = data.TokenBatches(tokens, config.batch_size, length, config.seed)
+    batches = data.TokenBatches(tokens.train, config.batch_size, length, config.seed)
     max_batches = max(1, _EVAL_TOKENS // config.batch_tokens)
     valid = [
         (inputs.to(device), targets.to(device))
         for inputs, targets in data.consecutive_batches(
-            valid_tokens, config.batch_size, length, max_batches
+            tokens.valid, config.batch_size, length, max_batches
         )
     ]
     if not valid:
         raise DataError(
-            f"the held-out part has {valid_tokens.size} tokens, fewer than one sequence of "
-            f"{length + 1}; give more text or raise valid_share"
+            f"{tokens.valid.name} has {tokens.valid.size} tokens, fewer than one sequence of "
+            f"{length + 1}; give more text, raise valid_share or give --valid"
         )
     # The probe is training text, so the held-out text decides nothing.
     probe_BL, _ = data.TokenBatches(
-        tokens, max(1, _PROBE_TOKENS // length), length, config.seed + 1
+        tokens.train, max(1, _PROBE_TOKENS // length), length, config.seed + 1
     ).batch(0)
-    return Prepared(corpus, tokenizer, batches, valid, probe_BL.to(device), tokens.size)
+    return Prepared(
+        tokens, tokens.tokenizer, batches, valid, probe_BL.to(device), tokens.train.size
+    )
 
 
 def penalty(model: Decoder, trace: Trace, token_share: float) -> Tensor:
@@ -169,6 +163,7 @@ class Trainer:
         *,
         device: str = "cpu",
         fresh: bool = False,
+        valid_paths: Sequence[Path] = (),
     ) -> None:
         self.config = config
         self.run = run
@@ -177,17 +172,18 @@ class Trainer:
         self.fresh = fresh
         self.device = device
         check_device(device)
-        corpus = data.load_corpus(paths, config.valid_share, config.seed)
-        self.monitor.message(
-            f"corpus: {corpus.description}, {len(corpus.train)} documents to train on"
+        self.progress: run_state.Progress | None = None
+        tokens = data.open_tokens(
+            paths,
+            valid_paths,
+            run / "tokens",
+            vocab_size=config.model.vocab_size,
+            valid_share=config.valid_share,
+            seed=config.seed,
+            report=self.monitor.message,
+            tokenizer_for=self._resumed_tokenizer,
         )
-        self.progress = None if fresh else self._resumable_progress(corpus)
-        tokenizer = (
-            run_state.saved_tokenizer(run)
-            if self.progress is not None
-            else data.train_tokenizer(corpus.train, config.model.vocab_size)
-        )
-        self.prepared = prepare(config, corpus, tokenizer, self.monitor, device)
+        self.prepared = prepare(config, tokens, self.monitor, device)
         self.model = Decoder(
             config.model.model_config(
                 config.sequence_length, self.prepared.tokenizer.eos_id, config.dtype
@@ -241,18 +237,18 @@ class Trainer:
                 self._save_state()
         return self._finish()
 
-    def _resumable_progress(self, corpus: data.Corpus) -> run_state.Progress | None:
-        """Where the run's directory left off; None for a new run.
+    def _resumed_tokenizer(self, fingerprint: str) -> Tokenizer | None:
+        """Find where the run's directory left off; its tokenizer, or None for a new run.
 
         Raises:
             TrainingError: if it holds a run of another configuration, corpus or machine.
         """
-        progress = run_state.load_progress(self.run)
-        if progress is not None:
-            run_state.check_resumable(
-                self.run, progress, self.config.digest, corpus.fingerprint, self.device
-            )
-        return progress
+        progress = None if self.fresh else run_state.load_progress(self.run)
+        if progress is None:
+            return None
+        run_state.check_resumable(self.run, progress, self.config.digest, fingerprint, self.device)
+        self.progress = progress
+        return run_state.saved_tokenizer(self.run)
 
     def _resume(self, progress: run_state.Progress) -> None:
         self.patterns = run_state.load_state(self.run, self.model, self.optimizer)
@@ -267,7 +263,7 @@ class Trainer:
             controller=self.controller.to_dict(),
             switches=self.switches,
             config_digest=self.config.digest,
-            corpus_fingerprint=self.prepared.corpus.fingerprint,
+            corpus_fingerprint=self.prepared.tokens.fingerprint,
             device=self.device,
             threads=torch.get_num_threads(),
         )
@@ -376,8 +372,8 @@ class Trainer:
             "command": self.command,
             "config": dataclasses.asdict(self.config),
             "corpus": {
-                "description": prepared.corpus.description,
-                "fingerprint": prepared.corpus.fingerprint,
+                "description": prepared.tokens.description,
+                "fingerprint": prepared.tokens.fingerprint,
                 "train_tokens": prepared.train_tokens,
                 "held_out_tokens": sum(targets.numel() for _, targets in prepared.valid),
             },

@@ -60,8 +60,7 @@ def micro() -> TrainConfig:
 @pytest.fixture
 def tiny(micro: TrainConfig) -> Checkpoint:
     """A random model with a context of 64 and a tokenizer that knows WORDS; end of text is 0."""
-    documents = [data.Document("words", " ".join(WORDS * 20))]
-    tokenizer = data.train_tokenizer(documents, 280)
+    tokenizer = data.train_tokenizer([" ".join(WORDS * 20)], 280)
     config = micro.model.model_config(64, tokenizer.eos_id, "float32")
     # logits far enough apart that rounding never decides
     model = Decoder(dataclasses.replace(config, initializer_range=0.3))

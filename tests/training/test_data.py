@@ -14,6 +14,7 @@ import zstandard
 from engine.tokenizer import END_OF_TEXT
 from training import data
 from training.errors import DataError
+from training.text import standard_library
 
 
 def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
@@ -28,16 +29,25 @@ def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
     assert texts == ["plain", "# mark", "x = 1", "one", "two", "p", "q", "zipped"]
 
 
-def test_zstandard_is_read(tmp_path: Path) -> None:
-    (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"packed"))
-    assert [d.text for d in data.read_paths([tmp_path])] == ["packed\n"]
+def test_zstandard_is_read_frame_by_frame(tmp_path: Path) -> None:
+    frames = zstandard.compress(DIGITS) + zstandard.compress(b"") + zstandard.compress(b" end")
+    (tmp_path / "a.txt.zst").write_bytes(frames)
+    assert [d.text for d in data.read_paths([tmp_path])] == [DIGITS.decode() + " end\n"]
 
 
+DIGITS = " ".join(str(i) for i in range(5000)).encode()
 BAD = {
     "empty folder": (lambda p: p.mkdir(), "no text found"),
     "missing": (lambda p: None, "no such file or folder"),
     "blank": (lambda p: p.with_suffix(".txt").write_text("  \n"), "no text found"),
     "binary": (lambda p: p.with_suffix(".txt").write_bytes(b"\xff\xfe\0"), "is not UTF-8"),
+    "nul": (lambda p: p.with_suffix(".txt").write_bytes(b"a\0b"), "holds NUL bytes"),
+    "half": (lambda p: p.with_suffix(".jsonl").write_text('{"text": "\\ud800"}'), "surrogate"),
+    "zst": (lambda p: p.with_suffix(".txt.zst").write_bytes(b"no zstandard"), "cannot be read"),
+    "cut zst": (
+        lambda p: p.with_suffix(".txt.zst").write_bytes(zstandard.compress(DIGITS)[:-500]),
+        "cannot be read",
+    ),
     "kind": (lambda p: p.with_suffix(".pdf").write_text("x"), "unknown kind of file"),
     "json": (lambda p: p.with_suffix(".jsonl").write_text("{"), "line 1: not JSON"),
     "surrogate": (
@@ -48,7 +58,7 @@ BAD = {
     "gzip": (lambda p: p.with_suffix(".gz").write_bytes(b"no"), "unknown kind of file"),
     "cut": (lambda p: p.with_suffix(".txt.gz").write_bytes(gzip.compress(b"x")[:9]), "cannot be"),
     "damaged": (
-        lambda p: p.with_suffix(".txt.gz").write_bytes(gzip.compress(b"x" * 999)[:12] + b"zz" * 9),
+        lambda p: p.with_suffix(".txt.gz").write_bytes(gzip.compress(b"x" * 999)[:-8] + bytes(8)),
         "cannot be read",
     ),
     "xz": (lambda p: p.with_suffix(".txt.xz").write_bytes(b"no xz"), "cannot be read"),
@@ -88,7 +98,7 @@ def test_one_document_gives_its_tail(tmp_path: Path) -> None:
 
 
 def test_the_default_corpus_is_there_and_has_no_tests() -> None:
-    names = [d.name for d in data.standard_library()]
+    names = [d.name for d in standard_library()]
     assert "json/decoder.py" in names
     assert not any("test" in Path(n).parts or "site-packages" in n for n in names)
 
@@ -120,16 +130,16 @@ def test_too_little_text_is_refused() -> None:
 
 def test_the_tokenizer_encodes_any_bytes_and_needs_enough_text(corpus: Path) -> None:
     documents = data.read_paths([corpus])
-    tokenizer = data.train_tokenizer(documents, 300)
+    tokenizer = data.train_tokenizer([d.text for d in documents], 300)
     text = "naïve 東京 🙂\t\0 not in the corpus"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     with pytest.raises(DataError, match=r"fewer than model\.vocab_size 60000"):
-        data.train_tokenizer(documents[:1], 60_000)
+        data.train_tokenizer([documents[0].text], 60_000)
 
 
 def test_documents_end_with_the_end_of_text(corpus: Path) -> None:
     documents = data.read_paths([corpus])[:3]
-    tokenizer = data.train_tokenizer(documents, 280)
+    tokenizer = data.train_tokenizer([d.text for d in documents], 280)
     ids = data.encode_documents(tokenizer, documents)
     assert int((ids == tokenizer.eos_id).sum()) == 3
     assert ids[-1] == tokenizer.eos_id

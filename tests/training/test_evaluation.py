@@ -18,6 +18,7 @@ from training.config import TrainConfig
 from training.conversion import refresh_router
 from training.errors import DataError
 from training.evaluation import evaluate, quality_curve, read_text
+from training.text import find_files
 
 
 @pytest.fixture
@@ -91,10 +92,11 @@ def test_sources_are_fingerprinted(tiny: Checkpoint, corpus: Path) -> None:
 
 
 def test_without_files_the_held_out_part_of_the_training_text_is_evaluated(
-    tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    library = [data.Document(f"{i}.py", f"the cat sat on {i} " * 40) for i in range(20)]
-    monkeypatch.setattr(data, "standard_library", lambda: library)
+    for i in range(20):
+        (tmp_path / f"{i}.py").write_text(f"the cat sat on {i} " * 40)
+    monkeypatch.setattr("training.corpus.standard_library", lambda: find_files([tmp_path]))
     corpus = data.load_corpus([], 0.3, 7)
     report = {
         "config": {"valid_share": 0.3, "seed": 7},

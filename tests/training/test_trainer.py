@@ -23,7 +23,7 @@ from engine.request import ExpertPolicy
 from tests.training.conftest import make_corpus
 from training import run_state
 from training.config import OptimizerConfig, TrainConfig
-from training.errors import DataError, NonFiniteLoss, TrainingError
+from training.errors import DataError, NonFiniteLoss, StorageError, TrainingError
 from training.trainer import Trainer, objective, penalty
 
 
@@ -255,7 +255,7 @@ def test_a_full_disk_keeps_the_previous_state(
         real(path, value)
 
     monkeypatch.setattr(run_state, "write_json", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StorageError, match="No space left"):
         Trainer(micro, run, [corpus]).train()
     assert [p.name for p in run.glob("*state-*")] == ["state-000000002"]
     monkeypatch.undo()
