@@ -3,6 +3,7 @@
 - `routing`: scores, the choice of experts, and token-expert pairs sorted by expert.
 - `expert_ffn`: the sparse FFN for few tokens, bound by memory: it reads the chosen rows once.
 - `grouped_ffn`: the sparse FFN for many tokens, bound by arithmetic: one grouped product.
+- `grouped_training`: the same function with gradients, from the products of `grouped_pairs`.
 
 A launcher takes CUDA tensors, or CPU tensors under Triton's interpreter; its reference takes any.
 Nothing here imports the rest of the engine.

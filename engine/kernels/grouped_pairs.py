@@ -293,42 +293,52 @@ def tiles_blocks(num_experts: int) -> dict[str, int]:
     }
 
 
-def gather_blocks(expert_size: int, itemsize: int) -> dict[str, int]:
-    """Block sizes of `_gather_kernel`; BLOCK_D is the sum's step."""
-    block_s = _block_s(expert_size, 256 if itemsize == 2 else 64)
+def gather_blocks(expert_size: int, itemsize: int, *, backward: bool) -> dict[str, int]:
+    """Block sizes of `_gather_kernel`; BLOCK_D is the sum's step.
+
+    The backward pass holds a tile of h beside the sum, so that its widest tile is half as wide.
+    """
+    half = itemsize == 2
+    block_s = _block_s(expert_size, (128 if backward else 256) if half else 64)
     return {
         "BLOCK_P": TILE_PAIRS,
         "BLOCK_S": block_s,
-        "BLOCK_D": 64 if itemsize == 2 else 32,
-        "num_warps": 4 if block_s <= 64 and itemsize == 2 else 8,
+        "BLOCK_D": 64 if half else 32,
+        "num_warps": 4 if block_s <= 64 and half else 8,
         "num_stages": 3,
     }
 
 
 def spread_blocks(expert_size: int, itemsize: int) -> dict[str, int]:
     """Block sizes of `_spread_kernel`; BLOCK_S is the sum's step."""
-    whole = _block_s(expert_size, 128 if itemsize == 2 else 64)
-    block_s = whole if whole >= expert_size else whole // 2
+    half = itemsize == 2
+    whole = max(16, next_power_of_2(expert_size))
+    fits = whole <= (256 if half else 64)
     return {
-        "WHOLE": block_s >= expert_size,
+        "WHOLE": fits,
         "BLOCK_P": TILE_PAIRS,
-        "BLOCK_S": block_s,
-        "BLOCK_D": 128 if itemsize == 2 else 64,
+        "BLOCK_S": whole if fits else 64 if half else 32,
+        "BLOCK_D": 64,
         "BLOCK_K": 8,
         "num_warps": 8,
-        "num_stages": 3,
+        "num_stages": 2 if fits and whole > 128 else 3,
     }
 
 
 def weights_blocks(expert_size: int, itemsize: int) -> dict[str, int]:
-    """Block sizes of `_weights_kernel`; BLOCK_P is the sum's step."""
-    block_s = _block_s(expert_size, 128 if itemsize == 2 else 64)
+    """Block sizes of `_weights_kernel`; BLOCK_P is the sum's step.
+
+    Float32 tiles reach the tensor cores transposed, which copies ahead of use would do in pieces of
+    4 bytes: there, loads stay wide and other programs fill the wait.
+    """
+    half = itemsize == 2
+    block_s = _block_s(expert_size, 128 if half else 64)
     return {
-        "BLOCK_P": 64 if itemsize == 2 else 32,
+        "BLOCK_P": 64 if half else 32,
         "BLOCK_S": block_s,
         "BLOCK_D": 128,
-        "num_warps": 4 if block_s <= 64 and itemsize == 2 else 8,
-        "num_stages": 3,
+        "num_warps": 4 if block_s <= 64 and half else 8,
+        "num_stages": 3 if half else 1,
     }
 
 
@@ -393,7 +403,8 @@ def gather(
     Rows past the last pair are left as they were allocated.
     """
     d_model, expert_size = x_TD.shape[1], w_FD.shape[0] // pairs.num_experts
-    blocks = gather_blocks(expert_size, x_TD.element_size())
+    backward = h_PS is not None
+    blocks = gather_blocks(expert_size, x_TD.element_size(), backward=backward)
     out_PS = x_TD.new_empty((pairs.ids_TK.numel(), expert_size))
     _gather_kernel[(pairs.num_tiles * cdiv(expert_size, blocks["BLOCK_S"]),)](
         x_TD,
@@ -406,7 +417,7 @@ def gather(
         d_model,
         expert_size,
         SQUARE=activation == "relu2",
-        BACKWARD=h_PS is not None,
+        BACKWARD=backward,
         WIDEN=INTERPRETED,
         PRECISION=_precision(x_TD.dtype),
         **blocks,

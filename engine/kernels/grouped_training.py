@@ -1,6 +1,6 @@
 """The sparse FFN for training: `grouped_ffn` with gradients, computing chosen pairs alone.
 
-Three layers: the kernels of `grouped_pairs`; two operators that PyTorch knows by name, shapes and
+Three layers: the kernels of `grouped_pairs`; operators that PyTorch knows by name, shapes and
 derivative, so that torch.compile takes them whole; and the plain function below.
 
 With r = relu(x @ up_e.T), h = r or r^2 and y = sum of h @ down_e over a token's experts, the
@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.kernels import grouped_pairs
+from engine.kernels import grouped_pairs, routing
+from engine.kernels._triton import AVAILABLE
 from engine.kernels.expert_ffn import ACTIVATIONS
 from engine.kernels.grouped_pairs import Pairs
 from engine.kernels.routing import Routing
@@ -33,7 +34,6 @@ from engine.kernels.routing import Routing
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-# Given in words because annotations would have to be evaluated at import.
 _PAIRS_SCHEMA = "Tensor ids_TK, Tensor offsets_E1, Tensor pair_token_P"
 
 
@@ -139,14 +139,60 @@ def _gradients(ctx: Any, dy_TD: Tensor, *_: None) -> tuple[Tensor | None, ...]:
 _forward.register_autograd(_gradients, setup_context=_save)
 
 
+@torch.library.custom_op(
+    "ambidex::route_scores",
+    mutates_args=(),
+    schema="(Tensor scores_TE, Tensor k_T, Tensor mass_T, int max_k)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _route_scores(scores_TE: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int) -> tuple[Tensor, ...]:
+    """`routing.route_scores`, for torch.compile to take whole."""
+    return tuple(routing.route_scores(scores_TE, k_T, mass_T, max_k))
+
+
+@_route_scores.register_fake
+def _route_scores_shapes(
+    scores_TE: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int
+) -> tuple[Tensor, ...]:
+    num_tokens, num_experts = scores_TE.shape
+    return (
+        torch.empty_like(scores_TE, dtype=torch.bool),
+        *(
+            k_T.new_empty(shape)
+            for shape in (
+                (num_tokens, max_k),
+                (num_experts,),
+                (num_experts + 1,),
+                (num_tokens * max_k,),
+            )
+        ),
+    )
+
+
+def route_scores(scores_TE: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int) -> Routing:
+    """`routing.route_scores`, which this also lets torch.compile take whole; no gradients."""
+    return Routing(*_route_scores(scores_TE, k_T, mass_T, max_k))
+
+
 def _compute_dtype(x_TD: Tensor) -> torch.dtype:
     """The dtype of the products: autocast's if it is on for this device, else that of x."""
     kind = x_TD.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_TD.dtype
 
 
+def supports(x_TD: Tensor, num_experts: int) -> bool:
+    """Whether `route_scores` and `grouped_ffn` can take this input: CUDA, Triton, sizes, dtype."""
+    return (
+        x_TD.is_cuda
+        and AVAILABLE
+        and x_TD.shape[0] >= 1
+        and num_experts <= routing.MAX_EXPERTS
+        and _compute_dtype(x_TD) in DTYPES
+    )
+
+
 def grouped_ffn(
-    x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, routing: Routing, activation: str
+    x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, routed: Routing, activation: str
 ) -> Tensor:
     """y [T, D] of the chosen experts; differentiable, once, in x, up and down.
 
@@ -160,7 +206,7 @@ def grouped_ffn(
     Args:
         x_TD: [T, D], float32, bfloat16 or float16; T >= 1.
         up_FD, down_FD: [F, D], any float type; expert e owns rows e*S .. (e+1)*S.
-        routing: from `routing.route` or `routing.route_scores`, of the same tokens.
+        routed: from `routing.route` or `route_scores`, of the same tokens.
         activation: one of ACTIVATIONS.
     """
     assert activation in ACTIVATIONS
@@ -171,9 +217,9 @@ def grouped_ffn(
         x_TD,
         up_FD,
         down_FD,
-        routing.ids_TK,
-        routing.offsets_E1,
-        routing.pair_token_P,
+        routed.ids_TK,
+        routed.offsets_E1,
+        routed.pair_token_P,
         activation,
     )
     assert isinstance(y_TD, Tensor)

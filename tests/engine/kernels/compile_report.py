@@ -27,7 +27,7 @@ from engine.kernels import expert_ffn, grouped_ffn, grouped_pairs, routing
 D, S, E, K, T = 2048, 256, 32, 6, 2048
 N = 8
 # One for each choice of block that the width of an expert makes.
-TRAINED_SIZES = (32, 128, 256)
+TRAINED_SIZES = (32, 128, 256, 512)
 INTS = {
     "num_tokens": T,
     "num_experts": E,
@@ -88,12 +88,15 @@ def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
 def training_cases(size: int, itemsize: int) -> list[tuple[str, Any, dict[str, Any]]]:
     """The products of training for experts of this size, as (name, kernel, constants)."""
     precision = {"PRECISION": "ieee" if itemsize == 2 else "tf32x3"}
-    gather = {**grouped_pairs.gather_blocks(size, itemsize), **precision}
+    forward, backward = (
+        {**grouped_pairs.gather_blocks(size, itemsize, backward=b), **precision, "BACKWARD": b}
+        for b in (False, True)
+    )
     spread = {**grouped_pairs.spread_blocks(size, itemsize), **precision}
     weights = {**grouped_pairs.weights_blocks(size, itemsize), **precision}
     return [
-        ("gather", grouped_pairs._gather_kernel, {**gather, "BACKWARD": False}),
-        ("gather back", grouped_pairs._gather_kernel, {**gather, "BACKWARD": True, "SQUARE": True}),
+        ("gather", grouped_pairs._gather_kernel, forward),
+        ("gather back", grouped_pairs._gather_kernel, {**backward, "SQUARE": True}),
         ("spread", grouped_pairs._spread_kernel, spread),
         ("weights", grouped_pairs._weights_kernel, weights),
     ]
