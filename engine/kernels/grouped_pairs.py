@@ -26,7 +26,6 @@ from torch import Tensor
 from engine.kernels._triton import INTERPRETED, cdiv, jit, next_power_of_2, tl
 from engine.kernels.expert_ffn import activate
 from engine.kernels.grouped_ffn import combine
-from engine.kernels.routing import Routing
 
 # Pairs of one tile, for every product: an expert's share of a training batch fills many such tiles.
 TILE_PAIRS = 128
@@ -39,11 +38,11 @@ LEAST_PAIRS_PER_SPLIT = 512
 
 
 class Pairs(NamedTuple):
-    """What a product has to know of a `Routing`, and the order of its tiles.
+    """What a product has to know of a `routing.Routing`, and the order of its tiles.
 
     Attributes:
         ids_TK, offsets_E1, pair_token_P: as in `Routing`.
-        tiles_N2: int32 [N, 2], each tile's expert and first pair; expert -1 in unused rows.
+        tiles_N2: int32 [N, 2], from `tiles`.
     """
 
     ids_TK: Tensor
@@ -368,24 +367,16 @@ def num_tiles(capacity: int, num_experts: int) -> int:
 
 
 def tiles(offsets_E1: Tensor, capacity: int) -> Tensor:
-    """The tiles of all experts in the order in which the products take them: int32 [N, 2]."""
+    """The tiles of all experts in the order in which the products take them: int32 [N, 2].
+
+    Each has its expert and its first pair; unused rows, which come last, have expert -1.
+    """
     num_experts = offsets_E1.numel() - 1
     tiles_N2 = offsets_E1.new_empty((num_tiles(capacity, num_experts), 2))
     _tiles_kernel[(num_experts,)](
         offsets_E1, tiles_N2, num_experts, tiles_N2.shape[0], **tiles_blocks(num_experts)
     )
     return tiles_N2
-
-
-def tile_pairs(routing: Routing) -> Pairs:
-    """A routing's pairs, cut into tiles."""
-    capacity = routing.ids_TK.numel()
-    return Pairs(
-        routing.ids_TK,
-        routing.offsets_E1,
-        routing.pair_token_P,
-        tiles(routing.offsets_E1, capacity),
-    )
 
 
 def gather(
@@ -396,7 +387,7 @@ def gather(
     Args:
         x_TD: [T, D], contiguous.
         w_FD: [F, D], contiguous, dtype of x; expert e owns rows e*S .. (e+1)*S.
-        pairs: from `tile_pairs`.
+        pairs: of the same tokens and experts.
         activation: one of ACTIVATIONS.
         h_PS: what this returned in the forward pass; the activation's slope is read off it.
 
@@ -431,7 +422,7 @@ def spread(h_PS: Tensor, w_FD: Tensor, pairs: Pairs) -> Tensor:
     Args:
         h_PS: [P, S], contiguous.
         w_FD: [F, D], contiguous, dtype of h.
-        pairs: from `tile_pairs`.
+        pairs: of the same tokens and experts.
 
     Each pair's result is rounded to the dtype once, before the sum in float32.
     """
@@ -465,7 +456,7 @@ def weights(h_PS: Tensor, x_TD: Tensor, pairs: Pairs) -> Tensor:
     Args:
         h_PS: [P, S], contiguous.
         x_TD: [T, D], contiguous, dtype of h.
-        pairs: from `tile_pairs`.
+        pairs: of the same tokens and experts.
 
     An expert without pairs gets exact zeros.
     """
