@@ -32,7 +32,8 @@ from benchmarks.records import Record
 from engine.experts import sparse_ffn
 from engine.kernels import grouped_pairs, grouped_training
 from engine.kernels.grouped_pairs import Pairs
-from engine.kernels.routing import Routing, route_scores, route_scores_reference
+from engine.kernels.routing import Routing
+from engine.kernels.top_k import route_top_k, route_top_k_reference
 
 SHAPES = ((512, 2048), (768, 3072), (2048, 8192))
 TOKENS = (4096, 16384, 65536)
@@ -76,12 +77,6 @@ class Layer:
         return lambda _: torch.autograd.grad(function(*self.leaves), self.leaves, self.dy_TD)
 
 
-def limits(tokens: int, chosen: int, device: str) -> tuple[Tensor, Tensor]:
-    """Exactly `chosen` experts for every token."""
-    k_T = torch.full((tokens,), chosen, dtype=torch.int32, device=device)
-    return k_T, torch.full((tokens,), 2.0, device=device)
-
-
 def random_layer(
     tokens: int,
     shape: tuple[int, int],
@@ -97,7 +92,7 @@ def random_layer(
         (torch.randn(neurons, width, device=device) / size**0.5).to(dtype).requires_grad_()
         for size in (width, neurons)
     )
-    routing = route_scores_reference(scores_TE, *limits(tokens, chosen, device), chosen)
+    routing = route_top_k_reference(scores_TE, chosen)
     return Layer(x_TD.requires_grad_(), up_FD, down_FD, dy_TD, routing)
 
 
@@ -118,11 +113,24 @@ def check_layer(layer: Layer, name: str) -> list[Record]:
     ]
 
 
+def check_route(tokens: int, experts: int, chosen: int) -> Record:
+    """Every field of a routing of random scores, identical."""
+    scores_TE = torch.randn(tokens, experts, device="cuda")
+    actual, expected = route_top_k(scores_TE, chosen), route_top_k_reference(scores_TE, chosen)
+    differing = [
+        name
+        for name, a, b in zip(actual._fields, actual, expected, strict=True)
+        if not torch.equal(a, b)
+    ]
+    label = f"training route T={tokens} k={chosen}/{experts} differing fields {differing}"
+    return check(label, float(len(differing)), 0.0)
+
+
 def correctness() -> list[Record]:
     """Every shape that is timed, and one of each other dtype and of awkward sizes."""
     cases = [(1024, shape, choice, torch.bfloat16) for shape in SHAPES for choice in CHOICES]
     cases += [(700, (100, 20 * 12), (20, 3), dtype) for dtype in LIMITS]
-    found = []
+    found = [check_route(t, e, k) for t in (1, 100, 65536) for e, k in (*CHOICES, (20, 3))]
     for tokens, shape, choice, dtype in cases:
         layer = random_layer(tokens, shape, choice, dtype)
         label = f"D={shape[0]} F={shape[1]} E={choice[0]} {str(dtype).removeprefix('torch.')}"
@@ -151,10 +159,8 @@ def products(layer: Layer) -> dict[str, Call]:
 
 def route(layer: Layer) -> Call:
     """The choice from scores and the sort of its pairs."""
-    tokens, chosen = layer.routing.ids_TK.shape
     scores_TE = torch.randn_like(layer.routing.chosen_TE, dtype=torch.float32)
-    k_T, mass_T = limits(tokens, chosen, str(scores_TE.device))
-    return lambda _: route_scores(scores_TE, k_T, mass_T, chosen)
+    return lambda _: route_top_k(scores_TE, layer.routing.ids_TK.shape[1])
 
 
 def layer_records(layer: Layer, calls: int) -> list[Record]:

@@ -302,7 +302,7 @@ class ExpertFFN(nn.Module):
             return self._sparse_kernels(x_TD, k_T, mass_T, policy)
         scores_TE = self.scores(x_TD, oracle=policy.oracle)
         if policy.same_k is not None and self._trains_with_kernels(x_TD):
-            routed = grouped_training.route_scores(scores_TE, k_T, mass_T, policy.same_k)
+            routed = grouped_training.route_top_k(scores_TE, policy.same_k)
             y_TD = grouped_training.grouped_ffn(x_TD, self.up, self.down, routed, self.activation)
             return y_TD, routed.chosen_TE
         if policy.same_k is not None:  # the usual case, in a quarter of the operators

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.kernels import grouped_pairs, routing
+from engine.kernels import grouped_pairs, top_k
 from engine.kernels._triton import AVAILABLE
 from engine.kernels.expert_ffn import ACTIVATIONS
 from engine.kernels.grouped_pairs import Pairs
-from engine.kernels.routing import Routing
+from engine.kernels.routing import MAX_EXPERTS, Routing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -140,38 +140,29 @@ _forward.register_autograd(_gradients, setup_context=_save)
 
 
 @torch.library.custom_op(
-    "ambidex::route_scores",
+    "ambidex::route_top_k",
     mutates_args=(),
-    schema="(Tensor scores_TE, Tensor k_T, Tensor mass_T, int max_k)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor scores_TE, int k) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _route_scores(scores_TE: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int) -> tuple[Tensor, ...]:
-    """`routing.route_scores`, for torch.compile to take whole."""
-    return tuple(routing.route_scores(scores_TE, k_T, mass_T, max_k))
+def _route_top_k(scores_TE: Tensor, k: int) -> tuple[Tensor, ...]:
+    return tuple(top_k.route_top_k(scores_TE, k))
 
 
-@_route_scores.register_fake
-def _route_scores_shapes(
-    scores_TE: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int
-) -> tuple[Tensor, ...]:
-    num_tokens, num_experts = scores_TE.shape
+@_route_top_k.register_fake
+def _route_top_k_shapes(scores_TE: Tensor, k: int) -> tuple[Tensor, ...]:
+    tokens, experts = scores_TE.shape
     return (
-        torch.empty_like(scores_TE, dtype=torch.bool),
+        scores_TE.new_empty((tokens, experts), dtype=torch.bool),
         *(
-            k_T.new_empty(shape)
-            for shape in (
-                (num_tokens, max_k),
-                (num_experts,),
-                (num_experts + 1,),
-                (num_tokens * max_k,),
-            )
+            scores_TE.new_empty(shape, dtype=torch.int32)
+            for shape in ((tokens, k), (experts,), (experts + 1,), (tokens * k,))
         ),
     )
 
 
-def route_scores(scores_TE: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int) -> Routing:
-    """`routing.route_scores`, which this also lets torch.compile take whole; no gradients."""
-    return Routing(*_route_scores(scores_TE, k_T, mass_T, max_k))
+def route_top_k(scores_TE: Tensor, k: int) -> Routing:
+    """`top_k.route_top_k`, such that torch.compile takes it whole; no gradients."""
+    return Routing(*_route_top_k(scores_TE, k))
 
 
 def _compute_dtype(x_TD: Tensor) -> torch.dtype:
@@ -181,12 +172,12 @@ def _compute_dtype(x_TD: Tensor) -> torch.dtype:
 
 
 def supports(x_TD: Tensor, num_experts: int) -> bool:
-    """Whether `route_scores` and `grouped_ffn` can take this input: CUDA, Triton, sizes, dtype."""
+    """Whether `route_top_k` and `grouped_ffn` can take this input: CUDA, Triton, sizes, dtype."""
     return (
         x_TD.is_cuda
         and AVAILABLE
         and x_TD.shape[0] >= 1
-        and num_experts <= routing.MAX_EXPERTS
+        and num_experts <= MAX_EXPERTS
         and _compute_dtype(x_TD) in DTYPES
     )
 
@@ -206,7 +197,7 @@ def grouped_ffn(
     Args:
         x_TD: [T, D], float32, bfloat16 or float16; T >= 1.
         up_FD, down_FD: [F, D], any float type; expert e owns rows e*S .. (e+1)*S.
-        routed: from `routing.route` or `route_scores`, of the same tokens.
+        routed: from `route_top_k` or `routing.route`, of the same tokens.
         activation: one of ACTIVATIONS.
     """
     assert activation in ACTIVATIONS

@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine.kernels import expert_ffn, grouped_ffn, grouped_pairs, routing
+from engine.kernels import expert_ffn, grouped_ffn, grouped_pairs, routing, top_k
 
 D, S, E, K, T = 2048, 256, 32, 6, 2048
 N = 8
@@ -38,6 +38,7 @@ INTS = {
     "capacity": T * K,
     "blocks_per_pair": 32,
     "num_tiles": 128,
+    "num_chunks": 8,
     "columns": D,
     "splits": 2,
 }
@@ -45,7 +46,15 @@ POINTERS = {
     "chosen_ptr": "i1",
     **dict.fromkeys(("pieces_ptr", "mass_ptr", "partial_ptr"), "fp32"),
     **dict.fromkeys(
-        ("k_ptr", "ids_ptr", "counts_ptr", "offsets_ptr", "pair_token_ptr", "tiles_ptr"),
+        (
+            "k_ptr",
+            "ids_ptr",
+            "counts_ptr",
+            "offsets_ptr",
+            "pair_token_ptr",
+            "tiles_ptr",
+            "chunk_counts_ptr",
+        ),
         "i32",
     ),
 }
@@ -65,6 +74,11 @@ def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
         ("choose", routing._choose_kernel, routing.choose_blocks(E, N, K), "fp32"),
         ("choose 256", routing._choose_kernel, routing.choose_blocks(256, N, 16), "fp32"),
         ("tiles", grouped_pairs._tiles_kernel, grouped_pairs.tiles_blocks(E), "i32"),
+        ("place", top_k._place_kernel, top_k.top_k_blocks(E), "i32"),
+        ("place 256", top_k._place_kernel, top_k.top_k_blocks(256), "i32"),
+        ("pick", top_k._pick_kernel, top_k.top_k_blocks(E), "fp32"),
+        ("pick 256", top_k._pick_kernel, top_k.top_k_blocks(256), "fp32"),
+        ("pick 64", top_k._pick_kernel, top_k.top_k_blocks(64), "fp32"),
     ]
     for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
         found += [
