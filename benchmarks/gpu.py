@@ -1,6 +1,6 @@
 """The sparse FFN's kernels on a GPU: correct against their references first, then timed.
 
-    python benchmarks/gpu.py [--json FILE]
+    python -m benchmarks.gpu [--section kernels|training|all] [--json FILE]
 
 Every time is of work replayed from a CUDA graph, which is how the engine decodes: no launch waits
 for Python, on our side or the peer's. A graph holds one call on each of enough weight sets to
@@ -12,16 +12,18 @@ The peer is the dense FFN in PyTorch, relu(x @ up.T) @ down, over all neurons. A
 of 32 experts, either the same 6 for all tokens ("shared") or drawn for each token by itself
 ("independent"): real routing lies between. Random activations silence half of the neurons, and the
 few-token kernel does not read the rows of `down` of silenced neurons.
+
+All this is the section `kernels`; `training` is benchmarks/gpu_training.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from torch import Tensor
 
+from benchmarks import gpu_training
+from benchmarks.gpu_timing import Call, check, interleaved_us, relative_error
 from benchmarks.records import MACHINE, VERSIONS, Record, write_records
 from engine.kernels import expert_ffn, grouped_ffn, routing
 
@@ -37,10 +41,7 @@ SHAPES = ((768, 3072), (2048, 8192))
 EXPERTS, CHOSEN = 32, 6
 FEW, MANY = (1, 2, 4, 8, 16), (64, 512, 2048)
 CROSSOVER = (8, 16, 32, 64)
-ROUNDS = 15
 L2_BYTES = 60e6
-
-Call = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -100,51 +101,7 @@ def problem(weights: list[tuple[Tensor, Tensor]], tokens: int, kind: str) -> Pro
     return Problem(weights, x_TD, random_routing(tokens, kind))
 
 
-# --- timing --------------------------------------------------------------------------------------
-
-
-def graph_of(call: Call, calls: int) -> torch.cuda.CUDAGraph:
-    """A graph of `calls` calls, call i on the i-th weight set; compiled and warm."""
-    for i in range(2):
-        call(i)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            call(i)
-    return graph
-
-
-def replay_ms(graph: torch.cuda.CUDAGraph) -> float:
-    start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end))
-
-
-def interleaved_us(rivals: Sequence[Call], calls: int) -> list[float]:
-    """Median microseconds of one call of each rival, replayed in turn."""
-    graphs = [graph_of(call, calls) for call in rivals]
-    rounds = [[replay_ms(graph) for graph in graphs] for _ in range(ROUNDS + 2)][2:]
-    return [statistics.median(times) * 1e3 / calls for times in zip(*rounds, strict=True)]
-
-
 # --- correctness ---------------------------------------------------------------------------------
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    actual, expected = actual.double(), expected.double()
-    return float((actual - expected).norm() / expected.norm())
-
-
-def check(name: str, error: float, limit: float) -> Record:
-    """A record of the error; a wrong kernel ends the benchmark."""
-    if not error <= limit:
-        raise SystemExit(f"{name}: relative error {error:.3g} exceeds {limit:.3g}")
-    return Record(f"error {name}", {}, error, "relative")
 
 
 def check_ffn(width: int, neurons: int, tokens: int, dtype: torch.dtype) -> list[Record]:
@@ -316,7 +273,7 @@ def row(record: Record) -> str:
 
 
 def measurements() -> Iterator[list[Record]]:
-    """Everything, group by group, correctness first."""
+    """The section `kernels`, group by group, correctness first."""
     yield correctness()
     yield ceilings()
     for width, neurons in SHAPES:
@@ -327,17 +284,23 @@ def measurements() -> Iterator[list[Record]]:
         yield routing_records(width)
 
 
+SECTIONS = {"kernels": measurements, "training": gpu_training.measurements}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Check and time the GPU kernels.")
+    parser.add_argument("--section", choices=[*SECTIONS, "all"], default="all")
     parser.add_argument("--json", type=Path, help="write the records to this file")
-    path: Path | None = parser.parse_args().json
+    arguments = parser.parse_args()
+    path: Path | None = arguments.json
+    chosen = [arguments.section] if arguments.section in SECTIONS else list(SECTIONS)
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/gpu.py needs a CUDA device")
     torch.manual_seed(0)
     print(MACHINE, VERSIONS)
     print(HEADER)
     records: list[Record] = []
-    for found in measurements():
+    for found in chain.from_iterable(SECTIONS[name]() for name in chosen):
         records += found
         print("\n".join(row(record) for record in found), flush=True)
     if path is not None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from engine.config import ModelConfig
 from engine.errors import require
-from engine.kernels import cpu_ffn, expert_ffn, grouped_ffn, routing
+from engine.kernels import cpu_ffn, expert_ffn, grouped_ffn, grouped_training, routing
 from engine.kernels.sliced_ffn import sparse_ffn
 from engine.request import ExpertPolicy
 
@@ -206,9 +206,9 @@ class Trace:
 class ExpertFFN(nn.Module):
     """An FFN stored neuron by neuron that runs dense or sparse, per token.
 
-    Parameters `up` and `down` are [F, D]; the buffer `router` is [E, D], float32. Training and
-    evaluation use plain differentiable products; `prepare` switches to the inference paths: packed
-    weights on the CPU, Triton kernels on CUDA.
+    Parameters `up` and `down` are [F, D]; the buffer `router` is [E, D], float32. Training uses
+    differentiable Triton kernels on CUDA and plain products elsewhere, as evaluation does;
+    `prepare` switches to the inference paths: packed weights on the CPU, Triton kernels on CUDA.
     """
 
     router: Tensor
@@ -274,6 +274,10 @@ class ExpertFFN(nn.Module):
         if self._use_kernels:
             return self._sparse_kernels(x_TD, k_T, mass_T, policy)
         scores_TE = self.scores(x_TD, oracle=policy.oracle)
+        if policy.same_k is not None and self._trains_with_kernels(x_TD):
+            routed = grouped_training.route_top_k(scores_TE, policy.same_k)
+            y_TD = grouped_training.grouped_ffn(x_TD, self.up, self.down, routed, self.activation)
+            return y_TD, routed.chosen_TE
         if policy.same_k is not None:  # the usual case, in a quarter of the operators
             best_TK = scores_TE.topk(policy.same_k, sorted=False).indices
             chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, best_TK, True)
@@ -284,6 +288,11 @@ class ExpertFFN(nn.Module):
         if self._packed is not None:
             return self._packed.sparse(x_TD, chosen_TE), chosen_TE
         return sparse_ffn(x_TD, self.up, self.down, chosen_TE, self.activation), chosen_TE
+
+    def _trains_with_kernels(self, x_TD: Tensor) -> bool:
+        wanted = x_TD.requires_grad or self.up.requires_grad or self.down.requires_grad
+        supported = grouped_training.supports(x_TD, self.num_experts)
+        return torch.is_grad_enabled() and wanted and supported
 
     def _sparse_kernels(
         self, x_TD: Tensor, k_T: Tensor, mass_T: Tensor, policy: PolicyBatch

@@ -1,8 +1,10 @@
 """The GPU kernels of the engine, each beside a reference in plain PyTorch of the same signature.
 
 - `routing`: scores, the choice of experts, and token-expert pairs sorted by expert.
+- `top_k`: the same routing where every token takes as many experts, for training.
 - `expert_ffn`: the sparse FFN for few tokens, bound by memory: it reads the chosen rows once.
 - `grouped_ffn`: the sparse FFN for many tokens, bound by arithmetic: one grouped product.
+- `grouped_training`: the same function with gradients, from the products of `grouped_pairs`.
 
 A launcher takes CUDA tensors, or CPU tensors under Triton's interpreter; its reference takes any.
 Nothing here imports the rest of the engine.

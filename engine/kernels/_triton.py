@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["INTERPRETED", "cdiv", "jit", "next_power_of_2", "tl"]
+__all__ = ["AVAILABLE", "INTERPRETED", "cdiv", "jit", "next_power_of_2", "tl"]
 
 try:
     import triton
     import triton.language as tl
 except ModuleNotFoundError:
     triton = tl = None
+
+AVAILABLE: bool = triton is not None
 
 # The interpreter multiplies bfloat16 operands of tl.dot as the integers that hold them, so kernels
 # widen them first when this is set; on a GPU the widening would lose the tensor cores.

@@ -211,10 +211,70 @@ def _most_tiles(capacity: int, num_experts: int, block_p: int) -> int:
     return min(cdiv(capacity, block_p) + num_experts, capacity)
 
 
+def _up(x_TD: Tensor, up_FD: Tensor, routing: Routing, activation: str) -> Tensor:
+    """act(x[token] @ up_e.T) of every pair: [P, S]; rows past the last pair are not written."""
+    d_model, max_k, num_experts = x_TD.shape[1], routing.ids_TK.shape[1], routing.counts_E.numel()
+    expert_size, capacity = up_FD.shape[0] // num_experts, x_TD.shape[0] * max_k
+    blocks = up_blocks(cdiv(capacity, num_experts), expert_size, x_TD.element_size())
+    tiles = _most_tiles(capacity, num_experts, blocks["BLOCK_P"])
+    h_PS = x_TD.new_empty((capacity, expert_size))
+    _up_kernel[(tiles * cdiv(expert_size, blocks["BLOCK_S"]),)](
+        x_TD,
+        up_FD,
+        routing.offsets_E1,
+        routing.pair_token_P,
+        h_PS,
+        num_experts,
+        d_model,
+        expert_size,
+        SQUARE=activation == "relu2",
+        WIDEN=INTERPRETED,
+        BLOCK_E=next_power_of_2(num_experts),
+        **blocks,
+    )
+    return h_PS
+
+
+def _down(h_PS: Tensor, down_FD: Tensor, routing: Routing) -> Tensor:
+    """h @ down_e of every pair, in its token's slot: [T, K, D]; unused slots are not written."""
+    (num_tokens, max_k), num_experts = routing.ids_TK.shape, routing.counts_E.numel()
+    (capacity, expert_size), d_model = h_PS.shape, down_FD.shape[1]
+    blocks = down_blocks(cdiv(capacity, num_experts))
+    tiles = _most_tiles(capacity, num_experts, blocks["BLOCK_P"])
+    slots_TKD = h_PS.new_empty((num_tokens, max_k, d_model))
+    _down_kernel[(tiles * cdiv(d_model, blocks["BLOCK_D"]),)](
+        h_PS,
+        down_FD,
+        routing.offsets_E1,
+        routing.pair_token_P,
+        routing.ids_TK,
+        slots_TKD,
+        num_experts,
+        d_model,
+        expert_size,
+        max_k,
+        WIDEN=INTERPRETED,
+        BLOCK_E=next_power_of_2(num_experts),
+        **blocks,
+    )
+    return slots_TKD
+
+
+def combine(slots_TKD: Tensor, ids_TK: Tensor) -> Tensor:
+    """The sum of each token's used slots, ascending, in float32: [T, D], dtype of the slots."""
+    num_tokens, max_k, d_model = slots_TKD.shape
+    y_TD = slots_TKD.new_empty((num_tokens, d_model))
+    blocks = combine_blocks(d_model)
+    _combine_kernel[(num_tokens, cdiv(d_model, blocks["BLOCK_D"]))](
+        slots_TKD, ids_TK, y_TD, d_model, max_k, **blocks
+    )
+    return y_TD
+
+
 def grouped_ffn(
     x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, routing: Routing, activation: str
 ) -> Tensor:
-    """y [T, D] of the chosen experts, accumulated in float32, in the dtype of x.
+    """y [T, D] of the chosen experts, accumulated in float32, in the dtype of x; no gradients.
 
     Between the products, activations and each pair's result are rounded to the dtype of x. Scratch
     memory is T * K * (S + D) elements, so a batch whose tokens use every expert is better served by
@@ -229,52 +289,5 @@ def grouped_ffn(
     assert activation in ACTIVATIONS
     assert up_FD.is_contiguous()
     assert down_FD.is_contiguous()
-    x_TD = x_TD.contiguous()
-    (num_tokens, d_model), max_k = x_TD.shape, routing.ids_TK.shape[1]
-    num_experts = routing.counts_E.numel()
-    expert_size = up_FD.shape[0] // num_experts
-    capacity = num_tokens * max_k
-    mean_pairs = cdiv(capacity, num_experts)
-    up_sizes = up_blocks(mean_pairs, expert_size, x_TD.element_size())
-    down_sizes = down_blocks(mean_pairs)
-    block_e = next_power_of_2(num_experts)
-
-    h_PS = x_TD.new_empty((capacity, expert_size))
-    tiles = _most_tiles(capacity, num_experts, up_sizes["BLOCK_P"])
-    _up_kernel[(tiles * cdiv(expert_size, up_sizes["BLOCK_S"]),)](
-        x_TD,
-        up_FD,
-        routing.offsets_E1,
-        routing.pair_token_P,
-        h_PS,
-        num_experts,
-        d_model,
-        expert_size,
-        SQUARE=activation == "relu2",
-        WIDEN=INTERPRETED,
-        BLOCK_E=block_e,
-        **up_sizes,
-    )
-    slots_TKD = x_TD.new_empty((num_tokens, max_k, d_model))
-    tiles = _most_tiles(capacity, num_experts, down_sizes["BLOCK_P"])
-    _down_kernel[(tiles * cdiv(d_model, down_sizes["BLOCK_D"]),)](
-        h_PS,
-        down_FD,
-        routing.offsets_E1,
-        routing.pair_token_P,
-        routing.ids_TK,
-        slots_TKD,
-        num_experts,
-        d_model,
-        expert_size,
-        max_k,
-        WIDEN=INTERPRETED,
-        BLOCK_E=block_e,
-        **down_sizes,
-    )
-    y_TD = torch.empty_like(x_TD)
-    last = combine_blocks(d_model)
-    _combine_kernel[(num_tokens, cdiv(d_model, last["BLOCK_D"]))](
-        slots_TKD, routing.ids_TK, y_TD, d_model, max_k, **last
-    )
-    return y_TD
+    h_PS = _up(x_TD.contiguous(), up_FD, routing, activation)
+    return combine(_down(h_PS, down_FD, routing), routing.ids_TK)

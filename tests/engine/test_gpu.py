@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.experts import ExpertFFN, PolicyBatch, Trace, sparse_ffn
 from engine.model import Decoder
 from engine.request import ExpertPolicy, SamplingParams
 from tests.engine.conftest import tiny_config, tiny_model, tiny_tokenizer
@@ -80,6 +82,73 @@ def test_kernels_compute_the_plain_model_in_bfloat16(
         return float((logits - exact).norm() / exact.norm())
 
     assert error(kernels.logits(ids, policy)) < max(0.05, 2 * error(plain.logits(ids, policy)))
+
+
+class TestTrainingKernels:
+    """The layer's sparse gradients on the device, against float64 products by slices."""
+
+    @pytest.fixture
+    def ffn(self) -> ExpertFFN:
+        ffn = ExpertFFN(tiny_config(hidden_size=200)).to("cuda")
+        for tensor in (ffn.up.data, ffn.down.data, ffn.router):
+            tensor.normal_()
+        return ffn
+
+    def assert_gradients(
+        self, ffn: ExpertFFN, x_TD: Tensor, y_TD: Tensor, chosen_TE: Tensor, limit: float
+    ) -> None:
+        assert "grouped_ffn" in str(y_TD.grad_fn)
+        leaves = (x_TD, ffn.up, ffn.down)
+        # Of weights as the products see them: rounding moves a neuron across ReLU's kink.
+        doubles = tuple(leaf.detach().to(y_TD.dtype).double().requires_grad_() for leaf in leaves)
+        expected_TD = sparse_ffn(*doubles, chosen_TE, ffn.activation)
+        dy_TD = torch.randn_like(y_TD)
+        actual = (y_TD.detach(), *torch.autograd.grad(y_TD, leaves, dy_TD))
+        expected = torch.autograd.grad(expected_TD, doubles, dy_TD.double())
+        for a, e in zip(actual, (expected_TD.detach(), *expected), strict=True):
+            assert float((a - e).norm() / e.norm()) < limit
+
+    @pytest.mark.parametrize("tokens", [1, 100, 3000])
+    def test_float32(self, ffn: ExpertFFN, tokens: int) -> None:
+        x_TD = torch.randn(tokens, 200, device="cuda", requires_grad=True)
+        trace = Trace()
+        y_TD = ffn(x_TD, uniform(tokens), trace)
+        self.assert_gradients(ffn, x_TD, y_TD, chosen(trace), 1e-5)
+
+    @pytest.mark.parametrize("tokens", [1, 100, 3000])
+    def test_autocast_to_bfloat16(self, ffn: ExpertFFN, tokens: int) -> None:
+        x_TD = torch.randn(tokens, 200, device="cuda").bfloat16().requires_grad_()
+        trace = Trace()
+        with torch.autocast("cuda", torch.bfloat16):
+            y_TD = ffn(x_TD, uniform(tokens), trace)
+        assert y_TD.dtype == torch.bfloat16
+        self.assert_gradients(ffn, x_TD, y_TD, chosen(trace), 1.5e-2)
+        assert ffn.up.dtype == torch.float32
+
+    def test_torch_compile(self, ffn: ExpertFFN) -> None:
+        """One graph, and the numbers of eager mode."""
+        batch, dy_TD = uniform(300), torch.randn(300, 200, device="cuda")
+        x_TD = torch.randn(300, 200, device="cuda", requires_grad=True)
+
+        def residual(x_TD: Tensor) -> Tensor:
+            return x_TD + ffn(2.0 * x_TD, batch)
+
+        results = []
+        for function in (residual, torch.compile(residual, fullgraph=True)):
+            y_TD = function(x_TD)
+            leaves = (x_TD, ffn.up, ffn.down)
+            results.append((y_TD.detach(), *torch.autograd.grad(y_TD, leaves, dy_TD)))
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def uniform(tokens: int) -> PolicyBatch:
+    return PolicyBatch.uniform(ExpertPolicy.top_k(3), tokens, 8, "cuda")
+
+
+def chosen(trace: Trace) -> Tensor:
+    (chosen_TE,) = trace.chosen
+    assert chosen_TE is not None
+    return chosen_TE
 
 
 def test_training_runs_on_the_device(tmp_path: Path) -> None:

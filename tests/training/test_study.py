@@ -273,7 +273,7 @@ def test_a_text_probe_is_fixed_and_of_the_size_asked_for(tmp_path: Path) -> None
     for number in range(30):
         words = " ".join(f"word{i * number % 97}" for i in range(60))
         (tmp_path / f"{number}.txt").write_text(words)
-    tokenizer = train_tokenizer(read_paths([tmp_path]), 300)
+    tokenizer = train_tokenizer((d.text for d in read_paths([tmp_path])), 300)
     probe_BL = text_probe(tokenizer, [tmp_path], length=16, tokens=64)
     assert probe_BL.shape == (4, 16)
     assert torch.equal(probe_BL, text_probe(tokenizer, [tmp_path], length=16, tokens=64))

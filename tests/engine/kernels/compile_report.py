@@ -22,10 +22,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine.kernels import expert_ffn, grouped_ffn, routing
+from engine.kernels import expert_ffn, grouped_ffn, grouped_pairs, routing, top_k
 
 D, S, E, K, T = 2048, 256, 32, 6, 2048
 N = 8
+# One for each choice of block that the width of an expert makes.
+TRAINED_SIZES = (32, 128, 256, 512)
 INTS = {
     "num_tokens": T,
     "num_experts": E,
@@ -35,12 +37,24 @@ INTS = {
     "pieces": N,
     "capacity": T * K,
     "blocks_per_pair": 32,
+    "num_tiles": 128,
+    "num_chunks": 8,
+    "columns": D,
+    "splits": 2,
 }
 POINTERS = {
     "chosen_ptr": "i1",
     **dict.fromkeys(("pieces_ptr", "mass_ptr", "partial_ptr"), "fp32"),
     **dict.fromkeys(
-        ("k_ptr", "ids_ptr", "counts_ptr", "offsets_ptr", "pair_token_ptr"),
+        (
+            "k_ptr",
+            "ids_ptr",
+            "counts_ptr",
+            "offsets_ptr",
+            "pair_token_ptr",
+            "tiles_ptr",
+            "chunk_counts_ptr",
+        ),
         "i32",
     ),
 }
@@ -59,6 +73,12 @@ def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
         ("fill", routing._fill_kernel, {**sort, "BLOCK_E": E}, "i32"),
         ("choose", routing._choose_kernel, routing.choose_blocks(E, N, K), "fp32"),
         ("choose 256", routing._choose_kernel, routing.choose_blocks(256, N, 16), "fp32"),
+        ("tiles", grouped_pairs._tiles_kernel, grouped_pairs.tiles_blocks(E), "i32"),
+        ("place", top_k._place_kernel, top_k.top_k_blocks(E), "i32"),
+        ("place 256", top_k._place_kernel, top_k.top_k_blocks(256), "i32"),
+        ("pick", top_k._pick_kernel, top_k.top_k_blocks(E), "fp32"),
+        ("pick 256", top_k._pick_kernel, top_k.top_k_blocks(256), "fp32"),
+        ("pick 64", top_k._pick_kernel, top_k.top_k_blocks(64), "fp32"),
     ]
     for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
         found += [
@@ -74,7 +94,26 @@ def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
                 (f"up {pairs}", grouped_ffn._up_kernel, {**up, "BLOCK_E": E}, dtype),
                 (f"down {pairs}", grouped_ffn._down_kernel, {**down, "BLOCK_E": E}, dtype),
             ]
+        for size in TRAINED_SIZES:
+            found += [(f"{n} {size}", *rest, dtype) for n, *rest in training_cases(size, itemsize)]
     return found
+
+
+def training_cases(size: int, itemsize: int) -> list[tuple[str, Any, dict[str, Any]]]:
+    """The products of training for experts of this size, as (name, kernel, constants)."""
+    precision = {"PRECISION": "ieee" if itemsize == 2 else "tf32x3"}
+    forward, backward = (
+        {**grouped_pairs.gather_blocks(size, itemsize, backward=b), **precision, "BACKWARD": b}
+        for b in (False, True)
+    )
+    spread = {**grouped_pairs.spread_blocks(size, itemsize), **precision}
+    weights = {**grouped_pairs.weights_blocks(size, itemsize), **precision}
+    return [
+        ("gather", grouped_pairs._gather_kernel, forward),
+        ("gather back", grouped_pairs._gather_kernel, {**backward, "SQUARE": True}),
+        ("spread", grouped_pairs._spread_kernel, spread),
+        ("weights", grouped_pairs._weights_kernel, weights),
+    ]
 
 
 def source(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[ASTSource, dict[str, int]]:

@@ -62,6 +62,24 @@ class TestCompiledCode:
             # What remains are ids, offsets and limits.
             assert all(2 * r["wide_loads"] >= r["loads"] > 0 for r in found), name
 
+    def test_products_over_pairs_load_only_indices_narrowly(
+        self, arch: int, reports: dict[int, Report]
+    ) -> None:
+        """Tokens of pairs, their slots and offsets: a dozen loads, beside rows of any number."""
+        narrow = {
+            name: record["loads"] - record["wide_loads"]
+            for name, record in reports[arch].items()
+            if name.startswith(("gather", "spread", "weights"))
+        }
+        assert narrow
+        assert max(narrow.values()) <= 12, narrow
+
+    def test_training_products_use_tensor_cores_in_any_precision(
+        self, arch: int, reports: dict[int, Report]
+    ) -> None:
+        products = ("gather", "spread", "weights")
+        assert all(r["mma"] > 0 for k, r in reports[arch].items() if k.startswith(products))
+
     def test_half_precision_products_use_tensor_cores(
         self, arch: int, reports: dict[int, Report]
     ) -> None:
