@@ -29,7 +29,7 @@ from torch import Tensor
 
 from benchmarks.gpu_timing import Call, check, eager_us, interleaved_us, relative_error
 from benchmarks.records import Record
-from engine.experts import sparse_ffn
+from engine.kernels.sliced_ffn import sparse_ffn
 from engine.kernels import grouped_pairs, grouped_training
 from engine.kernels.grouped_pairs import Pairs
 from engine.kernels.routing import Routing

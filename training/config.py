@@ -1,4 +1,4 @@
-"""What a training run is: model shape, data, optimiser, switching. Presets are complete configs."""
+"""What a training run is: model shape, data, optimiser, switching. Frozen, checked when made."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ from typing import Final
 
 from engine.config import ExpertConfig, ModelConfig, check_choice, check_range
 from engine.errors import require
+
+SCHEDULES: Final = ("cosine", "wsd")
+MODES: Final = ("ssd", "dense", "static")
+CLUSTERINGS: Final = ("weights", "coactivation")
+ROUTERS: Final = ("centroid", "learned")
+PRECISIONS: Final = ("float32", "bfloat16")
+PARALLEL: Final = ("ddp", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -50,11 +57,21 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay to `min_lr_share` of the peak."""
+    """AdamW and its learning rate over the run (`training.optimizer.learning_rate`).
+
+    Attributes:
+        schedule: `cosine`: warm-up, then half a cosine down to the floor; `wsd`: warm-up, stable at
+            the peak, then linear decay to the floor.
+        min_lr_share: the floor, as a share of the peak `learning_rate`.
+        warmup_share: of the run, linear.
+        decay_share: of the run, the decay of `wsd`.
+    """
 
     learning_rate: float = 2e-3
+    schedule: str = "cosine"
     min_lr_share: float = 0.05
     warmup_share: float = 0.05
+    decay_share: float = 0.2
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.1
@@ -62,8 +79,10 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_range("optimizer.learning_rate", self.learning_rate, 1e-8, 1.0)
+        check_choice("optimizer.schedule", self.schedule, SCHEDULES)
         check_range("optimizer.min_lr_share", self.min_lr_share, 0.0, 1.0)
         check_range("optimizer.warmup_share", self.warmup_share, 0.0, 0.5)
+        check_range("optimizer.decay_share", self.decay_share, 0.0, 1.0)
         check_range("optimizer.beta1", self.beta1, 0.0, 0.9999)
         check_range("optimizer.beta2", self.beta2, 0.0, 0.99999)
         check_range("optimizer.weight_decay", self.weight_decay, 0.0, 1.0)
@@ -78,40 +97,58 @@ class SwitchConfig:
     batch (`training.activation.similarity`).
 
     Attributes:
+        mode: `ssd`; `dense`: every step dense, clustered when it ends; `static`: one clustering
+            when the first dense phase ends, then sparse steps to the end.
         probe_share: between two looks at the activations.
         settled: dense -> sparse when two consecutive probes are at least this similar.
         stale: sparse -> dense when a probe is less similar than this to the clustering's birth.
         min_dense_share, max_dense_share: bounds on a dense phase.
         min_sparse_share, max_sparse_share: bounds on a sparse phase.
         mixed_share: the last phase, dense and sparse steps in turn.
-        top_k: experts per token in sparse phases.
+        top_k: experts per token in sparse phases: one after another, each for an equal stretch
+            between the first sparse step and the mixed phase.
         mixed_top_k: experts per token of the mixed phase's sparse steps, in turn.
+        mixed_dense_every: every n-th step of the mixed phase is dense.
         penalty: weight of the share of true activation mass outside the chosen experts.
-        penalty_tokens: share of a sparse step's tokens on which the penalty is measured, rounded
-            to every n-th token.
+        dense_penalty: the same in dense steps, outside the last of `top_k`'s experts.
+        penalty_tokens: share of a step's tokens on which the penalty is measured, rounded to every
+            n-th token.
+        clustering: what makes neurons alike: the direction of their `weights`, or `coactivation`.
+        router: `centroid`: follows the experts' weights at every step; `learned`: begins there and
+            is then fitted to the true activation mass that dense steps compute anyhow.
     """
 
+    mode: str = "ssd"
     probe_share: float = 0.02
     settled: float = 0.7
     stale: float = 0.7
     min_dense_share: float = 0.1
-    max_dense_share: float = 0.3
+    max_dense_share: float = 0.15
     min_sparse_share: float = 0.1
-    max_sparse_share: float = 0.25
-    mixed_share: float = 0.2
-    top_k: int = 8
-    mixed_top_k: tuple[int, ...] = (4, 8, 12, 16)
-    penalty: float = 0.3
-    penalty_tokens: float = 0.25
+    max_sparse_share: float = 0.55
+    mixed_share: float = 0.3
+    top_k: tuple[int, ...] = (16, 8)
+    mixed_top_k: tuple[int, ...] = (4, 8, 16)
+    mixed_dense_every: int = 2
+    penalty: float = 0.1
+    dense_penalty: float = 0.03
+    penalty_tokens: float = 0.125
+    clustering: str = "weights"
+    router: str = "centroid"
 
     def __post_init__(self) -> None:
+        check_choice("switch.mode", self.mode, MODES)
+        check_choice("switch.clustering", self.clustering, CLUSTERINGS)
+        check_choice("switch.router", self.router, ROUTERS)
         for name in ("probe_share", "min_dense_share", "max_dense_share"):
             check_range(f"switch.{name}", getattr(self, name), 1e-4, 1.0)
         for name in ("min_sparse_share", "max_sparse_share", "penalty_tokens"):
             check_range(f"switch.{name}", getattr(self, name), 1e-4, 1.0)
         for name in ("settled", "stale", "mixed_share"):
             check_range(f"switch.{name}", getattr(self, name), 0.0, 1.0)
-        check_range("switch.penalty", self.penalty, 0.0, 100.0)
+        for name in ("penalty", "dense_penalty"):
+            check_range(f"switch.{name}", getattr(self, name), 0.0, 100.0)
+        check_range("switch.mixed_dense_every", self.mixed_dense_every, 2, 1000)
         require(
             self.min_dense_share <= self.max_dense_share,
             "switch.min_dense_share must not exceed switch.max_dense_share",
@@ -120,7 +157,13 @@ class SwitchConfig:
             self.min_sparse_share <= self.max_sparse_share,
             "switch.min_sparse_share must not exceed switch.max_sparse_share",
         )
-        require(len(self.mixed_top_k) > 0, "switch.mixed_top_k must name at least one k")
+        for name in ("top_k", "mixed_top_k"):
+            require(len(getattr(self, name)) > 0, f"switch.{name} must name at least one k")
+
+    @property
+    def penalty_every(self) -> int:
+        """The penalty is measured on every n-th token."""
+        return max(1, round(1 / self.penalty_tokens))
 
 
 @dataclass(frozen=True)
@@ -130,21 +173,35 @@ class TrainConfig:
     Attributes:
         preset: the name it started from, for the record.
         steps: optimiser steps.
-        batch_size: sequences per step.
+        batch_size: sequences per step, over all processes.
+        micro_batch_size: sequences per forward pass of one process; their gradients are summed
+            until its part of the batch is done. 0: the whole part at once.
         sequence_length: tokens per sequence, and the model's maximum.
         seed: of weights, data order, tokenizer-independent choices and clustering.
         valid_share: share of the corpus (by characters) held out.
+        validate_share: share of the steps between two looks at held-out text; 0: at the end alone.
+        validate_tokens: tokens of such a look.
         checkpoint_share: share of the steps between two saved training states.
-        dtype: of the saved weights; training itself is float32.
+        keep_states: training states kept, the latest ones.
+        precision: of products while training; `bfloat16` is autocast, weights stay float32.
+        parallel: how several processes share the work: `ddp`, each with all weights, or `fsdp`,
+            each with its part of them.
+        dtype: of the saved weights.
     """
 
     preset: str = "starter"
     steps: int = 1000
     batch_size: int = 8
+    micro_batch_size: int = 0
     sequence_length: int = 512
     seed: int = 1
     valid_share: float = 0.03
+    validate_share: float = 0.1
+    validate_tokens: int = 16384
     checkpoint_share: float = 0.05
+    keep_states: int = 1
+    precision: str = "float32"
+    parallel: str = "ddp"
     dtype: str = "bfloat16"
     model: ModelShape = field(default_factory=ModelShape)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -153,12 +210,18 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_range("steps", self.steps, 1, 1 << 30)
         check_range("batch_size", self.batch_size, 1, 1 << 16)
+        check_range("micro_batch_size", self.micro_batch_size, 0, self.batch_size)
         check_range("sequence_length", self.sequence_length, 2, 1 << 20)
         check_range("seed", self.seed, 0, (1 << 31) - 1)
         check_range("valid_share", self.valid_share, 0.001, 0.5)
+        check_range("validate_share", self.validate_share, 0.0, 1.0)
+        check_range("validate_tokens", self.validate_tokens, 1, 1 << 30)
         check_range("checkpoint_share", self.checkpoint_share, 1e-4, 1.0)
+        check_range("keep_states", self.keep_states, 1, 1000)
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("parallel", self.parallel, PARALLEL)
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
-        for k in (self.switch.top_k, *self.switch.mixed_top_k):
+        for k in (*self.switch.top_k, *self.switch.mixed_top_k):
             check_range("switch.top_k and switch.mixed_top_k", k, 1, self.model.num_experts - 1)
 
     @property
@@ -174,26 +237,3 @@ class TrainConfig:
         """Identifies the configuration: a run resumes only under the same one."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
-
-
-PRESETS: Final[dict[str, TrainConfig]] = {
-    # The packaged model: 37 minutes on two CPU cores, 8 MB in bfloat16.
-    "starter": TrainConfig(),
-    # Seconds on any machine; to see the whole path work, not to get a model.
-    "smoke": TrainConfig(
-        preset="smoke",
-        steps=40,
-        batch_size=4,
-        sequence_length=64,
-        model=ModelShape(
-            vocab_size=512,
-            hidden_size=64,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            num_experts=16,
-        ),
-        switch=SwitchConfig(top_k=4, mixed_top_k=(2, 4, 6)),
-    ),
-}
