@@ -285,7 +285,7 @@ def test_a_real_limit_on_file_sizes_leaves_nothing(tmp_path: Path) -> None:
 
 def lines() -> Iterator[str]:
     """50 MB: three documents of 1.3 MB, and one that has the rest."""
-    for number in range(39):
+    for number in range(41):
         for row in range(20_000):
             yield f"{row % 97} rows of {number} words are on this line, no more than {row}.......\n"
         yield f"{END_OF_TEXT}\n" if number < 3 else ""
