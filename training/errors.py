@@ -37,5 +37,5 @@ def writing(path: Path, intact: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2]
         raise StorageError(f"{path}: cannot be written ({reason}); {intact}") from error

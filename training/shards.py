@@ -89,6 +89,19 @@ class Shard:
     bytes: int
     sha256: str
 
+    def check(self, index: Path, dtype: str) -> None:
+        """Raise DataError, naming the file `index`, unless this can be one of its shards."""
+        texts, counts = (self.file, self.sha256), (self.tokens, self.bytes)
+        if not all(isinstance(t, str) for t in texts) or not all(type(n) is int for n in counts):
+            raise DataError(f"{index}: is not an index of token shards ({self})")
+        if Path(self.file).name != self.file or self.tokens < 1:
+            raise DataError(f"{index}: {self.file!r} is not a shard of {self.tokens} tokens")
+        if self.bytes != self.tokens * _DTYPES[dtype].itemsize:
+            raise DataError(
+                f"{index}: {self.file} cannot hold {self.tokens} tokens of {dtype} in "
+                f"{self.bytes} bytes"
+            )
+
 
 @dataclass(frozen=True)
 class Index:
@@ -157,11 +170,9 @@ class Index:
         for stem, total in (("train", self.train_tokens), ("valid", self.valid_tokens)):
             shards: list[Shard] = getattr(self, stem)
             for shard in shards:
-                if shard.bytes != shard.tokens * _DTYPES[self.dtype].itemsize:
-                    raise DataError(
-                        f"{path}: {shard.file} cannot hold {shard.tokens} tokens of {self.dtype} "
-                        f"in {shard.bytes} bytes"
-                    )
+                shard.check(path, self.dtype)
+            if any(shard.tokens != self.tokens_per_shard for shard in shards[:-1]):
+                raise DataError(f"{path}: {stem} shards must hold {self.tokens_per_shard} tokens")
             if total != sum(shard.tokens for shard in shards) or not total:
                 raise DataError(f"{path}: {stem}_tokens {total} is not what its shards hold")
 

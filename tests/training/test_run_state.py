@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 
 from engine.tokenizer import Tokenizer
 from training import run_state
@@ -47,17 +46,15 @@ def stop_after_first_state(trainer: Trainer) -> None:
             trainer.train()
 
 
-# The tensors take 60 kB, the tokenizer 20 kB, state.json 1 kB: each of them is the one that fails.
-@pytest.mark.parametrize("size", [100, 50_000])
-def test_a_state_that_cannot_be_written_leaves_the_earlier_one(trainer: Trainer, size: int) -> None:
+def test_a_state_that_cannot_be_written_leaves_the_earlier_one(trainer: Trainer) -> None:
     stop_after_first_state(trainer)
     (state,) = trainer.run.glob("state-*")
     trainer.step += 1
-    with largest_file(size), pytest.raises(StorageError) as caught:
+    with largest_file(50_000), pytest.raises(StorageError) as caught:
         trainer._save_state()
     message = str(caught.value)
-    assert message.startswith(f"{trainer.run}/state-{trainer.step:09d}: cannot be written (")
-    assert "File too large" in message
+    path = trainer.run / f"state-{trainer.step:09d}"
+    assert message.startswith(f"{path}: cannot be written (File too large")
     assert f"{state.name} is intact: free space and run the same command again" in message
     assert list(trainer.run.glob("*state-*")) == [state]
     assert list(trainer.run.glob(".state-*")) == []
@@ -89,7 +86,6 @@ def test_a_tokenizer_that_cannot_be_written(
     with largest_file(weights + 1000), pytest.raises(StorageError, match="File too large"):
         trainer._save_state()
     assert list(trainer.run.glob("*state-*")) == [state]
-    assert torch.get_num_threads() == 2
 
 
 def made_large(tokenizer: Tokenizer, size: int) -> Tokenizer:

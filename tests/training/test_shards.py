@@ -167,6 +167,12 @@ def other_sums(folder: Path) -> None:
     renew_manifest(folder)
 
 
+def change_shard(folder: Path, **values: Any) -> None:
+    index = json.loads((folder / "index.json").read_text())
+    index["train"][0] |= values
+    change_index(folder, **index)
+
+
 def fewer_shards(folder: Path) -> None:
     index = json.loads((folder / "index.json").read_text())
     change_index(folder, train=index["train"][:-1])
@@ -184,6 +190,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "type": (lambda f: change_index(f, vocab_size="9"), "vocab_size must be of type int, got '9'"),
     "dtype": (lambda f: change_index(f, dtype="int8"), "dtype must be uint16 or uint32, got 'int8"),
     "width": (lambda f: change_index(f, dtype="uint32"), "cannot hold 32 tokens of uint32 in 64"),
+    "above": (lambda f: change_shard(f, file="../a.bin"), "'../a.bin' is not a shard of 32"),
+    "words": (lambda f: change_shard(f, tokens="a", bytes="aa"), "is not an index of token shar"),
+    "empty": (lambda f: change_shard(f, tokens=0, bytes=0), "is not a shard of 0 tokens"),
+    "uneven": (lambda f: change_shard(f, tokens=9, bytes=18), "train shards must hold 32 tokens"),
     "fewer": (fewer_shards, "train_tokens 333 is not what its shards hold"),
     "tokenizer": (another_tokenizer, r"tokenizer\.json: is not the tokenizer that the shards"),
     "vocabulary": (another_vocabulary, r"tokenizer\.json: has 300 tokens, index\.json says 299"),
@@ -275,7 +285,7 @@ def test_a_real_limit_on_file_sizes_leaves_nothing(tmp_path: Path) -> None:
 
 def lines() -> Iterator[str]:
     """50 MB: three documents of 1.3 MB, and one that has the rest."""
-    for number in range(39):
+    for number in range(41):
         for row in range(20_000):
             yield f"{row % 97} rows of {number} words are on this line, no more than {row}.......\n"
         yield f"{END_OF_TEXT}\n" if number < 3 else ""
