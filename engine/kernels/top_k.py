@@ -19,8 +19,8 @@ from torch import Tensor
 from engine.kernels._triton import cdiv, jit, next_power_of_2, tl
 from engine.kernels.routing import MAX_EXPERTS, Routing, route_scores_reference
 
-# Scores that one program holds: 64 a thread with 8 warps.
-TILE_SCORES = 16384
+# Scores that one program holds: 32 a thread with 8 warps.
+TILE_SCORES = 8192
 
 
 def route_top_k_reference(scores_TE: Tensor, k: int) -> Routing:

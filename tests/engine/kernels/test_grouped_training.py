@@ -222,35 +222,6 @@ def test_autocast_computes_in_its_dtype_and_keeps_the_masters(
     assert autocast(x_TD, up_FD, down_FD).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_torch_compile_takes_it_whole(dynamic: bool, device: torch.device) -> None:
-    inputs = leaves(20, 48, 4 * 16, torch.float32, device)
-    routing = routed(torch.randn(20, 4, device=device), 2, exactly=True)
-    dy_TD = torch.randn(20, 48, device=device)
-
-    def scaled(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        return grouped_ffn(2.0 * x, up, down, routing, "relu2")
-
-    whole = torch.compile(scaled, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    eager, compiled = (with_gradients(f, inputs, dy_TD) for f in (scaled, whole))
-    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
-
-
-def test_operators_keep_their_promises_to_torch(device: torch.device) -> None:
-    """Schemas, shapes without data, derivatives: all that tracing relies on."""
-    x_TD, up_FD, down_FD = leaves(9, 40, 3 * 16, torch.float32, device)
-    scores_TE = torch.randn(9, 3, device=device)
-    routing = routed(scores_TE, 2, exactly=True)
-    pairs = (routing.ids_TK, routing.offsets_E1, routing.pair_token_P)
-    arguments = (x_TD, up_FD, down_FD, *pairs, "relu")
-    torch.library.opcheck(grouped_training._forward, arguments)
-    y_TD, h_PS, tiles_N2 = (tensor.detach() for tensor in grouped_training._forward(*arguments))
-    weights = (x_TD.detach(), up_FD.detach(), down_FD.detach())
-    backward = (torch.randn_like(y_TD), *weights, h_PS, *pairs, tiles_N2, "relu")
-    torch.library.opcheck(grouped_training._backward, backward)
-    torch.library.opcheck(grouped_training._route_top_k, (scores_TE, 2))
-
-
 class TestExpertFFN:
     """The layer takes the kernels on CUDA when it trains; here it is told that it may."""
 
