@@ -94,6 +94,7 @@ def _tiles_kernel(
     for begin in range(total + expert * BLOCK_N, num_tiles, num_experts * BLOCK_N):
         n = begin + tl.arange(0, BLOCK_N)
         tl.store(tiles_ptr + 2 * n, tl.full((BLOCK_N,), -1, tl.int32), mask=n < num_tiles)
+        tl.store(tiles_ptr + 2 * n + 1, tl.full((BLOCK_N,), 0, tl.int32), mask=n < num_tiles)
 
 
 @jit

@@ -19,8 +19,8 @@ from torch import Tensor
 from engine.kernels._triton import cdiv, jit, next_power_of_2, tl
 from engine.kernels.routing import MAX_EXPERTS, Routing, route_scores_reference
 
-# Scores that one program holds: 64 a thread with 8 warps.
-TILE_SCORES = 16384
+# Scores that one program holds: 16 a thread with 16 warps, the most that never spill.
+TILE_SCORES = 8192
 
 
 def route_top_k_reference(scores_TE: Tensor, k: int) -> Routing:
@@ -102,7 +102,7 @@ def _place_kernel(
 def top_k_blocks(num_experts: int) -> dict[str, int]:
     """Block sizes of both kernels: as many tokens as fit."""
     block_e = next_power_of_2(num_experts)
-    return {"BLOCK_T": min(256, TILE_SCORES // block_e), "BLOCK_E": block_e, "num_warps": 8}
+    return {"BLOCK_T": min(256, TILE_SCORES // block_e), "BLOCK_E": block_e, "num_warps": 16}
 
 
 def route_top_k(scores_TE: Tensor, k: int) -> Routing:

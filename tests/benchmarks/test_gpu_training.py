@@ -15,13 +15,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def test_the_check_measures_every_gradient() -> None:
     records = check_layer(random_layer(*TINY, torch.float32, DEVICE), "tiny")
     assert [r.name.split()[2] for r in records] == ["y", "dx", "dup", "ddown"]
-    assert all(0 < record.value < 1e-5 for record in records)
+    assert all(0 < record.value < 2e-5 for record in records)
 
 
 def test_a_wrong_gradient_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = random_layer(*TINY, torch.float32, DEVICE)
     monkeypatch.setattr(gpu_training.Layer, "grouped", gpu_training.Layer.dense)
-    with pytest.raises(SystemExit, match=r"training y tiny: relative error .* exceeds 1e-05"):
+    with pytest.raises(SystemExit, match=r"training y tiny: relative error .* exceeds 2e-05"):
         check_layer(layer, "tiny")
 
 

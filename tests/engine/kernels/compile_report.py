@@ -45,18 +45,8 @@ INTS = {
 POINTERS = {
     "chosen_ptr": "i1",
     **dict.fromkeys(("pieces_ptr", "mass_ptr", "partial_ptr"), "fp32"),
-    **dict.fromkeys(
-        (
-            "k_ptr",
-            "ids_ptr",
-            "counts_ptr",
-            "offsets_ptr",
-            "pair_token_ptr",
-            "tiles_ptr",
-            "chunk_counts_ptr",
-        ),
-        "i32",
-    ),
+    **dict.fromkeys(("k_ptr", "ids_ptr", "counts_ptr", "chunk_counts_ptr"), "i32"),
+    **dict.fromkeys(("offsets_ptr", "pair_token_ptr", "tiles_ptr"), "i32"),
 }
 PATTERNS = {
     "wide_loads": r"ld\.global\.(?:\w+\.)*v4\.b32|cp\.async\.c[ag]\.shared\.global .*0x10",
@@ -74,12 +64,13 @@ def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
         ("choose", routing._choose_kernel, routing.choose_blocks(E, N, K), "fp32"),
         ("choose 256", routing._choose_kernel, routing.choose_blocks(256, N, 16), "fp32"),
         ("tiles", grouped_pairs._tiles_kernel, grouped_pairs.tiles_blocks(E), "i32"),
-        ("place", top_k._place_kernel, top_k.top_k_blocks(E), "i32"),
-        ("place 256", top_k._place_kernel, top_k.top_k_blocks(256), "i32"),
-        ("pick", top_k._pick_kernel, top_k.top_k_blocks(E), "fp32"),
-        ("pick 256", top_k._pick_kernel, top_k.top_k_blocks(256), "fp32"),
-        ("pick 64", top_k._pick_kernel, top_k.top_k_blocks(64), "fp32"),
     ]
+    for experts in (E, 64, 256):
+        blocks = top_k.top_k_blocks(experts)
+        found += [
+            (f"pick {experts}", top_k._pick_kernel, blocks, "fp32"),
+            (f"place {experts}", top_k._place_kernel, blocks, "i32"),
+        ]
     for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
         found += [
             ("scores", routing._scores_kernel, routing.scores_blocks(E), dtype),
