@@ -24,7 +24,8 @@ from torch import Tensor
 
 from engine.errors import require
 
-# Temperatures of the Newton steps, in standard deviations of the similarities.
+# Temperatures of the Newton steps, in standard deviations of the similarities. Warm prices are
+# heated up again: beginning at 0.1 left k-means at up to 3% higher inertia on trained rows.
 _COLD: Final = (1.0, 1.0, 0.3, 0.3, 0.1, 0.1, 0.03, 0.03, 0.01, 0.003)
 _WARM: Final = (1.0, 0.3, 0.1, 0.03, 0.01)
 _LONGEST_STEP: Final = 4.0  # in temperatures: beyond it the quadratic model means little

@@ -56,7 +56,7 @@ def _seeds(unit_FD: Tensor, clusters: int, generator: torch.Generator) -> Tensor
     random numbers are drawn first: no step waits for the device.
     """
     rows, width = unit_FD.shape
-    draws_E = torch.rand(clusters, generator=generator).to(unit_FD.device)
+    race_EF = torch.empty(clusters, rows).exponential_(generator=generator).to(unit_FD.device)
     if width > _SEED_WIDTH:
         mix_DR = torch.randn(width, _SEED_WIDTH, generator=generator).to(unit_FD.device)
         narrow_FR = F.normalize(unit_FD @ mix_DR, dim=1)
@@ -64,9 +64,9 @@ def _seeds(unit_FD: Tensor, clusters: int, generator: torch.Generator) -> Tensor
         narrow_FR = unit_FD
     distance_F = unit_FD.new_ones(rows)
     seeds = []
-    for draw in draws_E.unbind():
-        cumulative_F = distance_F.cumsum(0)
-        seed = torch.searchsorted(cumulative_F, draw * cumulative_F[-1]).clamp_max(rows - 1)
+    for race_F in race_EF.unbind():
+        # The winner of a race at these speeds; cumulative sums on CUDA add in no fixed order.
+        seed = (distance_F / race_F).argmax()
         seeds.append(seed)
         nearness_F = narrow_FR @ narrow_FR.index_select(0, seed[None])[0]
         distance_F = torch.minimum(distance_F, (1 - nearness_F).clamp_min(0))

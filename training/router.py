@@ -40,10 +40,10 @@ def fit_router(x_TD: Tensor, mass_TE: Tensor, router_ED: Tensor, *, iterations: 
     """The router [E, D], float32, that best predicts the shares of mass on these tokens.
 
     Full-batch L-BFGS on the cross-entropy plus a pull towards `router_ED`, which weighs as much as
-    0.1 D E tokens. The problem is convex: start, seed and order of tokens decide nothing.
+    0.1 D E tokens. The problem is convex and nothing is drawn at random.
 
     Args:
-        x_TD: FFN inputs; tens of thousands make the most of it, a thousand already help.
+        x_TD: FFN inputs; a thousand help after a clustering, tens of thousands help more.
         mass_TE: their true mass per expert.
         router_ED: where to begin, at a calibrated norm; not zero.
         iterations: of L-BFGS at most.
@@ -105,7 +105,7 @@ class OnlineRouter:
 
     @torch.no_grad()
     def update(
-        self, router_ED: Tensor, x_TD: Tensor, mass_TE: Tensor, learning_rate: float = 0.02
+        self, router_ED: Tensor, x_TD: Tensor, mass_TE: Tensor, learning_rate: float = 0.01
     ) -> None:
         """Move `router_ED`, in place, by one step on a sample of tokens.
 
