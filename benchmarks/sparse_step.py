@@ -27,7 +27,8 @@ from benchmarks.records import MACHINE, VERSIONS, Record, write_records
 from engine.model import Decoder
 from training.config import ModelShape, OptimizerConfig, TrainConfig
 from training.optimizer import build_optimizer
-from training.trainer import gradients, objective
+from training.routers import Routers
+from training.step import accumulate, objective
 
 SIZES: Final = ((256, 2048), (768, 2048), (768, 4096), (1024, 2048))  # width, tokens a step
 LAYERS: Final = 3
@@ -70,6 +71,7 @@ class Subject:
         self.model = Decoder(self.config.model.model_config(length, 0, "float32"))
         self.model.initialize(generator)
         self.optimizer = build_optimizer(self.model, self.config)
+        self.routers = Routers(self.model, self.config.switch.router)
         shape = (self.config.batch_size, length + 1)
         self.ids_BL: Tensor = torch.randint(
             self.config.model.vocab_size, shape, generator=generator
@@ -78,10 +80,19 @@ class Subject:
     def step(self, top_k: int | None) -> Times:
         """One training step, sparse with `top_k` experts or dense; how long it took."""
         wall, cpu = time.perf_counter(), time.process_time()
-        total, _, _ = objective(
-            self.model, self.ids_BL[:, :-1], self.ids_BL[:, 1:], top_k, self.config.switch
+        self.routers.before_step()
+        self.optimizer.zero_grad(set_to_none=True)
+        accumulate(
+            lambda inputs_BL, targets_BL: objective(
+                self.model, inputs_BL, targets_BL, top_k, self.config.switch
+            ),
+            self.ids_BL[:, :-1],
+            self.ids_BL[:, 1:],
+            self.config,
         )
-        gradients(self.model, total, self.config.optimizer.grad_clip).item()
+        torch.nn.utils.clip_grad_norm_(
+            self.model.parameters(), self.config.optimizer.grad_clip
+        ).item()
         if top_k is None:
             self.optimizer.step()
         else:

@@ -172,14 +172,19 @@ class Trace:
     """What the FFNs did in one forward pass, layer by layer.
 
     Attributes:
-        keep_inputs: also keep each layer's input and choice (training's penalty, evaluation).
+        keep_inputs: also keep each layer's input (training's penalty, evaluation).
+        mass_every: also keep the true activation mass of every n-th token; 0: of none. It costs
+            nothing where all neurons are computed anyhow.
         chosen: per layer, the choice [T, E]; None where every token used every expert.
         inputs: per layer, the FFN's input [T, D], if kept.
+        masses: per layer, the true mass [T / n, E] of tokens 0, n, 2n and so on, if kept.
     """
 
     keep_inputs: bool = False
+    mass_every: int = 0
     chosen: list[Tensor | None] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
+    masses: list[Tensor] = field(default_factory=list)
     _num_experts: int = 0
     _num_tokens: int = 0
 
@@ -238,12 +243,17 @@ class ExpertFFN(nn.Module):
         """[T, D] -> [T, D], each token by its own policy; records the choice in `trace`."""
         if policy.all_dense:
             chosen_TE = None
-            y_TD = self.dense(x_TD)
+            y_TD = self.dense(x_TD, trace)
         elif policy.sparse_rows is None:
             y_TD, chosen_TE = self.sparse(x_TD, policy.k_T, policy.mass_T, policy)
         else:
             y_TD, chosen_TE = self._mixed(x_TD, policy)
         if trace is not None:
+            if trace.mass_every and chosen_TE is not None:
+                sampled_nD = x_TD[:: trace.mass_every]
+                trace.masses.append(
+                    true_mass(sampled_nD, self.up, self.num_experts, self.activation)
+                )
             trace.add(x_TD, chosen_TE, self.num_experts)
         return y_TD
 
@@ -261,11 +271,15 @@ class ExpertFFN(nn.Module):
         y_TD = torch.empty_like(x_TD).index_copy(0, rows, sparse_nD)
         return y_TD.index_copy(0, policy.dense_rows, dense_mD), chosen_TE
 
-    def dense(self, x_TD: Tensor) -> Tensor:
-        """Every neuron: act(x @ up.T) @ down."""
+    def dense(self, x_TD: Tensor, trace: Trace | None = None) -> Tensor:
+        """Every neuron: act(x @ up.T) @ down; leaves the experts' mass in `trace` if wanted."""
         if self._packed is not None:
             return self._packed.dense(x_TD)
-        return activate(x_TD @ self.up.T, self.activation) @ self.down
+        hidden_TF = activate(x_TD @ self.up.T, self.activation)
+        if trace is not None and trace.mass_every:
+            sampled_nF = hidden_TF[:: trace.mass_every]
+            trace.masses.append(sampled_nF.view(sampled_nF.shape[0], self.num_experts, -1).sum(-1))
+        return hidden_TF @ self.down
 
     def sparse(
         self, x_TD: Tensor, k_T: Tensor, mass_T: Tensor, policy: PolicyBatch

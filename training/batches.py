@@ -8,7 +8,7 @@ Shapes: B sequences, L length, R sequences of one process.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -79,8 +79,24 @@ def consecutive_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs and targets over `tokens` in order, for evaluation; the last batch may be smaller."""
     count = (tokens.size - 1) // length
-    for first in range(0, min(count, batch_size * max_batches), batch_size):
-        starts = range(first, min(first + batch_size, count))
-        rows = np.stack([tokens[s * length : (s + 1) * length + 1] for s in starts])
+    yield from _batches(tokens, range(min(count, batch_size * max_batches)), batch_size, length)
+
+
+def spread_batches(
+    tokens: Tokens, batch_size: int, length: int, sequences: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """As `consecutive_batches`, of at most `sequences` sequences evenly spread over `tokens`."""
+    count = (tokens.size - 1) // length
+    kept = min(count, sequences)
+    yield from _batches(tokens, [i * count // kept for i in range(kept)], batch_size, length)
+
+
+def _batches(
+    tokens: Tokens, numbers: Sequence[int], batch_size: int, length: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The sequences of these numbers, batch by batch."""
+    for first in range(0, len(numbers), batch_size):
+        starts = [n * length for n in numbers[first : first + batch_size]]
+        rows = np.stack([tokens[start : start + length + 1] for start in starts])
         batch_BL = torch.from_numpy(rows.astype(np.int64))
         yield batch_BL[:, :-1], batch_BL[:, 1:]

@@ -24,7 +24,7 @@ from typing import Any, Final
 from engine.config import check_range
 from engine.errors import require
 from engine.tokenizer import Tokenizer
-from training.batches import TokenBatches, consecutive_batches
+from training.batches import TokenBatches, consecutive_batches, spread_batches
 from training.corpus import (
     Corpus,
     Document,
@@ -64,6 +64,7 @@ __all__ = [
     "path_sha256",
     "prepare_tokens",
     "read_paths",
+    "spread_batches",
     "train_tokenizer",
 ]
 

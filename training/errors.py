@@ -23,6 +23,10 @@ class NonFiniteLoss(TrainingError):
     """Loss or gradient became NaN or infinite; raised before the optimiser step."""
 
 
+class Interrupted(TrainingError):
+    """Asked to stop by a signal; the state is saved and the same command goes on from it."""
+
+
 class StorageError(TrainingError):
     """Something could not be written, on a full disk for example; says what is still intact."""
 

@@ -1,4 +1,4 @@
-"""Floating-point operations of training, counted from the shape: what a step costs, dense or sparse.
+"""Training FLOPs, counted from the shape: what a step costs, dense or sparse.
 
 A multiply-add counts 2; a backward pass costs twice its forward pass; elementwise work, norms,
 softmax and the optimiser are left out, as usual (Kaplan et al. 2020). docs/ssd.md has the formula.

@@ -21,15 +21,23 @@ _SAMPLED_ROWS: Final = 8  # every n-th row of an expert is looked at first
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then cosine decay to `min_lr_share` of the peak at the last step."""
+    """The learning rate of a step: linear warm-up, then the schedule down to its floor.
+
+    `cosine` takes half a cosine from warm-up to the last step. `wsd` (warm-up, stable, decay; Hu et
+    al. 2024) stays at the peak and falls linearly over the last `decay_share` of the run.
+    """
     optimizer = config.optimizer
     warmup = max(1, round(optimizer.warmup_share * config.steps))
     if step < warmup:
         return optimizer.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, config.steps - 1 - warmup)
-    floor = optimizer.min_lr_share
-    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return optimizer.learning_rate * (floor + (1 - floor) * cosine)
+    last, floor = config.steps - 1, optimizer.min_lr_share
+    if optimizer.schedule == "cosine":
+        progress = min((step - warmup) / max(1, last - warmup), 1.0)
+        above = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        decay = max(1, round(optimizer.decay_share * config.steps))
+        above = min(1.0, max(0.0, (last - step) / decay))
+    return optimizer.learning_rate * (floor + (1 - floor) * above)
 
 
 class ExpertAdamW(torch.optim.AdamW):

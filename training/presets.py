@@ -58,7 +58,7 @@ PRESETS: Final[dict[str, TrainConfig]] = {
         ),
         switch=SwitchConfig(top_k=(4,), mixed_top_k=(2, 4, 6)),
     ),
-    # Wide FFNs of many small experts: what a sparse model is for. 4.9 M parameters; see docs/ssd.md.
+    # 4.9 M parameters; a wide FFN of many small experts is what a sparse model is for.
     "gpt-5m": TrainConfig(
         preset="gpt-5m",
         steps=600,

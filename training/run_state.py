@@ -2,7 +2,8 @@
 
     RUN/state-000150/  weights and optimiser moments (float32), probe patterns, tokenizer, step,
                        controller, clock
-    RUN/log.jsonl      one line a logged step, probe or switch
+    RUN/log.jsonl      one line a logged step, probe, validation or switch
+    RUN/config.json    the configuration
 
 A state is complete when it has its name, and older ones go only then: a kill at any moment leaves
 at least the one that was there before.
@@ -10,12 +11,13 @@ at least the one that was there before.
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,7 @@ from engine.errors import CheckpointError
 from engine.model import Decoder
 from engine.tokenizer import Tokenizer
 from training.activation import ActivationPattern
+from training.config import TrainConfig
 from training.errors import TrainingError, writing
 
 _STATE: Final = re.compile(r"state-\d{9,}")
@@ -52,6 +55,7 @@ class Progress:
         step: the next step to take.
         seconds: training time so far, over all sittings.
         controller: `SwitchController.to_dict()`.
+        flops: training FLOPs so far, probes included.
         switches: the decisions so far.
         config_digest: of the configuration that the run was started with.
         corpus_fingerprint: of the text that it trains on.
@@ -61,6 +65,7 @@ class Progress:
 
     step: int
     seconds: float
+    flops: float
     controller: dict[str, Any]
     switches: list[dict[str, Any]]
     config_digest: str
@@ -75,9 +80,11 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     tokenizer: Tokenizer,
     patterns: dict[str, ActivationPattern],
+    routers: Mapping[str, Tensor],
     progress: Progress,
+    keep: int = 1,
 ) -> None:
-    """Write the state of `progress.step`, then remove the previous ones.
+    """Write the state of `progress.step`, then remove all but the `keep` latest ones.
 
     Raises:
         StorageError: if it cannot be written, on a full disk for example; says what is intact.
@@ -90,6 +97,7 @@ def save_state(
     for name, pattern in patterns.items():
         for layer, active in enumerate(pattern.layers):
             tensors[f"pattern.{name}.{layer}"] = active
+    tensors |= {f"router.{name}": tensor for name, tensor in routers.items()}
     path = run / f"state-{progress.step:09d}"
     with writing(path, _intact(run)), atomic_directory(path) as directory:
         save_tensors(directory, tensors, "state")
@@ -97,9 +105,8 @@ def save_state(
         # Not the backend's own save: its error for a full disk is no OSError.
         text = tokenizer.backend.to_str(pretty=True)
         (directory / "tokenizer.json").write_text(text, encoding="utf-8")
-    for other in _folders(run, _STATE):
-        if other != path:
-            shutil.rmtree(other)
+    for other in sorted(_folders(run, _STATE), key=_step_of)[:-keep]:
+        shutil.rmtree(other)
 
 
 def _intact(run: Path) -> str:
@@ -112,8 +119,10 @@ def _intact(run: Path) -> str:
 
 def load_state(
     run: Path, model: Decoder, optimizer: torch.optim.Optimizer
-) -> dict[str, ActivationPattern]:
-    """Restore `model` and `optimizer` from the run's latest state; returns its probe patterns.
+) -> tuple[dict[str, ActivationPattern], dict[str, Tensor]]:
+    """Restore `model` and `optimizer` from the run's latest state.
+
+    Returns its probe patterns, and what its routers learn by (`Routers.tensors`).
 
     Raises:
         CheckpointError: if the state is damaged.
@@ -121,7 +130,12 @@ def load_state(
     path = _latest(run)
     assert path is not None
     tensors = load_tensors(path, verify_manifest(path), "state")
-    groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "pattern": {}}
+    groups: dict[str, dict[str, Tensor]] = {
+        "model": {},
+        "optimizer": {},
+        "pattern": {},
+        "router": {},
+    }
     for name, tensor in tensors.items():
         group, _, rest = name.partition(".")
         groups[group][rest] = tensor
@@ -135,10 +149,12 @@ def load_state(
     for name, tensor in groups["pattern"].items():
         pattern, _, layer = name.partition(".")
         layers.setdefault(pattern, {})[int(layer)] = tensor.to(model.embedding.weight.device)
-    return {
+    patterns = {
         name: ActivationPattern(tuple(found[i] for i in sorted(found)))
         for name, found in layers.items()
     }
+    device = model.embedding.weight.device
+    return patterns, {name: tensor.to(device) for name, tensor in groups["router"].items()}
 
 
 def _folders(run: Path, pattern: re.Pattern[str]) -> list[Path]:
@@ -148,7 +164,11 @@ def _folders(run: Path, pattern: re.Pattern[str]) -> list[Path]:
 
 
 def _latest(run: Path) -> Path | None:
-    return max(_folders(run, _STATE), key=lambda p: int(p.name[6:]), default=None)
+    return max(_folders(run, _STATE), key=_step_of, default=None)
+
+
+def _step_of(state: Path) -> int:
+    return int(state.name.removeprefix("state-"))
 
 
 def load_progress(run: Path) -> Progress | None:
@@ -172,6 +192,14 @@ def saved_tokenizer(run: Path) -> Tokenizer:
     path = _latest(run)
     assert path is not None
     return Tokenizer.from_file(path / "tokenizer.json")
+
+
+def write_config(run: Path, config: TrainConfig) -> None:
+    """Write RUN/config.json, for people and for `ambidex report` on a run that is not finished."""
+    temporary = run / ".config.json.tmp"
+    with writing(run / "config.json", _intact(run)):
+        write_json(temporary, dataclasses.asdict(config))
+        os.replace(temporary, run / "config.json")
 
 
 def clear(run: Path) -> None:

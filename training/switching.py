@@ -5,7 +5,8 @@
     either --the last share of the run begins-->                   MIXED (dense and sparse in turn)
 
 Entering SPARSE, or MIXED from DENSE, asks for a new clustering. All decisions depend on the step
-and the measured similarities alone, so a resumed run repeats them.
+and the measured similarities alone, so a resumed run repeats them. In mode `dense` no phase ever
+ends; in mode `static` the first sparse phase lasts to the end of the run.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class SwitchController:
         phase_start: the step at which it began.
         settled: similarity of the last two probes; None until one was made in this phase.
         drift: similarity of the last probe to the clustering's birth; None in dense phases.
+        first_sparse: the first sparse step of the run; None before it.
     """
 
     config: TrainConfig
@@ -56,11 +58,13 @@ class SwitchController:
     phase_start: int = 0
     settled: float | None = None
     drift: float | None = None
+    first_sparse: int | None = None
 
     @property
     def mixed_start(self) -> int:
         """First step of the mixed phase; the run's end if there is none."""
-        share = self.config.switch.mixed_share
+        switch = self.config.switch
+        share = switch.mixed_share if switch.mode == "ssd" else 0.0
         return self.config.steps - (self.config.steps_of(share) if share else 0)
 
     def wants_probe(self, step: int) -> bool:
@@ -74,6 +78,8 @@ class SwitchController:
 
     def decide(self, step: int) -> Decision | None:
         """The change of phase that takes place before `step`, if any."""
+        if self.config.switch.mode == "dense":
+            return None
         if self.phase is not Phase.MIXED and step >= self.mixed_start:
             return self._enter(Phase.MIXED, step, "the last phase begins")
         if self.phase is Phase.DENSE:
@@ -95,7 +101,7 @@ class SwitchController:
 
     def _leave_sparse(self, step: int) -> Decision | None:
         switch, length = self.config.switch, step - self.phase_start
-        if length < self.config.steps_of(switch.min_sparse_share):
+        if switch.mode == "static" or length < self.config.steps_of(switch.min_sparse_share):
             return None
         if self.drift is not None and self.drift < switch.stale:
             reason = f"clustering stale: similarity {self.drift:.3f} < {switch.stale:g}"
@@ -108,6 +114,8 @@ class SwitchController:
         cluster = phase is not Phase.DENSE and self.phase is Phase.DENSE
         self.phase, self.phase_start = phase, step
         self.settled = self.drift = None
+        if phase is Phase.SPARSE and self.first_sparse is None:
+            self.first_sparse = step
         return Decision(step, phase, reason, cluster)
 
     def step_top_k(self, step: int) -> int | None:
@@ -116,9 +124,15 @@ class SwitchController:
         if self.phase is Phase.DENSE:
             return None
         if self.phase is Phase.SPARSE:
-            return switch.top_k
-        turn, is_sparse = divmod(step - self.phase_start, 2)
-        return switch.mixed_top_k[turn % len(switch.mixed_top_k)] if is_sparse else None
+            assert self.first_sparse is not None
+            stretch = max(1, self.mixed_start - self.first_sparse)
+            turn = (step - self.first_sparse) * len(switch.top_k) // stretch
+            return switch.top_k[min(turn, len(switch.top_k) - 1)]
+        turn, position = divmod(step - self.phase_start, switch.mixed_dense_every)
+        if position == 0:
+            return None
+        sparse_steps = turn * (switch.mixed_dense_every - 1) + position - 1
+        return switch.mixed_top_k[sparse_steps % len(switch.mixed_top_k)]
 
     def to_dict(self) -> dict[str, Any]:
         """The state that a resumed run needs, as JSON."""
@@ -127,6 +141,7 @@ class SwitchController:
             "phase_start": self.phase_start,
             "settled": self.settled,
             "drift": self.drift,
+            "first_sparse": self.first_sparse,
         }
 
     @classmethod

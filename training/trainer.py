@@ -7,43 +7,41 @@
 Dense steps run every neuron; sparse steps compute the chosen experts' forward and backward pass
 alone, plus the concentration penalty on a sample of the tokens. See docs/ssd.md.
 
-Shapes: B sequences, L length, T tokens, D model, F neurons, E experts, V vocabulary.
+Shapes: B sequences, L length.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from engine import checkpoint
 from engine.checkpoint import check_device
-from engine.experts import Trace, true_mass
 from engine.model import Decoder
 from engine.request import ExpertPolicy
 from engine.tokenizer import Tokenizer
 from training import data, run_state
 from training.activation import ActivationPattern, observe, similarity
-from training.config import SwitchConfig, TrainConfig
-from training.conversion import build_experts, calibrate_routers, refresh_router
-from training.errors import DataError, NonFiniteLoss
-from training.evaluation import Batches, QualityCurve, quality_curve
-from training.model_card import model_card
+from training.config import TrainConfig
+from training.conversion import build_experts
+from training.errors import Interrupted, NonFiniteLoss
+from training.evaluation import evaluate
+from training.finish import write_checkpoint
+from training.flops import FlopCounter
+from training.interrupt import StopRequest
 from training.optimizer import build_optimizer, learning_rate
+from training.prepared import prepare
+from training.routers import Routers
+from training.step import accumulate, objective
+from training.study import study
 from training.switching import Decision, Phase, SwitchController
 
-_PROBE_TOKENS: Final = 1024
-_EVAL_TOKENS: Final = 1 << 17
-_LOG_EVERY: Final = 10
+# Odd, or it would meet the dense steps of the mixed phase alone.
+_LOG_EVERY: Final = 7
 
 
 class Monitor(Protocol):
@@ -64,90 +62,10 @@ class SilentMonitor:
         pass
 
 
-@dataclass
-class Prepared:
-    """Everything that is fixed before the first step."""
+class Log(Protocol):
+    """Where records of the run go: the run's own log, TensorBoard."""
 
-    tokens: data.TokenData
-    tokenizer: Tokenizer
-    batches: data.TokenBatches
-    valid: Batches
-    probe_BL: Tensor
-    train_tokens: int
-
-
-def prepare(config: TrainConfig, tokens: data.TokenData, monitor: Monitor, device: str) -> Prepared:
-    """Lay the tokens out in batches: to train on, held out, and the probe.
-
-    Raises:
-        DataError: if the corpus, or its held-out part, is shorter than one sequence.
-    """
-    monitor.message(f"tokens: {tokens.train.size:,} to train on, {tokens.valid.size:,} held out")
-    length = config.sequence_length
-    batches = data.TokenBatches(tokens.train, config.batch_size, length, config.seed)
-    max_batches = max(1, _EVAL_TOKENS // config.batch_tokens)
-    valid = [
-        (inputs.to(device), targets.to(device))
-        for inputs, targets in data.consecutive_batches(
-            tokens.valid, config.batch_size, length, max_batches
-        )
-    ]
-    if not valid:
-        raise DataError(
-            f"{tokens.valid.name} has {tokens.valid.size} tokens, fewer than one sequence of "
-            f"{length + 1}; give more text, raise valid_share or give --valid"
-        )
-    # The probe is training text, so the held-out text decides nothing.
-    probe_BL, _ = data.TokenBatches(
-        tokens.train, max(1, _PROBE_TOKENS // length), length, config.seed + 1
-    ).batch(0)
-    return Prepared(
-        tokens, tokens.tokenizer, batches, valid, probe_BL.to(device), tokens.train.size
-    )
-
-
-def penalty(model: Decoder, trace: Trace, token_share: float) -> Tensor:
-    """Share of the true activation mass outside the chosen experts, mean over layers (0-dim).
-
-    Measured on every n-th token so that the first product of unchosen experts is computed for a
-    `token_share` of the batch alone. Its gradient concentrates activations in the chosen experts.
-    """
-    stride = max(1, round(1 / token_share))
-    outside = []
-    for ffn, x_TD, chosen_TE in zip(model.ffns(), trace.inputs, trace.chosen, strict=True):
-        assert chosen_TE is not None
-        mass_TE = true_mass(x_TD[::stride], ffn.up, ffn.num_experts, ffn.activation)
-        inside = (mass_TE * chosen_TE[::stride]).sum()
-        outside.append(1 - inside / mass_TE.sum().clamp_min(1e-9))
-    return torch.stack(outside).mean()
-
-
-def objective(
-    model: Decoder, inputs_BL: Tensor, targets_BL: Tensor, top_k: int | None, switch: SwitchConfig
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What a step minimises, its cross-entropy, and the share of mass outside the chosen experts.
-
-    Dense if `top_k` is None, and then without a penalty (the third value is None). Otherwise sparse
-    and with it, on routers refreshed from the present weights.
-    """
-    trace, policy = None, ExpertPolicy.dense()
-    if top_k is not None:
-        for ffn in model.ffns():
-            refresh_router(ffn)
-        trace, policy = Trace(keep_inputs=True), ExpertPolicy.top_k(top_k)
-    logits_BLV = model.logits(inputs_BL, policy, trace)
-    loss = F.cross_entropy(logits_BLV.flatten(0, 1), targets_BL.flatten())
-    if trace is None:
-        return loss, loss, None
-    outside = penalty(model, trace, switch.penalty_tokens)
-    return loss + switch.penalty * outside, loss, outside
-
-
-def gradients(model: Decoder, total: Tensor, clip: float) -> Tensor:
-    """Backward pass into fresh gradients, clipped to the norm `clip`; returns the norm before."""
-    model.zero_grad(set_to_none=True)
-    total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    def write(self, step: int, **values: Any) -> None: ...
 
 
 class Trainer:
@@ -164,6 +82,7 @@ class Trainer:
         device: str = "cpu",
         fresh: bool = False,
         valid_paths: Sequence[Path] = (),
+        tensorboard: bool = False,
     ) -> None:
         self.config = config
         self.run = run
@@ -171,6 +90,7 @@ class Trainer:
         self.command = command
         self.fresh = fresh
         self.device = device
+        self.tensorboard = tensorboard
         check_device(device)
         self.progress: run_state.Progress | None = None
         tokens = data.open_tokens(
@@ -183,31 +103,42 @@ class Trainer:
             report=self.monitor.message,
             tokenizer_for=self._resumed_tokenizer,
         )
-        self.prepared = prepare(config, tokens, self.monitor, device)
-        self.model = Decoder(
-            config.model.model_config(
-                config.sequence_length, self.prepared.tokenizer.eos_id, config.dtype
-            )
+        self.monitor.message(
+            f"tokens: {tokens.train.size:,} to train on, {tokens.valid.size:,} held out"
         )
+        self.prepared = prepare(config, tokens, device)
+        shape = config.model.model_config(
+            config.sequence_length, tokens.tokenizer.eos_id, config.dtype
+        )
+        self.model = Decoder(shape)
         self.model.initialize(self._generator(0))
         self.model.to(device)
         self.optimizer = build_optimizer(self.model, config)
         self.controller = SwitchController(config)
+        self.routers = Routers(self.model, config.switch.router)
+        self.counter = FlopCounter(shape, config.switch, config.sequence_length)
         self.patterns: dict[str, ActivationPattern] = {}
         self.switches: list[dict[str, Any]] = []
+        self.logs: list[Log] = []
         self.step = 0
         self.seconds = 0.0
+        self.flops = 0.0
 
     def _generator(self, stream: int) -> torch.Generator:
         """A generator for one purpose; a function of the seed alone, so resuming repeats it."""
         return torch.Generator().manual_seed(self.config.seed * 1_000_003 + stream)
 
-    def train(self) -> Path:
+    def train(self, stop: StopRequest | None = None) -> Path:
         """Train to the end, resuming what an earlier process left in the run's directory.
+
+        Args:
+            stop: when it becomes true, the running step is finished and its state saved.
 
         Raises:
             TrainingError: if another process trains in the run's directory.
             NonFiniteLoss: if the loss or a gradient stops being finite.
+            Interrupted: if `stop` asked for it.
+            StorageError: if a state or the checkpoint cannot be written.
         """
         with run_state.exclusive(self.run):
             run_state.sweep(self.run)
@@ -215,27 +146,53 @@ class Trainer:
                 run_state.clear(self.run)
             if self.progress is not None:
                 self._resume(self.progress)
-            return self._train()
+            self._open_logs()
+            self._train(stop or StopRequest())
+            return self._finish()
 
-    def _train(self) -> Path:
-        log = run_state.RunLog(self.run, self.step if self.progress is not None else None)
+    def _train(self, stop: StopRequest) -> None:
         save_every = self.config.steps_of(self.config.checkpoint_share)
         while self.step < self.config.steps:
             began = time.perf_counter()
-            self._probe_and_switch(log)
-            loss, outside, top_k = self._train_step()
+            self._probe_and_switch()
+            record = self._train_step()
             elapsed = time.perf_counter() - began
             self.seconds += elapsed
-            speed = self.config.batch_tokens / elapsed
-            self.monitor.step(self.step, loss, self.controller.phase.value, speed)
-            if self.step % _LOG_EVERY == 0:
-                log.write(
-                    self.step, loss=loss, outside=outside, top_k=top_k, tokens_per_second=speed
-                )
+            self._report_step(record, self.config.batch_tokens / elapsed)
             self.step += 1
-            if self.step % save_every == 0 or self.step == self.config.steps:
+            self._validate()
+            if stop or self.step % save_every == 0 or self.step == self.config.steps:
                 self._save_state()
-        return self._finish()
+            if stop and self.step < self.config.steps:
+                raise Interrupted(
+                    f"{stop.signal.name if stop.signal else 'stop'}: stopped before step "
+                    f"{self.step} of {self.config.steps} with its state saved; run the same "
+                    f"command again to go on"
+                )
+
+    def _open_logs(self) -> None:
+        resumed = self.step if self.progress is not None else None
+        self.logs = [run_state.RunLog(self.run, resumed)]
+        run_state.write_config(self.run, self.config)
+        if self.tensorboard:
+            from training.tensorboard import TensorBoardLog
+
+            self.logs.append(TensorBoardLog(self.run, self.step))
+
+    def _log(self, **values: Any) -> None:
+        for log in self.logs:
+            log.write(self.step, **values)
+
+    def _report_step(self, record: dict[str, Any], speed: float) -> None:
+        self.monitor.step(self.step, record["loss"], record["phase"], speed)
+        if self.step % _LOG_EVERY == 0:
+            self._log(
+                **record,
+                lr=learning_rate(self.config, self.step),
+                tokens_per_second=speed,
+                flops=self.flops,
+                seconds=self.seconds,
+            )
 
     def _resumed_tokenizer(self, fingerprint: str) -> Tokenizer | None:
         """Find where the run's directory left off; its tokenizer, or None for a new run.
@@ -251,15 +208,18 @@ class Trainer:
         return run_state.saved_tokenizer(self.run)
 
     def _resume(self, progress: run_state.Progress) -> None:
-        self.patterns = run_state.load_state(self.run, self.model, self.optimizer)
+        self.patterns, learned = run_state.load_state(self.run, self.model, self.optimizer)
+        self.routers = Routers.restored(self.model, self.config.switch.router, learned)
         self.controller = SwitchController.from_dict(self.config, progress.controller)
-        self.step, self.seconds, self.switches = progress.step, progress.seconds, progress.switches
+        self.step, self.switches = progress.step, progress.switches
+        self.seconds, self.flops = progress.seconds, progress.flops
         self.monitor.message(f"resuming at step {self.step} of {self.config.steps}")
 
     def _save_state(self) -> None:
         progress = run_state.Progress(
             step=self.step,
             seconds=self.seconds,
+            flops=self.flops,
             controller=self.controller.to_dict(),
             switches=self.switches,
             config_digest=self.config.digest,
@@ -271,12 +231,14 @@ class Trainer:
             self.run,
             self.model,
             self.optimizer,
-            self.prepared.tokenizer,
+            self.prepared.tokens.tokenizer,
             self.patterns,
+            self.routers.tensors(),
             progress,
+            self.config.keep_states,
         )
 
-    def _probe_and_switch(self, log: run_state.RunLog) -> None:
+    def _probe_and_switch(self) -> None:
         """Look at the activations when due, and change the phase if the controller decides so."""
         if self.controller.wants_probe(self.step):
             now = observe(self.model, self.prepared.probe_BL)
@@ -284,11 +246,14 @@ class Trainer:
             drift = self._similarity("birth", now)
             self.patterns["previous"] = now
             self.controller.observe(settled, drift)
-            log.write(self.step, settled=settled, drift=drift, active=now.active_shares)
+            seen = study(self.model, self.prepared.probe_BL, self.config.switch.top_k[-1])
+            self._log(probe=seen.to_dict(), settled=settled, drift=drift)
+            # Two forward passes, each a third of what a dense training token costs.
+            self.flops += self.counter.plain_token * 2 / 3 * self.prepared.probe_BL.numel()
         decision = self.controller.decide(self.step)
         if decision is not None:
             self._switch(decision)
-            log.write(self.step, switch=decision.to_dict())
+            self._log(switch=decision.to_dict())
 
     def _similarity(self, name: str, now: ActivationPattern) -> float | None:
         then = self.patterns.get(name)
@@ -296,41 +261,63 @@ class Trainer:
 
     def _switch(self, decision: Decision) -> None:
         self.monitor.message(f"step {decision.step}: {decision.phase.value}, {decision.reason}")
+        clustered_before = any(switch["cluster"] for switch in self.switches)
         self.switches.append(decision.to_dict())
-        clustered_before = any(switch["cluster"] for switch in self.switches[:-1])
         if decision.cluster:
-            layouts = build_experts(
-                self.model,
-                self.optimizer,
-                self.prepared.probe_BL,
-                self._generator(decision.step + 1),
-                warm_start=clustered_before,
-            )
-            self.patterns = {n: p.permute(layouts) for n, p in self.patterns.items()}
+            self._cluster(warm_start=clustered_before)
             self.patterns["birth"] = observe(self.model, self.prepared.probe_BL)
         if decision.phase is Phase.DENSE:
             self.patterns.pop("birth", None)
 
-    def _train_step(self) -> tuple[float, float | None, int | None]:
-        """One optimiser step; returns (loss, share of mass outside the experts, k), dense: None."""
-        inputs_BL, targets_BL = (
-            tensor.to(self.device) for tensor in self.prepared.batches.batch(self.step)
+    def _cluster(self, *, warm_start: bool) -> None:
+        """Build the experts anew; everything that is indexed by neuron moves along."""
+        layouts = build_experts(
+            self.model,
+            self.optimizer,
+            self.prepared.probe_BL,
+            self._generator(self.step + 1),
+            warm_start=warm_start,
+            method=self.config.switch.clustering,
+            learn=self.config.switch.router == "learned",
         )
-        top_k = self.controller.step_top_k(self.step)
-        total, loss, outside = objective(
-            self.model, inputs_BL, targets_BL, top_k, self.config.switch
-        )
-        self._update(total, sparse=top_k is not None)
-        return loss.item(), None if outside is None else outside.item(), top_k
+        self.patterns = {n: p.permute(layouts) for n, p in self.patterns.items()}
+        self.routers.clustered()
 
-    def _update(self, total: Tensor, *, sparse: bool) -> None:
-        """Gradients and optimiser step; stops before the step on a non-finite value."""
-        norm = gradients(self.model, total, self.config.optimizer.grad_clip).item()
-        value = total.item()
-        if not (math.isfinite(value) and math.isfinite(norm)):
+    def _train_step(self) -> dict[str, Any]:
+        """One optimiser step; returns its record for the log."""
+        top_k = self.controller.step_top_k(self.step)
+        self.routers.before_step()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, outside = accumulate(
+            lambda inputs_BL, targets_BL: objective(
+                self.model,
+                inputs_BL,
+                targets_BL,
+                top_k,
+                self.config.switch,
+                self.routers.hear if self.routers.learning else None,
+            ),
+            *(tensor.to(self.device) for tensor in self.prepared.batches.batch(self.step)),
+            self.config,
+        )
+        norm = self._update(loss.item(), sparse=top_k is not None)
+        self.flops += self.counter.token(top_k) * self.config.batch_tokens
+        return {
+            "phase": self.controller.phase.value,
+            "loss": loss.item(),
+            "outside": None if outside is None else outside.item(),
+            "top_k": top_k,
+            "grad_norm": norm,
+        }
+
+    def _update(self, loss: float, *, sparse: bool) -> float:
+        """Clip and take the optimiser's step, unless a value is not finite; returns the norm."""
+        clip = self.config.optimizer.grad_clip
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFiniteLoss(
-                f"step {self.step}: loss {value:g}, gradient norm {norm:g}; stopped "
-                f"before the optimiser step, {self.run} keeps the last good state; lower "
+                f"step {self.step}: loss {loss:g}, gradient norm {norm:g}; stopped before the "
+                f"optimiser step, {self.run} keeps the last good state; lower "
                 f"optimizer.learning_rate or raise optimizer.warmup_share"
             )
         for group in self.optimizer.param_groups:
@@ -339,57 +326,48 @@ class Trainer:
             self.optimizer.sparse_step()
         else:
             self.optimizer.step()
+        return norm
+
+    def _validate(self) -> None:
+        """Score some held-out text when due, dense and at the sparsest and the last k."""
+        share = self.config.validate_share
+        if not share or self.step % self.config.steps_of(share):
+            return
+        switch = self.config.switch
+        policies = {"dense": ExpertPolicy.dense()}
+        if self.controller.phase is not Phase.DENSE:
+            for k in sorted({switch.top_k[-1], min(switch.mixed_top_k)}):
+                policies[str(k)] = ExpertPolicy.top_k(k)
+        scores = {
+            name: evaluate(self.model, self.prepared.glance, policy).perplexity
+            for name, policy in policies.items()
+        }
+        self._log(valid=scores)
+        found = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
+        self.monitor.message(f"step {self.step}: held-out perplexity {found}")
 
     def _finish(self) -> Path:
-        """Round to the saved dtype, calibrate, evaluate those weights, write the checkpoint."""
-        _round_parameters(self.model, getattr(torch, self.config.dtype))
-        for ffn in self.model.ffns():
-            refresh_router(ffn)
-        calibrate_routers(self.model, self.prepared.probe_BL)
-        curve = quality_curve(
-            self.model,
-            self.prepared.valid,
-            lambda policy: self.monitor.message(f"evaluate {policy}"),
-        )
-        num_experts = self.config.model.num_experts
-        experts = dataclasses.replace(
-            self.model.config.experts,
-            default_policy=curve.recommended(num_experts),
-            quality=curve.points(num_experts),
-        )
-        self.model.config = dataclasses.replace(self.model.config, experts=experts)
-        report = self._report(curve)
+        """Cluster a run that never was, score it, write the checkpoint."""
+        if not any(switch["cluster"] for switch in self.switches):
+            self._cluster(warm_start=False)
+        self.routers.before_step()
         path = self.run / "checkpoint"
-        card = model_card(self.model.config, report)
-        checkpoint.save(path, self.model, self.prepared.tokenizer, report, {"README.md": card})
-        return path
-
-    def _report(self, curve: QualityCurve) -> dict[str, Any]:
-        """The content of `training_report.json`."""
-        prepared = self.prepared
-        active = observe(self.model, prepared.probe_BL).active_shares
-        return {
+        tokens = self.config.steps * self.config.batch_tokens
+        history = {
             "command": self.command,
-            "config": dataclasses.asdict(self.config),
-            "corpus": {
-                "description": prepared.tokens.description,
-                "fingerprint": prepared.tokens.fingerprint,
-                "train_tokens": prepared.train_tokens,
-                "held_out_tokens": sum(targets.numel() for _, targets in prepared.valid),
-            },
-            "tokens_seen": self.config.steps * self.config.batch_tokens,
             "seconds": round(self.seconds, 1),
             "switches": self.switches,
-            "active_neurons": active,
-            "evaluation": curve.to_dict(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "flops": {"training": self.flops, "dense": self.counter.plain_token * tokens},
             "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
         }
-
-
-@torch.no_grad()
-def _round_parameters(model: Decoder, dtype: torch.dtype) -> None:
-    """Round parameters to values that `dtype` can hold: what is scored is what is saved."""
-    for parameter in model.parameters():
-        parameter.copy_(parameter.to(dtype).to(parameter.dtype))
+        write_checkpoint(
+            path,
+            self.model,
+            self.config,
+            self.prepared,
+            history,
+            self.monitor.message,
+            learned_router=self.routers.learning,
+        )
+        return path

@@ -1,0 +1,116 @@
+"""One training step: what it minimises, and its gradients.
+
+Shapes: B sequences, L length, T tokens, n sampled tokens, E experts, K chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.experts import Trace
+from engine.model import Decoder
+from engine.request import ExpertPolicy
+from training.config import SwitchConfig, TrainConfig
+
+# Hears of each forward pass what its FFNs saw and the true mass of their experts.
+Listener = Callable[[Trace], None]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What one forward pass gives; all 0-dim.
+
+    Attributes:
+        total: to be minimised: `loss`, and `outside` times its weight.
+        loss: cross-entropy in nats per token.
+        outside: share of the true activation mass outside the chosen experts, mean over layers;
+            None where no penalty is measured.
+    """
+
+    total: Tensor
+    loss: Tensor
+    outside: Tensor | None
+
+
+def objective(
+    model: Decoder,
+    inputs_BL: Tensor,
+    targets_BL: Tensor,
+    top_k: int | None,
+    switch: SwitchConfig,
+    listener: Listener | None = None,
+) -> Objective:
+    """A dense (`top_k` None) or sparse forward pass with its penalty.
+
+    Dense passes have every expert's mass at hand, sparse ones compute it on a sample of the tokens.
+    """
+    weight = switch.dense_penalty if top_k is None else switch.penalty
+    policy = ExpertPolicy.dense() if top_k is None else ExpertPolicy.top_k(top_k)
+    watched = weight > 0 or listener is not None
+    trace = Trace(keep_inputs=True, mass_every=switch.penalty_every) if watched else None
+    logits_BLV = model.logits(inputs_BL, policy, trace)
+    loss = F.cross_entropy(logits_BLV.flatten(0, 1), targets_BL.flatten())
+    if listener is not None and trace is not None:
+        listener(trace)
+    if trace is None or weight == 0:
+        return Objective(loss, loss, None)
+    outside = outside_share(model, trace, top_k or switch.top_k[-1])
+    return Objective(loss + weight * outside, loss, outside)
+
+
+def outside_share(model: Decoder, trace: Trace, top_k: int) -> Tensor:
+    """Share of the true activation mass outside the chosen experts, mean over layers (0-dim).
+
+    Where every expert ran, the chosen ones are those that the router would choose at `top_k`. Its
+    gradient draws activations into the chosen experts.
+    """
+    every = trace.mass_every
+    shares = []
+    for ffn, x_TD, chosen_TE, mass_nE in zip(
+        model.ffns(), trace.inputs, trace.chosen, trace.masses, strict=True
+    ):
+        mass_nE = mass_nE.float()
+        if chosen_TE is None:
+            best_nK = ffn.scores(x_TD[::every]).topk(top_k, sorted=False).indices
+            inside = mass_nE.gather(1, best_nK).sum()
+        else:
+            inside = (mass_nE * chosen_TE[::every]).sum()
+        shares.append(1 - inside / mass_nE.sum().clamp_min(1e-9))
+    return torch.stack(shares).mean()
+
+
+def accumulate(
+    forward: Callable[[Tensor, Tensor], Objective],
+    inputs_BL: Tensor,
+    targets_BL: Tensor,
+    config: TrainConfig,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of a batch, micro-batch by micro-batch; returns the mean loss and outside share.
+
+    Args:
+        forward: inputs and targets of a micro-batch to its objective.
+        inputs_BL, targets_BL: this process's part of the batch.
+        config: for `micro_batch_size` and `precision`.
+    """
+    losses, outsides = [], []
+    sequences = inputs_BL.shape[0]
+    for rows in _micro_batches(sequences, config.micro_batch_size):
+        device, mixed = inputs_BL.device.type, config.precision == "bfloat16"
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=mixed):
+            result = forward(inputs_BL[rows], targets_BL[rows])
+        share = (rows.stop - rows.start) / sequences
+        (result.total * share).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        losses.append(result.loss.detach() * share)
+        if result.outside is not None:
+            outsides.append(result.outside.detach() * share)
+    return torch.stack(losses).sum(), torch.stack(outsides).sum() if outsides else None
+
+
+def _micro_batches(sequences: int, size: int) -> Iterator[slice]:
+    for start in range(0, sequences, size or sequences):
+        yield slice(start, min(start + (size or sequences), sequences))
