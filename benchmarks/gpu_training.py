@@ -135,8 +135,8 @@ def correctness() -> list[Record]:
     found = [check_route(t, e, k) for t in (1, 100, 65536) for e, k in (*CHOICES, (20, 3))]
     for tokens, shape, choice, dtype in cases:
         layer = random_layer(tokens, shape, choice, dtype)
-        label = f"T={tokens} D={shape[0]} F={shape[1]} E={choice[0]} {str(dtype).removeprefix('torch.')}"
-        found += check_layer(layer, label)
+        sizes = f"T={tokens} D={shape[0]} F={shape[1]} E={choice[0]}"
+        found += check_layer(layer, f"{sizes} {str(dtype).removeprefix('torch.')}")
     return found
 
 

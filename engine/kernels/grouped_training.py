@@ -33,7 +33,6 @@ from engine.kernels.routing import MAX_EXPERTS, Routing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
 _PAIRS_SCHEMA = "Tensor ids_TK, Tensor offsets_E1, Tensor pair_token_P"
 
 

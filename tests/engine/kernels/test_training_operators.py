@@ -21,13 +21,17 @@ def leaves(tokens: int, width: int, neurons: int, device: torch.device) -> tuple
     )
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_torch_compile_takes_routing_and_ffn_whole(dynamic: bool, device: torch.device) -> None:
+@pytest.mark.parametrize(("dynamic", "autocast"), [(False, False), (True, False), (False, True)])
+def test_torch_compile_takes_routing_and_ffn_whole(
+    dynamic: bool, autocast: bool, device: torch.device
+) -> None:
     inputs = leaves(20, 48, 4 * 16, device)
     router_ED, dy_TD = (torch.randn(rows, 48, device=device) for rows in (4, 20))
 
     def layer(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        return x + grouped_ffn(2.0 * x, up, down, route_top_k(x.detach() @ router_ED.T, 2), "relu2")
+        routed = route_top_k(x.detach() @ router_ED.T, 2)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            return x + grouped_ffn(2.0 * x, up, down, routed, "relu2")
 
     whole = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     results = []
