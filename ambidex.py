@@ -78,12 +78,21 @@ def main() -> None:
 @app.command()
 def train(
     preset: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Complete configuration to start from: starter (the packaged model), "
-            "or smoke (a minute; shows the whole path, makes no model)."
+            help="Complete configuration to start from: starter (the packaged model), smoke (a "
+            "minute; shows the whole path, makes no model), gpt-5m, gpt-50m or gpt-124m [starter]."
         ),
-    ] = "starter",
+    ] = None,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="TOML file with the configuration instead.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Change one setting, such as optimizer.schedule=wsd. Repeatable."
+        ),
+    ] = None,
     data: Annotated[
         list[Path] | None,
         typer.Option(
@@ -96,40 +105,49 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="The run's directory; default: runs/PRESET.")
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Optimiser steps, instead of the preset's.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed, instead of the preset's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="The same as --set steps=N.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same as --set seed=N.")] = None,
     device: Annotated[
         str, typer.Option(help="cpu or cuda; exact resume holds on the CPU.")
     ] = "cpu",
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Discard what an earlier run left in the directory.")
     ] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write TensorBoard events there.")
+    ] = False,
 ) -> None:
     """Train an SSD model: dense and sparse phases in turn, then evaluate and write a checkpoint.
 
     Run the same command again after an interruption and it goes on exactly where the last saved
-    state was; the result is the same, bit for bit. The checkpoint is DIRECTORY/checkpoint, with a
-    model card; serve it with `ambidex serve --model DIRECTORY/checkpoint`.
+    state was; the result is the same, bit for bit. SIGTERM or Ctrl-C finishes the running step and
+    saves first. The checkpoint is DIRECTORY/checkpoint, with a model card; look at the run with
+    `ambidex report DIRECTORY`, serve it with `ambidex serve --model DIRECTORY/checkpoint`.
     """
+    from engine.errors import require
+    from training.interrupt import stop_on_signals
+    from training.presets import preset as preset_named
+    from training.presets import read_config, with_settings
     from training.progress import ProgressMonitor
     from training.trainer import Trainer
 
-    config = _train_config(preset, steps, seed)
-    run = out or Path("runs") / preset
+    require(preset is None or config_file is None, "give --preset or --config, not both")
+    base = preset_named(preset or "starter") if config_file is None else read_config(config_file)
+    shortcuts = [f"{k}={v}" for k, v in (("steps", steps), ("seed", seed)) if v is not None]
+    config = with_settings(base, [*(settings or []), *shortcuts])
     command = shlex.join(["ambidex", *sys.argv[1:]])
-    with ProgressMonitor(config.steps) as monitor:
+    with stop_on_signals() as stop, ProgressMonitor(config.steps) as monitor:
         path = Trainer(
             config,
-            run,
+            out or Path("runs") / config.preset,
             data or [],
             monitor,
             command,
             device=device,
             fresh=fresh,
             valid_paths=valid or [],
-        ).train()
+            tensorboard=tensorboard,
+        ).train(stop)
     _print_quality(path)
     typer.echo(f"checkpoint: {path}")
 
@@ -187,22 +205,6 @@ def prepare(
     typer.echo(
         f"{out}: {index.train_tokens:,} tokens to train on in {len(index.train)} shards, "
         f"{index.valid_tokens:,} held out, vocabulary of {index.vocab_size:,}"
-    )
-
-
-def _train_config(preset: str, steps: int | None, seed: int | None) -> Any:
-    """The preset's configuration with the command line's changes."""
-    import dataclasses
-
-    from engine.errors import require
-    from training.config import PRESETS
-
-    require(preset in PRESETS, f"--preset must be one of {', '.join(PRESETS)}; got {preset!r}")
-    config = PRESETS[preset]
-    return dataclasses.replace(
-        config,
-        steps=config.steps if steps is None else steps,
-        seed=config.seed if seed is None else seed,
     )
 
 

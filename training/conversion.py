@@ -8,7 +8,7 @@ Shapes: T tokens, D model, F neurons, E experts.
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -20,11 +20,9 @@ from engine.model import Decoder
 from training.activation import ffn_inputs
 from training.clustering import Clustering, balanced_kmeans
 from training.coactivation import coactivation_rows
+from training.config import CLUSTERINGS
 from training.router import fit_router, share_loss, true_shares
 
-# What makes neurons alike: the direction of their weights, or the tokens they fire on.
-Method = Literal["weights", "coactivation"]
-METHODS: Final = ("weights", "coactivation")
 # Candidate router norms: the calibration picks among them, layer by layer.
 _NORMS: Final = torch.logspace(-1.0, 2.0, 61)
 _CHUNK: Final = 4096  # tokens whose activations are in memory at once
@@ -83,7 +81,7 @@ def learn_router(ffn: ExpertFFN, x_TD: Tensor) -> None:
 def cluster_neurons(
     ffn: ExpertFFN,
     generator: torch.Generator,
-    method: Method = "weights",
+    method: str = "weights",
     x_TD: Tensor | None = None,
     *,
     warm_start: bool = False,
@@ -100,7 +98,7 @@ def cluster_neurons(
     Raises:
         ConfigError: if `method` is unknown, or is "coactivation" without `x_TD`.
     """
-    check_choice("method", method, METHODS)
+    check_choice("method", method, CLUSTERINGS)
     rows = ffn.up.detach()
     if method == "coactivation":
         require(x_TD is not None, "method coactivation needs x_TD, the inputs on probe tokens")
@@ -118,7 +116,7 @@ def build_experts(
     generator: torch.Generator,
     *,
     warm_start: bool,
-    method: Method = "weights",
+    method: str = "weights",
     learn: bool = False,
 ) -> list[ExpertLayout]:
     """Cluster, permute and route every layer; returns the layouts that were applied.

@@ -24,7 +24,6 @@ from engine.model import Decoder
 from engine.request import ExpertPolicy
 from training.activation import ffn_inputs
 from training.conversion import (
-    Method,
     calibrate_router,
     cluster_neurons,
     learn_router,
@@ -119,8 +118,7 @@ def _regroup(ffn: ExpertFFN, grouping: str, x_TD: Tensor, generator: torch.Gener
         order_F = torch.randperm(ffn.up.shape[0], generator=generator)
         layout = ExpertLayout(order_F, ffn.num_experts)
     else:
-        method: Method = "weights" if grouping == "weights" else "coactivation"
-        labels_F = cluster_neurons(ffn, generator, method, x_TD).labels_F
+        labels_F = cluster_neurons(ffn, generator, grouping, x_TD).labels_F
         layout = ExpertLayout.from_labels(labels_F, ffn.num_experts)
     permute_neurons(ffn, layout, None)
 

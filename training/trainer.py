@@ -288,16 +288,18 @@ class Trainer:
         top_k = self.controller.step_top_k(self.step)
         self.routers.before_step()
         self.optimizer.zero_grad(set_to_none=True)
+        inputs_BL, targets_BL = self.prepared.batches.batch(self.step)
         loss, outside = accumulate(
-            lambda inputs_BL, targets_BL: objective(
+            lambda inputs, targets: objective(
                 self.model,
-                inputs_BL,
-                targets_BL,
+                inputs,
+                targets,
                 top_k,
                 self.config.switch,
                 self.routers.hear if self.routers.learning else None,
             ),
-            *(tensor.to(self.device) for tensor in self.prepared.batches.batch(self.step)),
+            inputs_BL.to(self.device),
+            targets_BL.to(self.device),
             self.config,
         )
         norm = self._update(loss.item(), sparse=top_k is not None)

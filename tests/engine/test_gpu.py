@@ -153,7 +153,7 @@ def chosen(trace: Trace) -> Tensor:
 
 def test_training_runs_on_the_device(tmp_path: Path) -> None:
     shape = ModelShape(300, 32, 64, 2, 4, 2, num_experts=8)
-    switch = SwitchConfig(top_k=2, mixed_top_k=(1, 2, 4))
+    switch = SwitchConfig(top_k=(2,), mixed_top_k=(1, 2, 4))
     config = TrainConfig(
         steps=20, batch_size=4, sequence_length=32, model=shape, switch=switch, valid_share=0.1
     )

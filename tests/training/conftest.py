@@ -53,7 +53,7 @@ def micro() -> TrainConfig:
             num_key_value_heads=1,
             num_experts=8,
         ),
-        switch=SwitchConfig(top_k=2, mixed_top_k=(1, 2, 4)),
+        switch=SwitchConfig(top_k=(2,), mixed_top_k=(1, 2, 4)),
     )
 
 
