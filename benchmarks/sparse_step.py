@@ -35,8 +35,8 @@ LENGTH: Final = 512
 EXPERTS: Final = 64
 CHOSEN: Final = 8
 HEAD_DIM: Final = 64
-MIN_ROUNDS, MAX_ROUNDS = 3, 9
-SECONDS_PER_ROW: Final = 30.0
+MIN_ROUNDS, MAX_ROUNDS = 3, 7
+SECONDS_PER_ROW: Final = 15.0
 
 
 @dataclass(frozen=True)
