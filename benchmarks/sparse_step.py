@@ -29,14 +29,14 @@ from training.config import ModelShape, OptimizerConfig, TrainConfig
 from training.optimizer import build_optimizer
 from training.trainer import gradients, objective
 
-SIZES: Final = ((256, 2048), (768, 2048), (768, 4096), (1024, 2048))  # width, tokens a step
+SIZES: Final = ((256, 4096), (768, 2048), (768, 4096), (1024, 2048))  # width, tokens a step
 LAYERS: Final = 3
 LENGTH: Final = 512
 EXPERTS: Final = 64
 CHOSEN: Final = 8
 HEAD_DIM: Final = 64
-MIN_ROUNDS, MAX_ROUNDS = 3, 7
-SECONDS_PER_ROW: Final = 15.0
+MIN_ROUNDS, MAX_ROUNDS = 5, 9
+SECONDS_PER_ROW: Final = 20.0
 
 
 @dataclass(frozen=True)
