@@ -288,7 +288,7 @@ def train_steps(json_file: JsonFile = None) -> None:
     """Time whole training steps, sparse against dense, in turn on this CPU.
 
     Widths 256, 768 and 1024, three layers, 8 of 64 experts, 2048 and 4096 tokens a step, float32:
-    forward and backward pass, penalty, clipping and optimiser. Two to three minutes on two cores.
+    forward and backward pass, penalty, clipping and optimiser. About two minutes on two cores.
     """
     from benchmarks.sparse_step import main as run_bench
 

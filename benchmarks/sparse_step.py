@@ -35,8 +35,8 @@ LENGTH: Final = 512
 EXPERTS: Final = 64
 CHOSEN: Final = 8
 HEAD_DIM: Final = 64
-MIN_ROUNDS, MAX_ROUNDS = 5, 9
-SECONDS_PER_ROW: Final = 20.0
+MIN_ROUNDS, MAX_ROUNDS = 4, 9
+SECONDS_PER_ROW: Final = 10.0
 
 
 @dataclass(frozen=True)
