@@ -30,14 +30,14 @@ from training.optimizer import build_optimizer
 from training.routers import Routers
 from training.step import accumulate, objective
 
-SIZES: Final = ((256, 2048), (768, 2048), (768, 4096), (1024, 2048))  # width, tokens a step
+SIZES: Final = ((256, 4096), (768, 2048), (768, 4096), (1024, 2048))  # width, tokens a step
 LAYERS: Final = 3
 LENGTH: Final = 512
 EXPERTS: Final = 64
 CHOSEN: Final = 8
 HEAD_DIM: Final = 64
-MIN_ROUNDS, MAX_ROUNDS = 3, 9
-SECONDS_PER_ROW: Final = 30.0
+MIN_ROUNDS, MAX_ROUNDS = 4, 9
+SECONDS_PER_ROW: Final = 10.0
 
 
 @dataclass(frozen=True)

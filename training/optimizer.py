@@ -144,9 +144,14 @@ def _touched(grads_ESD: list[Tensor]) -> list[list[bool]]:
 
 
 def _nonzero(grads_ESD: list[Tensor]) -> list[list[bool]]:
-    """Exact, unlike a sum of squares, and much faster than `any`; NaN is not zero."""
+    """Whether each expert's part has anything but zeros; NaN is not zero.
+
+    Two extremes are exact, unlike a sum of squares, and much faster than `any`. One answer for all
+    gradients waits for the device once.
+    """
     found = [grad.amax((1, 2)).ne(0) | grad.amin((1, 2)).ne(0) for grad in grads_ESD]
-    return [flags.tolist() for flags in found]
+    flags: list[list[bool]] = torch.stack(found).tolist() if found else []
+    return flags
 
 
 def _row_ranges(touched: list[bool], rows: int) -> list[slice]:
