@@ -181,6 +181,7 @@ class TrainConfig:
         valid_share: share of the corpus (by characters) held out.
         validate_share: share of the steps between two looks at held-out text; 0: at the end alone.
         validate_tokens: tokens of such a look.
+        evaluate_tokens: held-out tokens at most that the finished model is scored on.
         checkpoint_share: share of the steps between two saved training states.
         keep_states: training states kept, the latest ones.
         precision: of products while training; `bfloat16` is autocast, weights stay float32.
@@ -198,6 +199,7 @@ class TrainConfig:
     valid_share: float = 0.03
     validate_share: float = 0.1
     validate_tokens: int = 16384
+    evaluate_tokens: int = 1 << 17
     checkpoint_share: float = 0.05
     keep_states: int = 1
     precision: str = "float32"
@@ -216,6 +218,7 @@ class TrainConfig:
         check_range("valid_share", self.valid_share, 0.001, 0.5)
         check_range("validate_share", self.validate_share, 0.0, 1.0)
         check_range("validate_tokens", self.validate_tokens, 1, 1 << 30)
+        check_range("evaluate_tokens", self.evaluate_tokens, 1, 1 << 30)
         check_range("checkpoint_share", self.checkpoint_share, 1e-4, 1.0)
         check_range("keep_states", self.keep_states, 1, 1000)
         check_choice("precision", self.precision, PRECISIONS)

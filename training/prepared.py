@@ -16,7 +16,6 @@ from training.errors import DataError
 from training.evaluation import Batches
 
 _PROBE_TOKENS: Final = 1024
-_EVAL_TOKENS: Final = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def prepare(config: TrainConfig, tokens: data.TokenData, device: str) -> Prepare
     return Prepared(
         tokens,
         batches,
-        held_out(config, tokens, _EVAL_TOKENS, device),
+        held_out(config, tokens, config.evaluate_tokens, device),
         held_out(config, tokens, config.validate_tokens, device),
         probe.batch(0)[0].to(device),
     )

@@ -36,6 +36,15 @@ _FIRST_RECIPE: Final = SwitchConfig(
     penalty_tokens=0.25,
 )
 
+# 256 experts: sparse steps at a quarter, then an eighth of them.
+_LARGE: Final = SwitchConfig(
+    max_sparse_share=0.35,
+    mixed_share=0.5,
+    top_k=(64, 32),
+    mixed_top_k=(16, 32),
+    penalty=0.3,
+)
+
 PRESETS: Final[dict[str, TrainConfig]] = {
     # The packaged model: 37 minutes on two CPU cores, 8 MB in bfloat16.
     "starter": TrainConfig(switch=_FIRST_RECIPE),
@@ -64,6 +73,7 @@ PRESETS: Final[dict[str, TrainConfig]] = {
         steps=600,
         batch_size=16,
         sequence_length=256,
+        evaluate_tokens=1 << 16,
         model=ModelShape(
             vocab_size=4096,
             hidden_size=128,
@@ -73,7 +83,7 @@ PRESETS: Final[dict[str, TrainConfig]] = {
             num_key_value_heads=1,
             num_experts=256,
         ),
-        switch=SwitchConfig(top_k=(64, 32), mixed_top_k=(16, 32, 64)),
+        switch=_LARGE,
     ),
     # One GPU: 52 M parameters, 105 M tokens.
     "gpt-50m": TrainConfig(
@@ -92,7 +102,7 @@ PRESETS: Final[dict[str, TrainConfig]] = {
             num_experts=256,
         ),
         optimizer=OptimizerConfig(learning_rate=1.5e-3),
-        switch=SwitchConfig(top_k=(64, 32), mixed_top_k=(16, 32, 64)),
+        switch=_LARGE,
     ),
     # One GPU or several: 126 M parameters, 1 G tokens.
     "gpt-124m": TrainConfig(
@@ -112,7 +122,7 @@ PRESETS: Final[dict[str, TrainConfig]] = {
             num_experts=256,
         ),
         optimizer=OptimizerConfig(learning_rate=1e-3),
-        switch=SwitchConfig(top_k=(64, 32), mixed_top_k=(16, 32, 64)),
+        switch=_LARGE,
     ),
 }
 
