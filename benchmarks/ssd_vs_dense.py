@@ -35,6 +35,7 @@ from training.report import write_report
 from training.trainer import Trainer
 
 MODES: Final = ("dense", "ssd", "static")
+_WIDTH: Final = 180
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run = options.out / f"{base.preset}-{mode}-{seed}"
             train(config, run, options)
             results.append(read_result(run, mode, seed))
-    Console().print(table(results))
+    Console(width=_WIDTH).print(table(results))
     if options.json:
         tokens = base.steps * base.batch_tokens
         write_records(options.json, records(results, {"preset": base.preset, "tokens": tokens}))

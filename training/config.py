@@ -110,7 +110,8 @@ class SwitchConfig:
         mixed_top_k: experts per token of the mixed phase's sparse steps, in turn.
         mixed_dense_every: every n-th step of the mixed phase is dense.
         penalty: weight of the share of true activation mass outside the chosen experts.
-        dense_penalty: the same in dense steps, outside the last of `top_k`'s experts.
+        dense_penalty: the same in dense steps, outside the last of `top_k`'s experts; not in mode
+            `dense`, which is plain training.
         penalty_tokens: share of a step's tokens on which the penalty is measured, rounded to every
             n-th token.
         clustering: what makes neurons alike: the direction of their `weights`, or `coactivation`.
@@ -120,17 +121,17 @@ class SwitchConfig:
 
     mode: str = "ssd"
     probe_share: float = 0.02
-    settled: float = 0.7
+    settled: float = 0.85
     stale: float = 0.7
     min_dense_share: float = 0.1
-    max_dense_share: float = 0.15
+    max_dense_share: float = 0.25
     min_sparse_share: float = 0.1
-    max_sparse_share: float = 0.55
-    mixed_share: float = 0.3
+    max_sparse_share: float = 0.6
+    mixed_share: float = 0.45
     top_k: tuple[int, ...] = (16, 8)
-    mixed_top_k: tuple[int, ...] = (4, 8, 16)
+    mixed_top_k: tuple[int, ...] = (4, 8)
     mixed_dense_every: int = 2
-    penalty: float = 0.1
+    penalty: float = 0.3
     dense_penalty: float = 0.03
     penalty_tokens: float = 0.125
     clustering: str = "weights"
@@ -159,6 +160,11 @@ class SwitchConfig:
         )
         for name in ("top_k", "mixed_top_k"):
             require(len(getattr(self, name)) > 0, f"switch.{name} must name at least one k")
+
+    @property
+    def dense_weight(self) -> float:
+        """The penalty's weight in dense steps."""
+        return 0.0 if self.mode == "dense" else self.dense_penalty
 
     @property
     def penalty_every(self) -> int:

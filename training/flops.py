@@ -39,7 +39,7 @@ class FlopCounter:
         """
         switch = self._switch
         if top_k is None:
-            router = self._router / switch.penalty_every if switch.dense_penalty else 0.0
+            router = self._router / switch.penalty_every if switch.dense_weight else 0.0
             return self.plain_token + router
         chosen = _TRAINING * (self._base + self._ffn * top_k / self._num_experts)
         penalty = _TRAINING * self._ffn / 2 / switch.penalty_every if switch.penalty else 0.0

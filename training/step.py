@@ -49,7 +49,7 @@ def objective(
 
     Dense passes have every expert's mass at hand, sparse ones compute it on a sample of the tokens.
     """
-    weight = switch.dense_penalty if top_k is None else switch.penalty
+    weight = switch.dense_weight if top_k is None else switch.penalty
     policy = ExpertPolicy.dense() if top_k is None else ExpertPolicy.top_k(top_k)
     watched = weight > 0 or listener is not None
     trace = Trace(keep_inputs=True, mass_every=switch.penalty_every) if watched else None
