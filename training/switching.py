@@ -70,7 +70,7 @@ class SwitchController:
     def wants_probe(self, step: int) -> bool:
         """Whether the activations should be looked at before `step`."""
         every = self.config.steps_of(self.config.switch.probe_share)
-        return self.phase is not Phase.MIXED and step > 0 and step % every == 0
+        return step > 0 and step % every == 0
 
     def observe(self, settled: float | None, drift: float | None) -> None:
         """Take in a probe: similarity to the previous probe, and to the clustering's birth."""
