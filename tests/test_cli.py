@@ -172,7 +172,10 @@ def test_text_is_prepared_once_and_trained_on(tmp_path: Path, ambidex: Command) 
 
 
 REFUSED = [
-    (["train", "--preset", "huge"], "--preset must be one of starter, smoke; got 'huge'"),
+    (
+        ["train", "--preset", "huge"],
+        "preset must be one of starter, smoke, gpt-5m, gpt-50m, gpt-124m; got 'huge'",
+    ),
     (["train", "--steps", "0", "--out", "{tmp}/r"], "steps must be between 1 and"),
     (["train", "--data", "{tmp}/none", "--out", "{tmp}/r"], "no such file or folder"),
     (["train", "--valid", "{tmp}/none", "--out", "{tmp}/r"], "none: no such file or folder"),
