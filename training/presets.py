@@ -79,7 +79,7 @@ PRESETS: Final[dict[str, TrainConfig]] = {
         ),
         switch=SwitchConfig(top_k=(64, 32), mixed_top_k=(16, 32, 64)),
     ),
-    # One GPU: 52 M parameters, 105 M tokens.
+    # One GPU: 49 M parameters, 105 M tokens.
     "gpt-50m": TrainConfig(
         preset="gpt-50m",
         steps=1600,
@@ -98,7 +98,7 @@ PRESETS: Final[dict[str, TrainConfig]] = {
         optimizer=OptimizerConfig(learning_rate=1.5e-3),
         switch=SwitchConfig(top_k=(64, 32), mixed_top_k=(16, 32, 64)),
     ),
-    # One GPU or several: 126 M parameters, 1 G tokens.
+    # One GPU or several: 123 M parameters, 1 G tokens.
     "gpt-124m": TrainConfig(
         preset="gpt-124m",
         steps=4000,
