@@ -147,7 +147,7 @@ class Trainer:
             if self.progress is not None:
                 self._resume(self.progress)
             self._open_logs()
-            self._train(stop or StopRequest())
+            self._train(StopRequest() if stop is None else stop)
             return self._finish()
 
     def _train(self, stop: StopRequest) -> None:

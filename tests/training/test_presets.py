@@ -161,9 +161,7 @@ def test_settings_change_nested_values() -> None:
         steps=13,
         dtype="float32",
         optimizer=OptimizerConfig(schedule="wsd", learning_rate=1.0),
-        switch=dataclasses.replace(
-            base.switch, top_k=(4, 2), mixed_top_k=(3,), router="learned"
-        ),
+        switch=dataclasses.replace(base.switch, top_k=(4, 2), mixed_top_k=(3,), router="learned"),
     )
 
 
