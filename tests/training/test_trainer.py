@@ -80,40 +80,68 @@ def test_two_runs_of_one_seed_are_the_same(
     assert any(not torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
 
 
-def start(corpus: Path, run: Path) -> subprocess.Popen[bytes]:
+def start(corpus: Path, run: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "ambidex", "train", "--preset", "smoke", "--steps", "24"]
     command += ["--data", str(corpus), "--out", str(run)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(process: subprocess.Popen[bytes]) -> str:
+def finish(process: subprocess.Popen[str]) -> str:
     output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output.decode()
-    return output.decode()
+    assert process.returncode == 0, output
+    return output
 
 
-def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Path) -> None:
-    corpus = make_corpus(tmp_path / "corpus", documents=120, words=800)
-    for name in corpus.iterdir():  # more distinct words, for a vocabulary of 512
+def saved_steps(run: Path) -> list[int]:
+    return [int(path.name[6:]) for path in run.glob("state-*")]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text with enough distinct words for a vocabulary of 512."""
+    corpus = make_corpus(tmp_path_factory.mktemp("words") / "corpus", documents=120, words=800)
+    for name in corpus.iterdir():
         name.write_text(name.read_text() + " ".join(f"w{hash_of(name.name, i)}" for i in range(99)))
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(start(corpus, whole))
-    process = start(corpus, killed)
+    return corpus
+
+
+@pytest.fixture(scope="module")
+def whole(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run of the command that nobody interrupted."""
+    run = tmp_path_factory.mktemp("whole")
+    finish(start(words, run))
+    return run
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(
+    words: Path, whole: Path, tmp_path: Path, end: signal.Signals
+) -> None:
+    """Killed, or asked to end: then it says in a sentence where it stopped, with status 1."""
+    run = tmp_path / "run"
+    process = start(words, run)
     deadline = time.monotonic() + 120
-    while max((int(p.name[6:]) for p in killed.glob("state-*")), default=0) < 8:
+    while max(saved_steps(run), default=0) < 8:
         assert time.monotonic() < deadline
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert process.poll() is None, "the run ended before it could be interrupted"
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    output = finish(start(corpus, killed))
-    assert "resuming at step" in output
+    process.send_signal(end)
+    said = " ".join(process.communicate(timeout=120)[0].split())
+    if end is signal.SIGTERM:
+        assert process.returncode == 1
+        (step,) = saved_steps(run)
+        sentence = f"error: SIGTERM: stopped before step {step} of 24 with its state saved; run the"
+        assert f"{sentence} same command again to go on" in said
+        assert "Traceback" not in said
+    assert "resuming at step" in finish(start(words, run))
     expected = load_file(whole / "checkpoint/model.safetensors")
-    found = load_file(killed / "checkpoint/model.safetensors")
+    found = load_file(run / "checkpoint/model.safetensors")
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    losses = [[e["loss"] for e in log_of(run) if "loss" in e] for run in (whole, killed)]
-    assert losses[0] == losses[1]
+    for kind in ("loss", "valid"):
+        logs = [[e[kind] for e in log_of(r) if kind in e] for r in (whole, run)]
+        assert logs[0] == logs[1]
+        assert len(logs[0]) == 4
 
 
 def hash_of(name: str, number: int) -> int:
