@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -171,8 +172,64 @@ def test_text_is_prepared_once_and_trained_on(tmp_path: Path, ambidex: Command) 
     ).read_text()
 
 
+def written(path: Path, documents: int = 200) -> Path:
+    path.write_text("<|endoftext|>".join(f"{n} {n * 7919 % 1009}\n" * 40 for n in range(documents)))
+    return path
+
+
+def test_training_is_configured_by_a_file_and_by_settings(tmp_path: Path, ambidex: Command) -> None:
+    text, file = written(tmp_path / "a.txt"), tmp_path / "run.toml"
+    file.write_text(
+        'preset = "smoke"\nsteps = 9\nvalidate_share = 0\n'
+        '[switch]\nmode = "static"\n[optimizer]\nmin_lr_share = 0.5\n'
+    )
+    out = ["--data", str(text), "--out", str(tmp_path / "run")]
+    settings = [
+        "--set",
+        "optimizer.schedule=wsd",
+        "--set",
+        "switch.top_k=[6, 3]",
+        "--set",
+        "seed=4",
+    ]
+    command = ["train", "--config", str(file), *settings, "--steps", "3", "--seed", "5", *out]
+    result = ambidex(*command)
+    assert result.returncode == 0, result.stderr
+    assert "checkpoint: " in result.stdout
+    report = json.loads((tmp_path / "run/checkpoint/training_report.json").read_text())
+    found = report["config"]
+    assert (found["preset"], found["steps"], found["seed"]) == ("smoke", 3, 5)
+    assert (found["switch"]["mode"], found["switch"]["top_k"]) == ("static", [6, 3])
+    assert (found["optimizer"]["schedule"], found["optimizer"]["min_lr_share"]) == ("wsd", 0.5)
+    assert found["model"]["num_experts"] == 16, "the rest is the preset's"
+    assert report["command"] == shlex.join(["ambidex", *command])
+    file.write_text(file.read_text().replace("0.5", "0.4"))
+    assert "holds a run with another configuration" in flat(ambidex(*command).stderr)
+
+
 REFUSED = [
-    (["train", "--preset", "huge"], "--preset must be one of starter, smoke; got 'huge'"),
+    (
+        ["train", "--preset", "smoke", "--config", "{tmp}/f", "--out", "{tmp}/r"],
+        "give --preset or --config, not both",
+    ),
+    (["train", "--config", "{tmp}/f", "--out", "{tmp}/r"], "f: cannot be read as TOML (Expected"),
+    (["train", "--config", "{tmp}/none", "--out", "{tmp}/r"], "none: cannot be read as TOML ("),
+    (["train", "--set", "steps", "--out", "{tmp}/r"], "--set wants KEY=VALUE, got 'steps'"),
+    (["train", "--set", "k=3", "--out", "{tmp}/r"], "--set has unknown keys: k"),
+    (["train", "--set", "steps=0.5", "--out", "{tmp}/r"], "steps must be of type int, got 0.5"),
+    (["train", "--set", "preset=smoke", "--out", "{tmp}/r"], "cannot change preset; give --preset"),
+    (
+        ["train", "--set", "switch.mode=sparse", "--out", "{tmp}/r"],
+        "switch.mode must be one of ssd, dense, static; got 'sparse'",
+    ),
+    (
+        ["train", "--set", "model.num_experts=7", "--out", "{tmp}/r"],
+        "model.num_experts 7 must divide model.intermediate_size 1024",
+    ),
+    (
+        ["train", "--preset", "huge"],
+        "preset must be one of starter, smoke, gpt-5m, gpt-50m, gpt-124m; got 'huge'",
+    ),
     (["train", "--steps", "0", "--out", "{tmp}/r"], "steps must be between 1 and"),
     (["train", "--data", "{tmp}/none", "--out", "{tmp}/r"], "no such file or folder"),
     (["train", "--valid", "{tmp}/none", "--out", "{tmp}/r"], "none: no such file or folder"),

@@ -64,7 +64,7 @@ class OptimizerConfig:
             the peak, then linear decay to the floor.
         min_lr_share: the floor, as a share of the peak `learning_rate`.
         warmup_share: of the run, linear.
-        decay_share: of the run, the decay of `wsd`.
+        decay_share: of the run, the decay of `wsd`; never more than what follows the warm-up.
     """
 
     learning_rate: float = 2e-3
@@ -230,6 +230,7 @@ class TrainConfig:
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("parallel", self.parallel, PARALLEL)
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        self.model.model_config(self.sequence_length, 0, self.dtype)  # checks the rest of the shape
         for k in (*self.switch.top_k, *self.switch.mixed_top_k):
             check_range("switch.top_k and switch.mixed_top_k", k, 1, self.model.num_experts - 1)
 

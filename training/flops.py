@@ -30,20 +30,26 @@ class FlopCounter:
         self._num_experts = config.experts.num_experts
         self._switch = switch
 
-    def token(self, top_k: int | None) -> float:
+    def token(self, top_k: int | None, *, learning: bool = False) -> float:
         """FLOPs per token of a step with `top_k` experts, penalty and router included.
 
         None is a dense step, which has the true mass of every expert at hand: its penalty costs the
-        router's product alone. A sparse step computes the first product of all experts, forward and
-        backward, on the share of tokens that the penalty is measured on.
+        router's product alone. A sparse step computes the first product of all experts on the share
+        of tokens that the penalty is measured on: forward, and backward if there is a penalty. A
+        router that is `learning` takes two products on those tokens, its scores and its gradient.
         """
         switch = self._switch
         if top_k is None:
-            router = self._router / switch.penalty_every if switch.dense_weight else 0.0
-            return self.plain_token + router
-        chosen = _TRAINING * (self._base + self._ffn * top_k / self._num_experts)
-        penalty = _TRAINING * self._ffn / 2 / switch.penalty_every if switch.penalty else 0.0
-        return chosen + penalty + self._router
+            step, router = self.plain_token, 0.0
+            sampled = self._router if switch.dense_weight else 0.0
+        else:
+            step = _TRAINING * (self._base + self._ffn * top_k / self._num_experts)
+            router = self._router
+            times = _TRAINING if switch.penalty else int(learning)
+            sampled = times * self._ffn / 2
+        if learning:
+            sampled += 2 * self._router
+        return step + router + sampled / switch.penalty_every
 
     @property
     def plain_token(self) -> float:

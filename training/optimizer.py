@@ -35,7 +35,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         progress = min((step - warmup) / max(1, last - warmup), 1.0)
         above = 0.5 * (1 + math.cos(math.pi * progress))
     else:
-        decay = max(1, round(optimizer.decay_share * config.steps))
+        decay = max(1, min(round(optimizer.decay_share * config.steps), last - warmup))
         above = min(1.0, max(0.0, (last - step) / decay))
     return optimizer.learning_rate * (floor + (1 - floor) * above)
 

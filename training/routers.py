@@ -48,11 +48,11 @@ class Routers:
 
     @torch.no_grad()
     def hear(self, trace: Trace) -> None:
-        """Learn from one forward pass."""
-        for ffn, online, x_TD, mass_nE in zip(
-            self._model.ffns(), self._online, trace.inputs, trace.masses, strict=True
-        ):
-            online.update(ffn.router, x_TD[:: trace.mass_every], mass_nE)
+        """Learn from one forward pass, in float32 even where that pass is autocast."""
+        layers = zip(self._model.ffns(), self._online, trace.inputs, trace.masses, strict=True)
+        for ffn, online, x_TD, mass_nE in layers:
+            with torch.autocast(x_TD.device.type, enabled=False):
+                online.update(ffn.router, x_TD[:: trace.mass_every], mass_nE)
 
     def tensors(self) -> dict[str, Tensor]:
         """The state by name, for a safetensors file."""

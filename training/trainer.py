@@ -147,12 +147,13 @@ class Trainer:
             if self.progress is not None:
                 self._resume(self.progress)
             self._open_logs()
-            self._train(stop or StopRequest())
+            self._train(StopRequest() if stop is None else stop)
             return self._finish()
 
     def _train(self, stop: StopRequest) -> None:
         save_every = self.config.steps_of(self.config.checkpoint_share)
         while self.step < self.config.steps:
+            self._validate()
             began = time.perf_counter()
             self._probe_and_switch()
             record = self._train_step()
@@ -160,7 +161,6 @@ class Trainer:
             self.seconds += elapsed
             self._report_step(record, self.config.batch_tokens / elapsed)
             self.step += 1
-            self._validate()
             if stop or self.step % save_every == 0 or self.step == self.config.steps:
                 self._save_state()
             if stop and self.step < self.config.steps:
@@ -169,6 +169,7 @@ class Trainer:
                     f"{self.step} of {self.config.steps} with its state saved; run the same "
                     f"command again to go on"
                 )
+        self._validate()
 
     def _open_logs(self) -> None:
         resumed = self.step if self.progress is not None else None
@@ -303,7 +304,8 @@ class Trainer:
             self.config,
         )
         norm = self._update(loss.item(), sparse=top_k is not None)
-        self.flops += self.counter.token(top_k) * self.config.batch_tokens
+        per_token = self.counter.token(top_k, learning=self.routers.learning)
+        self.flops += per_token * self.config.batch_tokens
         return {
             "phase": self.controller.phase.value,
             "loss": loss.item(),
@@ -331,9 +333,13 @@ class Trainer:
         return norm
 
     def _validate(self) -> None:
-        """Score some held-out text when due, dense and at the sparsest and the last k."""
+        """Score some held-out text when due, dense and at the sparsest and the last k.
+
+        After the step's state was saved, so that a resumed run, whose log ends before it, repeats
+        it.
+        """
         share = self.config.validate_share
-        if not share or self.step % self.config.steps_of(share):
+        if not self.step or not share or self.step % self.config.steps_of(share):
             return
         switch = self.config.switch
         policies = {"dense": ExpertPolicy.dense()}

@@ -52,7 +52,7 @@ BAD = {
     "json": (lambda p: p.with_suffix(".jsonl").write_text("{"), "line 1: not JSON"),
     "surrogate": (
         lambda p: p.with_suffix(".jsonl").write_text('{"text": "\\ud800"}'),
-        "line 1: text has half of a surrogate pair",
+        "line 1: holds half of a surrogate pair",
     ),
     "no text": (lambda p: p.with_suffix(".jsonl").write_text('{"a": 1}'), "string field"),
     "gzip": (lambda p: p.with_suffix(".gz").write_bytes(b"no"), "unknown kind of file"),

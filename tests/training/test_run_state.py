@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,21 +74,19 @@ def test_the_first_state_and_the_log_too(trainer: Trainer) -> None:
         log.write(1, loss=2.0, outside=None)
 
 
-def test_a_tokenizer_that_cannot_be_written(
-    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tokenizer_that_cannot_be_written(trainer: Trainer) -> None:
     """Weights fit, the tokenizer does not."""
     stop_after_first_state(trainer)
     (state,) = trainer.run.glob("state-*")
     weights = sum(p.stat().st_size for p in state.glob("*.safetensors"))
-    large = made_large(trainer.prepared.tokenizer, weights)
-    trainer.prepared.tokenizer = large
+    tokens = dataclasses.replace(trainer.prepared.tokens, tokenizer=made_large(weights))
+    trainer.prepared = dataclasses.replace(trainer.prepared, tokens=tokens)
     trainer.step += 1
     with largest_file(weights + 1000), pytest.raises(StorageError, match="File too large"):
         trainer._save_state()
     assert list(trainer.run.glob("*state-*")) == [state]
 
 
-def made_large(tokenizer: Tokenizer, size: int) -> Tokenizer:
+def made_large(size: int) -> Tokenizer:
     words = [f"{n:x}word{n * 7919:x}" for n in range(size // 16)]
     return train_tokenizer([" ".join(words)], 257 + size // 32)

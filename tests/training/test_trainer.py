@@ -17,14 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 from engine.checkpoint import load
-from engine.experts import Trace
-from engine.model import Decoder
-from engine.request import ExpertPolicy
 from tests.training.conftest import make_corpus
 from training import run_state
 from training.config import OptimizerConfig, TrainConfig
 from training.errors import DataError, NonFiniteLoss, StorageError, TrainingError
-from training.trainer import Trainer, objective, penalty
+from training.trainer import Trainer
 
 
 def log_of(run: Path) -> list[dict[str, Any]]:
@@ -83,40 +80,68 @@ def test_two_runs_of_one_seed_are_the_same(
     assert any(not torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
 
 
-def start(corpus: Path, run: Path) -> subprocess.Popen[bytes]:
+def start(corpus: Path, run: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "ambidex", "train", "--preset", "smoke", "--steps", "24"]
     command += ["--data", str(corpus), "--out", str(run)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(process: subprocess.Popen[bytes]) -> str:
+def finish(process: subprocess.Popen[str]) -> str:
     output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output.decode()
-    return output.decode()
+    assert process.returncode == 0, output
+    return output
 
 
-def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Path) -> None:
-    corpus = make_corpus(tmp_path / "corpus", documents=120, words=800)
-    for name in corpus.iterdir():  # more distinct words, for a vocabulary of 512
+def saved_steps(run: Path) -> list[int]:
+    return [int(path.name[6:]) for path in run.glob("state-*")]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text with enough distinct words for a vocabulary of 512."""
+    corpus = make_corpus(tmp_path_factory.mktemp("words") / "corpus", documents=120, words=800)
+    for name in corpus.iterdir():
         name.write_text(name.read_text() + " ".join(f"w{hash_of(name.name, i)}" for i in range(99)))
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(start(corpus, whole))
-    process = start(corpus, killed)
+    return corpus
+
+
+@pytest.fixture(scope="module")
+def whole(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run of the command that nobody interrupted."""
+    run = tmp_path_factory.mktemp("whole")
+    finish(start(words, run))
+    return run
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(
+    words: Path, whole: Path, tmp_path: Path, end: signal.Signals
+) -> None:
+    """Killed, or asked to end: then it says in a sentence where it stopped, with status 1."""
+    run = tmp_path / "run"
+    process = start(words, run)
     deadline = time.monotonic() + 120
-    while max((int(p.name[6:]) for p in killed.glob("state-*")), default=0) < 8:
+    while max(saved_steps(run), default=0) < 8:
         assert time.monotonic() < deadline
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert process.poll() is None, "the run ended before it could be interrupted"
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    output = finish(start(corpus, killed))
-    assert "resuming at step" in output
+    process.send_signal(end)
+    said = " ".join(process.communicate(timeout=120)[0].split())
+    if end is signal.SIGTERM:
+        assert process.returncode == 1
+        (step,) = saved_steps(run)
+        sentence = f"error: SIGTERM: stopped before step {step} of 24 with its state saved; run the"
+        assert f"{sentence} same command again to go on" in said
+        assert "Traceback" not in said
+    assert "resuming at step" in finish(start(words, run))
     expected = load_file(whole / "checkpoint/model.safetensors")
-    found = load_file(killed / "checkpoint/model.safetensors")
+    found = load_file(run / "checkpoint/model.safetensors")
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    losses = [[e["loss"] for e in log_of(run) if "loss" in e] for run in (whole, killed)]
-    assert losses[0] == losses[1]
+    for kind in ("loss", "valid"):
+        logs = [[e[kind] for e in log_of(r) if kind in e] for r in (whole, run)]
+        assert logs[0] == logs[1]
+        assert len(logs[0]) == 4
 
 
 def hash_of(name: str, number: int) -> int:
@@ -129,7 +154,7 @@ def test_a_non_finite_loss_stops_before_the_step_and_keeps_the_last_state(
     trainer = Trainer(micro, tmp_path / "run", [corpus])
     before: dict[str, torch.Tensor] = {}
 
-    def poison(self: Trainer, log: object) -> None:
+    def poison(self: Trainer) -> None:
         if self.step == 5:
             before.update({n: p.detach().clone() for n, p in self.model.named_parameters()})
             self.optimizer.register_step_pre_hook(fail)
@@ -228,12 +253,12 @@ def test_another_number_of_threads_is_refused(
     micro: TrainConfig, corpus: Path, tmp_path: Path
 ) -> None:
     Trainer(micro, tmp_path / "run", [corpus]).train()
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     try:
-        with pytest.raises(TrainingError, match="OMP_NUM_THREADS=2"):
+        with pytest.raises(TrainingError, match="OMP_NUM_THREADS=1"):
             Trainer(micro, tmp_path / "run", [corpus]).train()
     finally:
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)
 
 
 def test_a_corpus_shorter_than_a_sequence_is_refused(micro: TrainConfig, tmp_path: Path) -> None:
@@ -260,34 +285,3 @@ def test_a_full_disk_keeps_the_previous_state(
     assert [p.name for p in run.glob("*state-*")] == ["state-000000002"]
     monkeypatch.undo()
     Trainer(micro, run, [corpus]).train()
-
-
-def test_the_penalty_is_the_mass_outside_the_chosen_experts(micro: TrainConfig) -> None:
-    model = Decoder(micro.model.model_config(16, 0, "float32"))
-    model.initialize(torch.Generator().manual_seed(0))
-    ids = torch.randint(0, 300, (2, 16))
-    trace = Trace(keep_inputs=True)
-    model.logits(ids, ExpertPolicy.top_k(3), trace)
-    expected = []
-    for ffn, x, chosen in zip(model.ffns(), trace.inputs, trace.chosen, strict=True):
-        assert chosen is not None
-        hidden = (x @ ffn.up.T).relu()
-        mask = chosen.repeat_interleave(hidden.shape[1] // 8, dim=1)
-        expected.append(((hidden * ~mask).sum() / hidden.sum()).item())
-    assert penalty(model, trace, 1.0).item() == pytest.approx(sum(expected) / 2, abs=1e-5)
-    gradient = torch.autograd.grad(penalty(model, trace, 0.5), model.ffns()[0].up)[0]
-    assert float(gradient.abs().sum()) > 0
-
-
-def test_a_sparse_step_minimises_the_loss_and_the_weighted_penalty(micro: TrainConfig) -> None:
-    model = Decoder(micro.model.model_config(16, 0, "float32"))
-    model.initialize(torch.Generator().manual_seed(0))
-    ids = torch.randint(0, 300, (2, 17))
-    total, loss, outside = objective(model, ids[:, :-1], ids[:, 1:], 3, micro.switch)
-    assert outside is not None
-    assert 0 < outside.item() < 1
-    assert total.item() == pytest.approx(loss.item() + micro.switch.penalty * outside.item())
-    dense_total, dense_loss, nothing = objective(model, ids[:, :-1], ids[:, 1:], None, micro.switch)
-    assert nothing is None
-    assert dense_total is dense_loss
-    assert dense_loss.item() != loss.item()
