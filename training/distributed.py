@@ -24,8 +24,10 @@ from typing import Any, Final, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.checkpoint import check_device
@@ -55,7 +57,7 @@ class Team:
     device: str = "cpu"
     rank: int = 0
     size: int = 1
-    store: dist.Store | None = None
+    store: Store | None = None
 
     @classmethod
     def from_environment(
@@ -94,10 +96,10 @@ class Team:
             torch.cuda.set_device(local)
         address = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
         try:
-            store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=join))
+            store, _, _ = next(rendezvous("env://", rank, size, timeout=join))
             dist.init_process_group(
                 "nccl" if device == "cuda" else "gloo",
-                store=dist.PrefixStore("collectives", store),
+                store=PrefixStore("collectives", store),
                 rank=rank,
                 world_size=size,
                 timeout=collective,
@@ -109,7 +111,7 @@ class Team:
                 f"process {rank} of {size} could not join the others at {address} within "
                 f"{join.total_seconds():g} seconds ({reason})"
             ) from error
-        return cls(device, rank, size, dist.PrefixStore("team", store))
+        return cls(device, rank, size, PrefixStore("team", store))
 
     @property
     def is_main(self) -> bool:

@@ -24,7 +24,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """All rows, on every process; a plain tensor is returned as it is. Collective, no gradient."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_like(value: Tensor, tensor: Tensor) -> Tensor:
@@ -50,7 +50,8 @@ def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
         return tensor, 0
     mesh, rows = tensor.device_mesh, tensor.shape[0]
     first = -(-rows // mesh.size()) * mesh.get_local_rank()
-    return tensor.detach().to_local(), min(first, rows)
+    with torch.no_grad():
+        return tensor.to_local(), min(first, rows)
 
 
 def any_of_sharers(flags: Tensor, tensor: Tensor) -> Tensor:
