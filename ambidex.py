@@ -125,6 +125,7 @@ def train(
     `ambidex report DIRECTORY`, serve it with `ambidex serve --model DIRECTORY/checkpoint`.
     """
     from engine.errors import require
+    from training.distributed import Team
     from training.interrupt import stop_on_signals
     from training.presets import preset as preset_named
     from training.presets import read_config, with_settings
@@ -136,7 +137,11 @@ def train(
     shortcuts = [f"{k}={v}" for k, v in (("steps", steps), ("seed", seed)) if v is not None]
     config = with_settings(base, [*(settings or []), *shortcuts])
     command = shlex.join(["ambidex", *sys.argv[1:]])
-    with stop_on_signals() as stop, ProgressMonitor(config.steps) as monitor:
+    with (
+        stop_on_signals() as stop,
+        Team.from_environment(device) as team,
+        ProgressMonitor(config.steps, Console(quiet=not team.is_main)) as monitor,
+    ):
         path = Trainer(
             config,
             out or Path("runs") / config.preset,
@@ -147,9 +152,11 @@ def train(
             fresh=fresh,
             valid_paths=valid or [],
             tensorboard=tensorboard,
+            team=team,
         ).train(stop)
-    _print_quality(path)
-    typer.echo(f"checkpoint: {path}")
+    if team.is_main:
+        _print_quality(path)
+        typer.echo(f"checkpoint: {path}")
 
 
 @app.command()

@@ -14,7 +14,7 @@ Shapes: T tokens, D model, F neurons, E experts, S neurons per expert, P token-e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -167,7 +167,6 @@ class PolicyBatch:
         return self.max_k == 0
 
 
-@dataclass
 class Trace:
     """What the FFNs did in one forward pass, layer by layer.
 
@@ -180,13 +179,15 @@ class Trace:
         masses: per layer, the true mass [T / n, E] of tokens 0, n, 2n and so on, if kept.
     """
 
-    keep_inputs: bool = False
-    mass_every: int = 0
-    chosen: list[Tensor | None] = field(default_factory=list)
-    inputs: list[Tensor] = field(default_factory=list)
-    masses: list[Tensor] = field(default_factory=list)
-    _num_experts: int = 0
-    _num_tokens: int = 0
+    # No dataclass: FSDP hands copies of those to the layers, and what a copy records is lost.
+    def __init__(self, keep_inputs: bool = False, mass_every: int = 0) -> None:
+        self.keep_inputs = keep_inputs
+        self.mass_every = mass_every
+        self.chosen: list[Tensor | None] = []
+        self.inputs: list[Tensor] = []
+        self.masses: list[Tensor] = []
+        self._num_experts = 0
+        self._num_tokens = 0
 
     def add(self, x_TD: Tensor, chosen_TE: Tensor | None, num_experts: int) -> None:
         """Record one layer; `chosen_TE` None means that every token used every expert."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from engine.experts import ExpertLayout, Trace
 from engine.model import Decoder
 from engine.request import ExpertPolicy
+from training.sharding import whole
 
 
 @dataclass(frozen=True)
@@ -63,4 +64,4 @@ def observe(model: Decoder, probe_BL: Tensor) -> ActivationPattern:
     """The pattern of `model`, run dense, on the probe batch."""
     inputs = ffn_inputs(model, probe_BL)
     pairs = zip(inputs, model.ffns(), strict=True)
-    return ActivationPattern(tuple(x_TD @ ffn.up.T > 0 for x_TD, ffn in pairs))
+    return ActivationPattern(tuple(x_TD @ whole(ffn.up).T > 0 for x_TD, ffn in pairs))

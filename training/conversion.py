@@ -8,6 +8,7 @@ Shapes: T tokens, D model, F neurons, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -22,6 +23,7 @@ from training.clustering import Clustering, balanced_kmeans
 from training.coactivation import coactivation_rows
 from training.config import CLUSTERINGS
 from training.router import fit_router, share_loss, true_shares
+from training.sharding import whole, write_whole
 
 # Candidate router norms: the calibration picks among them, layer by layer.
 _NORMS: Final = torch.logspace(-1.0, 2.0, 61)
@@ -33,24 +35,25 @@ def permute_neurons(
 ) -> None:
     """Move the neurons of one FFN, and everything the optimiser remembers about them."""
     for parameter in (ffn.up, ffn.down):
-        parameter.data.copy_(layout.apply(parameter.data))
+        write_whole(parameter, layout.apply(whole(parameter.detach())))
         state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
         for value in state.values():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                value.copy_(layout.apply(value))
+                write_whole(value, layout.apply(whole(value)))
 
 
 @torch.no_grad()
 def refresh_router(ffn: ExpertFFN) -> None:
     """Recompute the centroids from the current rows of `up`, keeping the common norm."""
     norm = float(ffn.router.norm(dim=1).mean()) or 1.0
-    ffn.router.copy_(centroid_router(ffn.up, ffn.num_experts, norm))
+    ffn.router.copy_(centroid_router(whole(ffn.up), ffn.num_experts, norm))
 
 
 def token_mass(ffn: ExpertFFN, x_TD: Tensor) -> Tensor:
     """True activation mass [T, E], float32, of many tokens; a chunk at a time."""
+    up_FD = whole(ffn.up)
     chunks = torch.split(x_TD, _CHUNK)
-    masses = [true_mass(x_CD, ffn.up, ffn.num_experts, ffn.activation).float() for x_CD in chunks]
+    masses = [true_mass(x_CD, up_FD, ffn.num_experts, ffn.activation).float() for x_CD in chunks]
     return torch.cat(masses)
 
 
@@ -62,7 +65,7 @@ def calibrate_router(ffn: ExpertFFN, x_TD: Tensor) -> float:
     on `x_TD` is chosen. Returns that cross-entropy in nats.
     """
     share_TE = true_shares(token_mass(ffn, x_TD))
-    unit_ED = centroid_router(ffn.up, ffn.num_experts)
+    unit_ED = centroid_router(whole(ffn.up), ffn.num_experts)
     scores_TE = x_TD.float() @ unit_ED.T
     losses = torch.stack([share_loss(scores_TE * norm, share_TE) for norm in _NORMS.tolist()])
     best = int(losses.argmin())
@@ -99,7 +102,7 @@ def cluster_neurons(
         ConfigError: if `method` is unknown, or is "coactivation" without `x_TD`.
     """
     check_choice("method", method, CLUSTERINGS)
-    rows = ffn.up.detach()
+    rows = whole(ffn.up.detach())
     if method == "coactivation":
         require(x_TD is not None, "method coactivation needs x_TD, the inputs on probe tokens")
         assert x_TD is not None
@@ -118,6 +121,7 @@ def build_experts(
     warm_start: bool,
     method: str = "weights",
     learn: bool = False,
+    agree: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> list[ExpertLayout]:
     """Cluster, permute and route every layer; returns the layouts that were applied.
 
@@ -129,16 +133,18 @@ def build_experts(
         warm_start: start from the present experts as well.
         method: what makes neurons alike, see `cluster_neurons`.
         learn: fit the routers to the true mass; else they are centroids at a calibrated norm.
+        agree: of several processes, makes a tensor what the first one has (`Team.agree`).
     """
     layouts = []
     for ffn, x_TD in zip(model.ffns(), ffn_inputs(model, probe_BL), strict=True):
         clusters = cluster_neurons(ffn, generator, method, x_TD, warm_start=warm_start)
-        layout = ExpertLayout.from_labels(clusters.labels_F, ffn.num_experts)
+        layout = ExpertLayout.from_labels(agree(clusters.labels_F), ffn.num_experts)
         permute_neurons(ffn, layout, optimizer)
         if learn:
             learn_router(ffn, x_TD)
         else:
             calibrate_router(ffn, x_TD)
+        agree(ffn.router)
         layouts.append(layout)
     return layouts
 

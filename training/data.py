@@ -58,6 +58,7 @@ __all__ = [
     "TokenData",
     "consecutive_batches",
     "encode_documents",
+    "is_token_directory",
     "is_unicode",
     "load_corpus",
     "open_tokens",

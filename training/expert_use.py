@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.experts import Trace, true_mass
 from engine.model import Decoder
+from training.sharding import whole
 
 
 @dataclass
@@ -41,7 +42,7 @@ class ExpertUse:
                 continue
             if real_T is not None:
                 x_TD, chosen_TE = x_TD[real_T], chosen_TE[real_T]
-            mass_TE = true_mass(x_TD, ffn.up, ffn.num_experts, ffn.activation)
+            mass_TE = true_mass(x_TD, whole(ffn.up), ffn.num_experts, ffn.activation)
             self.inside += float((mass_TE * chosen_TE).sum())
             self.total += float(mass_TE.sum())
 

@@ -16,6 +16,7 @@ from torch.optim.adamw import adamw
 
 from engine.model import Decoder
 from training.config import TrainConfig
+from training.sharding import any_of_sharers, is_sharded, local_rows
 
 _SAMPLED_ROWS: Final = 8  # every n-th row of an expert is looked at first
 
@@ -57,6 +58,9 @@ class ExpertAdamW(torch.optim.AdamW):
     count is used (beta2 0.95). A row whose very first step came late would move by
     (1 - beta1) / sqrt(1 - beta2) of the usual, 0.45 with the default betas.
 
+    Under FSDP a process steps the rows that it holds. An expert's rows may lie on two processes: it
+    has a gradient if it has one on any of them.
+
     Experts are declared by a parameter group's `num_experts`: expert e owns rows e*S .. (e+1)*S of
     each of the group's parameters [F, D].
     """
@@ -87,7 +91,10 @@ class ExpertAdamW(torch.optim.AdamW):
             for parameter in group["params"]
             if parameter.grad is not None
         ]
-        touched = _touched([_by_expert(p.grad, group["num_experts"]) for p, group in found])
+        if found and is_sharded(found[0][0]):
+            touched = _touched_shards([(p.grad, group["num_experts"]) for p, group in found])
+        else:
+            touched = _touched([_by_expert(p.grad, group["num_experts"]) for p, group in found])
         return [
             (parameter, group, experts)
             for (parameter, group), experts in zip(found, touched, strict=True)
@@ -103,8 +110,11 @@ class ExpertAdamW(torch.optim.AdamW):
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        tensors = (parameter, gradient, state["exp_avg"], state["exp_avg_sq"])
-        params, grads, averages, squares = ([t[rows] for rows in ranges] for t in tensors)
+        parts = [
+            local_rows(t) for t in (parameter, gradient, state["exp_avg"], state["exp_avg_sq"])
+        ]
+        ranges = _held(ranges, parts[0][1], parts[0][0].shape[0])
+        params, grads, averages, squares = ([t[rows] for rows in ranges] for t, _ in parts)
         beta1, beta2 = group["betas"]
         adamw(
             params,
@@ -152,6 +162,27 @@ def _nonzero(grads_ESD: list[Tensor]) -> list[list[bool]]:
     found = [grad.amax((1, 2)).ne(0) | grad.amin((1, 2)).ne(0) for grad in grads_ESD]
     flags: list[list[bool]] = torch.stack(found).tolist() if found else []
     return flags
+
+
+def _touched_shards(grads: list[tuple[Tensor, int]]) -> list[list[bool]]:
+    """As `_touched`, of gradients [F, D] with their numbers of experts, divided over processes."""
+    flags = torch.stack([_shard_flags(*local_rows(g), g.shape[0], n) for g, n in grads])
+    found: list[list[bool]] = any_of_sharers(flags, grads[0][0]).bool().tolist()
+    return found
+
+
+def _shard_flags(rows_nD: Tensor, first: int, neurons: int, num_experts: int) -> Tensor:
+    """int32 [E]: 1 where these rows, of which the first is neuron `first`, are not all zeros."""
+    moved_n = (rows_nD.amax(1).ne(0) | rows_nD.amin(1).ne(0)).int()
+    neuron_n = torch.arange(first, first + rows_nD.shape[0], device=rows_nD.device)
+    flags_E = torch.zeros(num_experts, dtype=torch.int32, device=rows_nD.device)
+    return flags_E.scatter_reduce_(0, neuron_n // (neurons // num_experts), moved_n, "amax")
+
+
+def _held(ranges: list[slice], first: int, count: int) -> list[slice]:
+    """The parts of row ranges that lie in rows first .. first + count, counted from there."""
+    cut = [slice(max(r.start - first, 0), min(r.stop - first, count)) for r in ranges]
+    return [rows for rows in cut if rows.start < rows.stop]
 
 
 def _row_ranges(touched: list[bool], rows: int) -> list[slice]:

@@ -121,7 +121,7 @@ class OnlineRouter:
         self.apply(router_ED, self.gradient(x_TD, mass_TE, router_ED), learning_rate)
 
     @torch.no_grad()
-    def apply(self, router_ED: Tensor, gradient_ED: Tensor, learning_rate: float) -> None:
+    def apply(self, router_ED: Tensor, gradient_ED: Tensor, learning_rate: float = 0.01) -> None:
         """Adam's step for a gradient that may have been averaged over workers."""
         self.count += 1
         self.first_ED.lerp_(gradient_ED, 1 - _BETA1)

@@ -5,7 +5,7 @@ Shapes: n sampled tokens, D model, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Self
 
 import torch
@@ -23,11 +23,19 @@ class Routers:
     A `centroid` router is recomputed from the experts' weights before every step. A `learned` one
     does so until the first clustering, begins there, and then takes one step of Adam for each
     forward pass, on the tokens whose true mass that pass knows.
+
+    Of several processes all take the same step: `average` gives the mean over them of a tensor.
     """
 
-    def __init__(self, model: Decoder, kind: str) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        kind: str,
+        average: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ) -> None:
         self._model = model
         self._kind = kind
+        self._average = average
         self._online: list[OnlineRouter] = []
 
     @property
@@ -49,10 +57,16 @@ class Routers:
     @torch.no_grad()
     def hear(self, trace: Trace) -> None:
         """Learn from one forward pass, in float32 even where that pass is autocast."""
-        layers = zip(self._model.ffns(), self._online, trace.inputs, trace.masses, strict=True)
-        for ffn, online, x_TD, mass_nE in layers:
-            with torch.autocast(x_TD.device.type, enabled=False):
-                online.update(ffn.router, x_TD[:: trace.mass_every], mass_nE)
+        ffns = self._model.ffns()
+        layers = zip(ffns, self._online, trace.inputs, trace.masses, strict=True)
+        with torch.autocast(trace.inputs[0].device.type, enabled=False):
+            gradients = [
+                online.gradient(x_TD[:: trace.mass_every], mass_nE, ffn.router)
+                for ffn, online, x_TD, mass_nE in layers
+            ]
+        averaged = self._average(torch.stack(gradients)).unbind()
+        for ffn, online, gradient_ED in zip(ffns, self._online, averaged, strict=True):
+            online.apply(ffn.router, gradient_ED)
 
     def tensors(self) -> dict[str, Tensor]:
         """The state by name, for a safetensors file."""
@@ -63,9 +77,15 @@ class Routers:
         }
 
     @classmethod
-    def restored(cls, model: Decoder, kind: str, tensors: Mapping[str, Tensor]) -> Self:
+    def restored(
+        cls,
+        model: Decoder,
+        kind: str,
+        tensors: Mapping[str, Tensor],
+        average: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ) -> Self:
         """With the state that `tensors` gave; its layers are counted from 0."""
-        routers = cls(model, kind)
+        routers = cls(model, kind, average)
         layers: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             layer, _, name = key.partition(".")

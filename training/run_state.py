@@ -41,6 +41,7 @@ from engine.tokenizer import Tokenizer
 from training.activation import ActivationPattern
 from training.config import TrainConfig
 from training.errors import TrainingError, writing
+from training.sharding import is_sharded, sharded_like, whole
 
 _STATE: Final = re.compile(r"state-\d{9,}")
 _UNFINISHED: Final = re.compile(r"\.state-\d{9,}\.\d+\.(tmp|old)")
@@ -60,7 +61,8 @@ class Progress:
         config_digest: of the configuration that the run was started with.
         corpus_fingerprint: of the text that it trains on.
         device: "cpu" or "cuda"; sums round differently on another one.
-        threads: CPU threads; likewise.
+        threads: CPU threads of each process; likewise.
+        processes: that shared the work; likewise.
     """
 
     step: int
@@ -72,6 +74,7 @@ class Progress:
     corpus_fingerprint: str
     device: str
     threads: int
+    processes: int = 1
 
 
 def save_state(
@@ -83,17 +86,20 @@ def save_state(
     routers: Mapping[str, Tensor],
     progress: Progress,
     keep: int = 1,
+    *,
+    is_main: bool = True,
 ) -> None:
     """Write the state of `progress.step`, then remove all but the `keep` latest ones.
+
+    Of several processes all call it, since weights may be divided among them; `is_main` writes.
+    The state is the same however many there were.
 
     Raises:
         StorageError: if it cannot be written, on a full disk for example; says what is intact.
     """
-    tensors: dict[str, Tensor] = {f"model.{k}": v for k, v in model.state_dict().items()}
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    for parameter, name in names.items():
-        state = optimizer.state[parameter]
-        tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
+    tensors = _gathered(_weights_and_moments(model, optimizer), keep=is_main)
+    if not is_main:
+        return
     for name, pattern in patterns.items():
         for layer, active in enumerate(pattern.layers):
             tensors[f"pattern.{name}.{layer}"] = active
@@ -107,6 +113,26 @@ def save_state(
         (directory / "tokenizer.json").write_text(text, encoding="utf-8")
     for other in sorted(_folders(run, _STATE), key=_step_of)[:-keep]:
         shutil.rmtree(other)
+
+
+def _weights_and_moments(
+    model: Decoder, optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in model.state_dict().items():
+        yield f"model.{name}", tensor
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            yield f"optimizer.{name}.{key}", value
+
+
+def _gathered(tensors: Iterator[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
+    """The tensors, whole; those that were sharded are on the CPU, one at a time on the device."""
+    found = {}
+    for name, tensor in tensors:
+        value = whole(tensor).cpu() if is_sharded(tensor) else tensor
+        if keep:
+            found[name] = value
+    return found
 
 
 def _intact(run: Path) -> str:
@@ -139,12 +165,15 @@ def load_state(
     for name, tensor in tensors.items():
         group, _, rest = name.partition(".")
         groups[group][rest] = tensor
-    model.load_state_dict(groups["model"])
+    weights = model.state_dict()
+    model.load_state_dict({n: sharded_like(t, weights[n]) for n, t in groups["model"].items()})
     parameters = dict(model.named_parameters())
     for name, tensor in groups["optimizer"].items():
         parameter, _, key = name.rpartition(".")
-        device = parameters[parameter].device
-        optimizer.state[parameters[parameter]][key] = tensor.to(device, copy=True)
+        owner = parameters[parameter]
+        value = tensor.to(owner.device, copy=True)
+        is_moment = value.shape == owner.shape
+        optimizer.state[owner][key] = sharded_like(value, owner) if is_moment else value
     layers: dict[str, dict[int, Tensor]] = {}
     for name, tensor in groups["pattern"].items():
         pattern, _, layer = name.partition(".")
@@ -237,9 +266,17 @@ def exclusive(run: Path) -> Iterator[None]:
 
 
 def check_resumable(
-    run: Path, progress: Progress, config_digest: str, fingerprint: str, device: str
+    run: Path,
+    progress: Progress,
+    config_digest: str,
+    fingerprint: str,
+    device: str,
+    processes: int = 1,
 ) -> None:
-    """Raise TrainingError unless the run in `run` was started the same way."""
+    """Raise TrainingError unless the run in `run` was started the same way.
+
+    Another number of processes is no obstacle: the run goes on, equal up to rounding.
+    """
     for what, now, then in (
         ("configuration", config_digest, progress.config_digest),
         ("corpus", fingerprint, progress.corpus_fingerprint),
@@ -250,7 +287,8 @@ def check_resumable(
                 f"{run}: holds a run with another {what}; give --out another directory, "
                 f"or --fresh to start over"
             )
-    if device == "cpu" and progress.threads != torch.get_num_threads():
+    alike = device == "cpu" and progress.processes == processes
+    if alike and progress.threads != torch.get_num_threads():
         raise TrainingError(
             f"{run}: was trained with {progress.threads} CPU threads, this process has "
             f"{torch.get_num_threads()}; set OMP_NUM_THREADS={progress.threads} to resume exactly, "

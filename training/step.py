@@ -6,6 +6,7 @@ Shapes: B sequences, L length, T tokens, n sampled tokens, E experts, K chosen.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +90,7 @@ def accumulate(
     inputs_BL: Tensor,
     targets_BL: Tensor,
     config: TrainConfig,
+    unfinished: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of a batch, micro-batch by micro-batch; returns the mean loss and outside share.
 
@@ -96,15 +98,17 @@ def accumulate(
         forward: inputs and targets of a micro-batch to its objective.
         inputs_BL, targets_BL: this process's part of the batch.
         config: for `micro_batch_size` and `precision`.
+        unfinished: entered around every micro-batch but the last (`SharedObjective.unfinished`).
     """
     losses, outsides = [], []
     sequences = inputs_BL.shape[0]
     for rows in _micro_batches(sequences, config.micro_batch_size):
         device, mixed = inputs_BL.device.type, config.precision == "bfloat16"
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=mixed):
-            result = forward(inputs_BL[rows], targets_BL[rows])
         share = (rows.stop - rows.start) / sequences
-        (result.total * share).backward()
+        with nullcontext() if rows.stop == sequences else unfinished():
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=mixed):
+                result = forward(inputs_BL[rows], targets_BL[rows])
+            (result.total * share).backward()
         losses.append(result.loss.detach() * share)
         if result.outside is not None:
             outsides.append(result.outside.detach() * share)

@@ -31,6 +31,7 @@ from engine.tokenizer import Tokenizer
 from training import data
 from training.activation import ffn_inputs
 from training.evaluation import top_k_of
+from training.sharding import whole
 
 # The shares of the experts whose oracle mass is recorded, whatever the run's own k.
 CONCENTRATION_SHARES: Final = (Fraction(1, 16), Fraction(1, 8), Fraction(1, 4))
@@ -180,7 +181,7 @@ def study(model: Decoder, probe_BL: Tensor, top_k: int) -> ActivationStudy:
 
 
 def _study_layer(ffn: ExpertFFN, x_TD: Tensor, top_k: int) -> LayerStudy:
-    hidden_TF = activate(x_TD @ ffn.up.T, ffn.activation).float()
+    hidden_TF = activate(x_TD @ whole(ffn.up).T, ffn.activation).float()
     mass_TE = hidden_TF.view(x_TD.shape[0], ffn.num_experts, -1).sum(-1)
     active_TF = (hidden_TF > 0).float()
     best_TE = mass_TE.sort(dim=1, descending=True).values.sum(0).cumsum(0)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -28,7 +29,8 @@ from training import data, run_state
 from training.activation import ActivationPattern, observe, similarity
 from training.config import TrainConfig
 from training.conversion import build_experts
-from training.errors import Interrupted, NonFiniteLoss
+from training.distributed import SharedObjective, Team
+from training.errors import Interrupted, NonFiniteLoss, TrainingError
 from training.evaluation import evaluate
 from training.finish import write_checkpoint
 from training.flops import FlopCounter
@@ -36,7 +38,8 @@ from training.interrupt import StopRequest
 from training.optimizer import build_optimizer, learning_rate
 from training.prepared import prepare
 from training.routers import Routers
-from training.step import accumulate, objective
+from training.sharding import plain, whole
+from training.step import accumulate
 from training.study import study
 from training.switching import Decision, Phase, SwitchController
 
@@ -83,26 +86,21 @@ class Trainer:
         fresh: bool = False,
         valid_paths: Sequence[Path] = (),
         tensorboard: bool = False,
+        team: Team | None = None,
     ) -> None:
         self.config = config
         self.run = run
-        self.monitor = monitor or SilentMonitor()
+        self.team = team or Team(device)
+        check_device(device)
+        self._check_team()
+        self.monitor = monitor if monitor and self.team.is_main else SilentMonitor()
         self.command = command
         self.fresh = fresh
         self.device = device
         self.tensorboard = tensorboard
-        check_device(device)
         self.progress: run_state.Progress | None = None
-        tokens = data.open_tokens(
-            paths,
-            valid_paths,
-            run / "tokens",
-            vocab_size=config.model.vocab_size,
-            valid_share=config.valid_share,
-            seed=config.seed,
-            report=self.monitor.message,
-            tokenizer_for=self._resumed_tokenizer,
-        )
+        with self.team.main_first("tokens"):
+            tokens = self._open_tokens(paths, valid_paths)
         self.monitor.message(
             f"tokens: {tokens.train.size:,} to train on, {tokens.valid.size:,} held out"
         )
@@ -112,10 +110,10 @@ class Trainer:
         )
         self.model = Decoder(shape)
         self.model.initialize(self._generator(0))
-        self.model.to(device)
+        self.objective = SharedObjective(self.model, config.parallel, self.team)
         self.optimizer = build_optimizer(self.model, config)
         self.controller = SwitchController(config)
-        self.routers = Routers(self.model, config.switch.router)
+        self.routers = Routers(self.model, config.switch.router, self.team.mean)
         self.counter = FlopCounter(shape, config.switch, config.sequence_length)
         self.patterns: dict[str, ActivationPattern] = {}
         self.switches: list[dict[str, Any]] = []
@@ -123,6 +121,32 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.flops = 0.0
+
+    def _check_team(self) -> None:
+        size, batch = self.team.size, self.config.batch_size
+        if batch % size:
+            self.team.refuse(
+                TrainingError(
+                    f"batch_size {batch} must be divisible by the number of processes, {size}"
+                )
+            )
+
+    def _open_tokens(self, paths: Sequence[Path], valid_paths: Sequence[Path]) -> data.TokenData:
+        """The run's tokens; after the first process the others only map what it made."""
+        made = self.run / "tokens"
+        if not self.team.is_main and not any(data.is_token_directory(path) for path in paths):
+            paths, valid_paths = [made], []
+        return data.open_tokens(
+            paths,
+            valid_paths,
+            made,
+            vocab_size=self.config.model.vocab_size,
+            valid_share=self.config.valid_share,
+            seed=self.config.seed,
+            report=self.monitor.message,
+            tokenizer_for=self._resumed_tokenizer,
+            verify=self.team.is_main,
+        )
 
     def _generator(self, stream: int) -> torch.Generator:
         """A generator for one purpose; a function of the seed alone, so resuming repeats it."""
@@ -140,10 +164,12 @@ class Trainer:
             Interrupted: if `stop` asked for it.
             StorageError: if a state or the checkpoint cannot be written.
         """
-        with run_state.exclusive(self.run):
-            run_state.sweep(self.run)
-            if self.fresh:
-                run_state.clear(self.run)
+        with run_state.exclusive(self.run) if self.team.is_main else nullcontext():
+            if self.team.is_main:
+                run_state.sweep(self.run)
+                if self.fresh:
+                    run_state.clear(self.run)
+            self.team.barrier()
             if self.progress is not None:
                 self._resume(self.progress)
             self._open_logs()
@@ -161,17 +187,22 @@ class Trainer:
             self.seconds += elapsed
             self._report_step(record, self.config.batch_tokens / elapsed)
             self.step += 1
-            if stop or self.step % save_every == 0 or self.step == self.config.steps:
+            stopping = self.team.any(bool(stop))
+            if stopping or self.step % save_every == 0 or self.step == self.config.steps:
                 self._save_state()
-            if stop and self.step < self.config.steps:
-                raise Interrupted(
-                    f"{stop.signal.name if stop.signal else 'stop'}: stopped before step "
-                    f"{self.step} of {self.config.steps} with its state saved; run the same "
-                    f"command again to go on"
+            if stopping and self.step < self.config.steps:
+                self.team.refuse(
+                    Interrupted(
+                        f"{stop.signal.name if stop.signal else 'stop'}: stopped before step "
+                        f"{self.step} of {self.config.steps} with its state saved; run the same "
+                        f"command again to go on"
+                    )
                 )
         self._validate()
 
     def _open_logs(self) -> None:
+        if not self.team.is_main:
+            return
         resumed = self.step if self.progress is not None else None
         self.logs = [run_state.RunLog(self.run, resumed)]
         run_state.write_config(self.run, self.config)
@@ -204,13 +235,24 @@ class Trainer:
         progress = None if self.fresh else run_state.load_progress(self.run)
         if progress is None:
             return None
-        run_state.check_resumable(self.run, progress, self.config.digest, fingerprint, self.device)
         self.progress = progress
+        if not self.team.is_main:  # the first process has checked, with the text's fingerprint
+            return None
+        run_state.check_resumable(
+            self.run, progress, self.config.digest, fingerprint, self.device, self.team.size
+        )
+        if progress.processes != self.team.size:
+            self.monitor.message(
+                f"saved by {progress.processes} processes, now {self.team.size}: the run goes on "
+                f"with the same loss up to rounding"
+            )
         return run_state.saved_tokenizer(self.run)
 
     def _resume(self, progress: run_state.Progress) -> None:
         self.patterns, learned = run_state.load_state(self.run, self.model, self.optimizer)
-        self.routers = Routers.restored(self.model, self.config.switch.router, learned)
+        self.routers = Routers.restored(
+            self.model, self.config.switch.router, learned, self.team.mean
+        )
         self.controller = SwitchController.from_dict(self.config, progress.controller)
         self.step, self.switches = progress.step, progress.switches
         self.seconds, self.flops = progress.seconds, progress.flops
@@ -227,6 +269,7 @@ class Trainer:
             corpus_fingerprint=self.prepared.tokens.fingerprint,
             device=self.device,
             threads=torch.get_num_threads(),
+            processes=self.team.size,
         )
         run_state.save_state(
             self.run,
@@ -237,6 +280,7 @@ class Trainer:
             self.routers.tensors(),
             progress,
             self.config.keep_states,
+            is_main=self.team.is_main,
         )
 
     def _probe_and_switch(self) -> None:
@@ -258,7 +302,7 @@ class Trainer:
 
     def _similarity(self, name: str, now: ActivationPattern) -> float | None:
         then = self.patterns.get(name)
-        return similarity(then, now) if then is not None else None
+        return self.team.agree_number(similarity(then, now)) if then is not None else None
 
     def _switch(self, decision: Decision) -> None:
         self.monitor.message(f"step {decision.step}: {decision.phase.value}, {decision.reason}")
@@ -280,6 +324,7 @@ class Trainer:
             warm_start=warm_start,
             method=self.config.switch.clustering,
             learn=self.config.switch.router == "learned",
+            agree=self.team.agree,
         )
         self.patterns = {n: p.permute(layouts) for n, p in self.patterns.items()}
         self.routers.clustered()
@@ -289,10 +334,11 @@ class Trainer:
         top_k = self.controller.step_top_k(self.step)
         self.routers.before_step()
         self.optimizer.zero_grad(set_to_none=True)
-        inputs_BL, targets_BL = self.prepared.batches.batch(self.step)
+        inputs_BL, targets_BL = self.prepared.batches.batch(
+            self.step, self.team.rank, self.team.size
+        )
         loss, outside = accumulate(
-            lambda inputs, targets: objective(
-                self.model,
+            lambda inputs, targets: self.objective(
                 inputs,
                 targets,
                 top_k,
@@ -302,7 +348,10 @@ class Trainer:
             inputs_BL.to(self.device),
             targets_BL.to(self.device),
             self.config,
+            self.objective.unfinished,
         )
+        loss = self.team.mean(loss)
+        outside = None if outside is None else self.team.mean(outside)
         norm = self._update(loss.item(), sparse=top_k is not None)
         per_token = self.counter.token(top_k, learning=self.routers.learning)
         self.flops += per_token * self.config.batch_tokens
@@ -317,12 +366,17 @@ class Trainer:
     def _update(self, loss: float, *, sparse: bool) -> float:
         """Clip and take the optimiser's step, unless a value is not finite; returns the norm."""
         clip = self.config.optimizer.grad_clip
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip).item()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        total = whole(torch.nn.utils.get_total_norm(gradients))
+        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), clip, total)
+        norm = total.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise NonFiniteLoss(
-                f"step {self.step}: loss {loss:g}, gradient norm {norm:g}; stopped before the "
-                f"optimiser step, {self.run} keeps the last good state; lower "
-                f"optimizer.learning_rate or raise optimizer.warmup_share"
+            self.team.refuse(
+                NonFiniteLoss(
+                    f"step {self.step}: loss {loss:g}, gradient norm {norm:g}; stopped before the "
+                    f"optimiser step, {self.run} keeps the last good state; lower "
+                    f"optimizer.learning_rate or raise optimizer.warmup_share"
+                )
             )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
@@ -360,6 +414,9 @@ class Trainer:
             self._cluster(warm_start=False)
         self.routers.before_step()
         path = self.run / "checkpoint"
+        model = plain(self.model)
+        if not self.team.is_main:
+            return path
         tokens = self.config.steps * self.config.batch_tokens
         history = {
             "command": self.command,
@@ -368,10 +425,11 @@ class Trainer:
             "flops": {"training": self.flops, "dense": self.counter.plain_token * tokens},
             "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
+            "processes": self.team.size,
         }
         write_checkpoint(
             path,
-            self.model,
+            model,
             self.config,
             self.prepared,
             history,
