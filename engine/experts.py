@@ -329,4 +329,8 @@ class ExpertFFN(nn.Module):
         if oracle:
             mass_TE = true_mass(x_TD, self.up, self.num_experts, self.activation)
             return mass_TE.detach().float().clamp_min(1e-30).log()
-        return x_TD.detach().float() @ self.router.T
+        x_TD = x_TD.detach().float()
+        if torch.is_autocast_enabled(x_TD.device.type):  # near ties must fall as in evaluation
+            with torch.autocast(x_TD.device.type, enabled=False):
+                return x_TD @ self.router.T
+        return x_TD @ self.router.T
