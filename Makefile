@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-gpu check format bench train-starter clean
+.PHONY: help install serve test test-gpu check format bench bench-ssd train-starter clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -38,8 +38,12 @@ format: install  ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install  ## Time the feed-forward layer, sparse against dense, on this CPU
+bench: install  ## Time the feed-forward layer and training steps, sparse against dense, on this CPU
 	$(BIN)/ambidex bench ffn
+	$(BIN)/ambidex bench train
+
+bench-ssd: install  ## Train gpt-5m dense, SSD and static on DATA and compare (an hour on 2 cores)
+	$(BIN)/python -m benchmarks.ssd_vs_dense $(addprefix --data ,$(DATA)) $(addprefix --valid ,$(VALID))
 
 train-starter: install  ## Train the packaged model anew (37 minutes on 2 cores) and install it
 	$(BIN)/ambidex train --preset starter
