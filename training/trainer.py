@@ -99,7 +99,7 @@ class Trainer:
         self.device = device
         self.tensorboard = tensorboard
         self.progress: run_state.Progress | None = None
-        with self.team.main_first("tokens"):
+        with self.team.main_first(f"tokens of {run}"):
             tokens = self._open_tokens(paths, valid_paths)
         self.monitor.message(
             f"tokens: {tokens.train.size:,} to train on, {tokens.valid.size:,} held out"
@@ -173,7 +173,7 @@ class Trainer:
             if self.progress is not None:
                 self._resume(self.progress)
             self._open_logs()
-            self._train(stop or StopRequest())
+            self._train(StopRequest() if stop is None else stop)
             return self._finish()
 
     def _train(self, stop: StopRequest) -> None:
