@@ -408,8 +408,8 @@ class Trainer:
             self._cluster(warm_start=False)
         self.routers.before_step()
         path = self.run / "checkpoint"
-        model = plain(self.model)
-        if not self.team.is_main:
+        model = plain(self.model, keep=self.team.is_main)
+        if model is None:
             return path
         tokens = self.config.steps * self.config.batch_tokens
         history = {
