@@ -139,7 +139,7 @@ class Team:
 
     @contextmanager
     def main_first(self, what: str, timeout: timedelta = PREPARE) -> Iterator[None]:
-        """The first process runs the block, then the others do; `what` is used once in a run.
+        """The first process runs the block, then the others do; `what` is used once.
 
         If it fails, the others end. They wait on the store, which needs no collective's timeout.
         """

@@ -41,7 +41,7 @@ from engine.tokenizer import Tokenizer
 from training.activation import ActivationPattern
 from training.config import TrainConfig
 from training.errors import TrainingError, writing
-from training.sharding import is_sharded, sharded_like, whole
+from training.sharding import gathered, sharded_like
 
 _STATE: Final = re.compile(r"state-\d{9,}")
 _UNFINISHED: Final = re.compile(r"\.state-\d{9,}\.\d+\.(tmp|old)")
@@ -97,7 +97,7 @@ def save_state(
     Raises:
         StorageError: if it cannot be written, on a full disk for example; says what is intact.
     """
-    tensors = _gathered(_weights_and_moments(model, optimizer), keep=is_main)
+    tensors = gathered(_weights_and_moments(model, optimizer), keep=is_main)
     if not is_main:
         return
     for name, pattern in patterns.items():
@@ -123,16 +123,6 @@ def _weights_and_moments(
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
             yield f"optimizer.{name}.{key}", value
-
-
-def _gathered(tensors: Iterator[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
-    """The tensors, whole; those that were sharded are on the CPU, one at a time on the device."""
-    found = {}
-    for name, tensor in tensors:
-        value = whole(tensor).cpu() if is_sharded(tensor) else tensor
-        if keep:
-            found[name] = value
-    return found
 
 
 def _intact(run: Path) -> str:

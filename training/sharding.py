@@ -9,6 +9,8 @@ them by themselves; whatever else looks at weights goes through `whole`, and cha
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -61,13 +63,33 @@ def any_of_sharers(flags: Tensor, tensor: Tensor) -> Tensor:
     return flags
 
 
-def plain(model: Decoder) -> Decoder:
-    """`model` itself, or a copy with whole weights if they are sharded. Collective."""
+def gathered(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
+    """Named tensors, whole, on the processes that `keep` them; the others hold one at a time.
+
+    Collective. Plain tensors stay where they are; those that were sharded come to the CPU, so that
+    no device has to hold all of them.
+    """
+    found = {}
+    for name, tensor in tensors:
+        value = whole(tensor).cpu() if is_sharded(tensor) else tensor
+        if keep:
+            found[name] = value
+    return found
+
+
+def plain(model: Decoder, *, keep: bool) -> Decoder | None:
+    """`model` itself, or a copy with whole weights if they are sharded; None unless `keep`.
+
+    Collective. The copy is on the model's device.
+    """
     if not any(is_sharded(parameter) for parameter in model.parameters()):
-        return model
+        return model if keep else None
+    weights = gathered(model.state_dict().items(), keep=keep)
+    if not keep:
+        return None
     with torch.device("meta"):
         copy = Decoder(model.config)
-    weights = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.to(model.cos.device) for name, tensor in weights.items()}
     copy.load_state_dict(weights, assign=True)
     copy.materialize_tables(model.cos.device)
     return copy

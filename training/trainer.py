@@ -99,7 +99,7 @@ class Trainer:
         self.device = device
         self.tensorboard = tensorboard
         self.progress: run_state.Progress | None = None
-        with self.team.main_first("tokens"):
+        with self.team.main_first(f"tokens of {run}"):
             tokens = self._open_tokens(paths, valid_paths)
         self.monitor.message(
             f"tokens: {tokens.train.size:,} to train on, {tokens.valid.size:,} held out"
@@ -414,8 +414,8 @@ class Trainer:
             self._cluster(warm_start=False)
         self.routers.before_step()
         path = self.run / "checkpoint"
-        model = plain(self.model)
-        if not self.team.is_main:
+        model = plain(self.model, keep=self.team.is_main)
+        if model is None:
             return path
         tokens = self.config.steps * self.config.batch_tokens
         history = {
