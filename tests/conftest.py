@@ -9,6 +9,11 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch  # after the setting above
+from hypothesis import settings
+
+# How long an example takes says something about the machine, not about the code.
+settings.register_profile("ambidex", deadline=None)
+settings.load_profile("ambidex")
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -60,7 +60,7 @@ def new_cache(blocks: int, block_size: int, kv_heads: int = KV_HEADS) -> KVCache
     return cache
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(1, 5),
     st.lists(st.integers(1, 17), min_size=1, max_size=4),

@@ -119,9 +119,7 @@ def test_equals_the_naive_generate(
     assert (preempted > 0) == (blocks == 15)
 
 
-@settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
         st.tuples(
@@ -222,7 +220,7 @@ def reference_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     return text, False
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(st.text("ab", max_size=4), max_size=8),
     st.lists(st.text("ab", min_size=1, max_size=5), max_size=3),

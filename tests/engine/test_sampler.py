@@ -96,7 +96,7 @@ FILTERS = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(FILTERS, min_size=1, max_size=5), st.integers(0, 1000))
 def test_filters_keep_what_the_reference_keeps(params: list[SamplingParams], seed: int) -> None:
     logits_BV = random_logits(len(params), seed)
@@ -110,7 +110,7 @@ def test_filters_keep_what_the_reference_keeps(params: list[SamplingParams], see
         assert float(difference.max() - difference.min()) < 1e-4
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(FILTERS, min_size=2, max_size=6))
 def test_filters_of_one_row_do_not_touch_another(params: list[SamplingParams]) -> None:
     logits_BV = random_logits(len(params))
@@ -143,7 +143,7 @@ def test_tiny_temperatures_are_greedy_not_nan(temperature: float) -> None:
     assert draw(filtered, [0.999]).tolist() == logits.argmax(-1).tolist()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=8), st.integers(0, 1000))
 def test_draw_inverts_the_cumulative_distribution(numbers: list[float], seed: int) -> None:
     logits_BV = random_logits(len(numbers), seed)
@@ -174,7 +174,7 @@ def test_uniform_is_uniform_and_fixed() -> None:
     assert uniform((1 << 63) - 1, 7) == 0.6488729395303772
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=10),
     st.lists(st.integers(0, VOCABULARY - 1), max_size=10),

@@ -196,7 +196,7 @@ arrivals = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(arrivals, st.integers(9, 24), st.integers(1, 6), st.integers(0, 20), st.integers(1, 5))
 def test_any_traffic_ends(
     traffic: list[Arrival], blocks: int, seats: int, spare: int, block_size: int
@@ -229,7 +229,7 @@ def test_any_traffic_ends(
     assert line.allocator.num_used == 0
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 20), min_size=2, max_size=8), st.integers(9, 14))
 def test_first_come_first_served(prompts: list[int], blocks: int) -> None:
     """With outputs of equal length, first tokens come in order of arrival."""

@@ -51,7 +51,7 @@ def best_chain_gain(similarity_FE: Tensor, labels_F: Tensor) -> float:
     return float(gain_EE.diagonal().max())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 8), st.integers(1, 9), st.integers(0, 1000), st.booleans())
 def test_equal_counts_and_no_exchange_that_gains(
     clusters: int, size: int, seed: int, coarse: bool
