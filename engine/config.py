@@ -17,7 +17,7 @@ from engine.request import ExpertPolicy
 MODEL_TYPE: Final = "ambidex"
 DTYPES: Final = ("float32", "bfloat16", "float16")
 ACTIVATIONS: Final = ("relu", "relu2")
-MAX_EXPERTS: Final = 256  # the routing kernel ranks a token's experts in registers
+MAX_EXPERTS: Final = 512  # the routing kernel ranks a token's experts in registers
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:

@@ -41,8 +41,9 @@ _FIRST_RECIPE: Final = SwitchConfig(
     penalty_tokens=0.25,
 )
 
-# 256 experts: sparse steps at a quarter and an eighth of them, then at an eighth and a sixteenth.
-_LARGE: Final = SwitchConfig(top_k=(64, 32), mixed_top_k=(16, 32))
+# Sparse steps at a quarter and an eighth of the experts, then at an eighth and a sixteenth.
+_OF_512: Final = SwitchConfig(top_k=(128, 64), mixed_top_k=(32, 64))
+_OF_256: Final = SwitchConfig(top_k=(64, 32), mixed_top_k=(16, 32))
 
 PRESETS: Final[dict[str, TrainConfig]] = {
     # The packaged model: 37 minutes on two CPU cores, 8 MB in bfloat16.
@@ -80,9 +81,9 @@ PRESETS: Final[dict[str, TrainConfig]] = {
             num_hidden_layers=4,
             num_attention_heads=2,
             num_key_value_heads=1,
-            num_experts=256,
+            num_experts=512,
         ),
-        switch=_LARGE,
+        switch=_OF_512,
     ),
     # One GPU: 49 M parameters, 105 M tokens.
     "gpt-50m": TrainConfig(
@@ -101,7 +102,7 @@ PRESETS: Final[dict[str, TrainConfig]] = {
             num_experts=256,
         ),
         optimizer=OptimizerConfig(learning_rate=1.5e-3),
-        switch=_LARGE,
+        switch=_OF_256,
     ),
     # One GPU or several: 123 M parameters, 1 G tokens.
     "gpt-124m": TrainConfig(
@@ -121,7 +122,7 @@ PRESETS: Final[dict[str, TrainConfig]] = {
             num_experts=256,
         ),
         optimizer=OptimizerConfig(learning_rate=1e-3),
-        switch=_LARGE,
+        switch=_OF_256,
     ),
 }
 

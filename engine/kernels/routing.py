@@ -34,7 +34,7 @@ from engine.kernels._triton import cdiv, jit, next_power_of_2, tl
 PIECE_D = 256
 
 # One program holds all scores of a token.
-MAX_EXPERTS = 256
+MAX_EXPERTS = 512
 
 # Tokens that one step of the pair sort takes.
 SORT_TOKENS = 1024

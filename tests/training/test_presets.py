@@ -118,7 +118,7 @@ BAD_FILES = {
     "k": (b"[switch]\ntop_k = [64]", "switch.top_k and switch.mixed_top_k must be between 1 and"),
     "heads": (b"[model]\nnum_attention_heads = 3", "must be an even multiple of num_attention"),
     "vocabulary": (b"[model]\nvocab_size = 1", "vocab_size must be between 2 and"),
-    "many_experts": (b"[model]\nnum_experts = 512", "num_experts must be between"),
+    "many_experts": (b"[model]\nnum_experts = 1024", "num_experts must be between"),
 }
 
 

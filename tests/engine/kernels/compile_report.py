@@ -62,10 +62,10 @@ def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
         ("count", routing._count_kernel, sort, "i32"),
         ("fill", routing._fill_kernel, {**sort, "BLOCK_E": E}, "i32"),
         ("choose", routing._choose_kernel, routing.choose_blocks(E, N, K), "fp32"),
-        ("choose 256", routing._choose_kernel, routing.choose_blocks(256, N, 16), "fp32"),
+        ("choose 512", routing._choose_kernel, routing.choose_blocks(512, N, 16), "fp32"),
         ("tiles", grouped_pairs._tiles_kernel, grouped_pairs.tiles_blocks(E), "i32"),
     ]
-    for experts in (E, 64, 256):
+    for experts in (E, 64, 512):
         blocks = top_k.top_k_blocks(experts)
         found += [
             (f"pick {experts}", top_k._pick_kernel, blocks, "fp32"),
