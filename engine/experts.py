@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from engine.config import ModelConfig
 from engine.errors import require
-from engine.kernels import cpu_ffn, expert_ffn, grouped_ffn, grouped_training, routing
+from engine.kernels import expert_ffn, grouped_ffn, grouped_training, native, routing
 from engine.kernels.sliced_ffn import sparse_ffn
 from engine.request import ExpertPolicy
 
@@ -196,17 +196,16 @@ class Trace:
         if self.keep_inputs:
             self.inputs.append(x_TD)
 
-    @property
-    def counts(self) -> list[Tensor]:
-        """Per layer, the number of experts of each token, [T]."""
-        everything = torch.full((self._num_tokens,), self._num_experts)
-        return [everything if c is None else c.sum(1) for c in self.chosen]
-
-    @property
-    def union(self) -> list[Tensor]:
-        """Per layer, the number of distinct experts that any token chose, 0-dim."""
-        everything = torch.tensor(self._num_experts)
-        return [everything if c is None else c.any(0).sum() for c in self.chosen]
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """Experts of each token, [L, T], and distinct experts of all tokens, [L], by layer."""
+        layers = len(self.chosen)
+        chosen = [c for c in self.chosen if c is not None]
+        if not chosen:
+            everything = torch.full((layers, self._num_tokens + 1), self._num_experts)
+            return everything[:, 1:], everything[:, 0]
+        assert len(chosen) == layers, "a batch is dense in all layers or in none"
+        chosen_LTE = torch.stack(chosen)
+        return chosen_LTE.sum(2), chosen_LTE.any(1).sum(1)
 
 
 class ExpertFFN(nn.Module):
@@ -228,24 +227,25 @@ class ExpertFFN(nn.Module):
         self.down = nn.Parameter(torch.empty(shape))
         router_shape = (self.num_experts, config.hidden_size)
         self.register_buffer("router", torch.zeros(router_shape, dtype=torch.float32))
-        self._packed: cpu_ffn.PackedExpertFFN | None = None
+        self._packed: native.PackedExpertFFN | None = None
         self._use_kernels = False
 
     def prepare(self) -> None:
-        """Switch to the inference paths; the parameters must not change afterwards."""
+        """Switch to the inference paths; on the CPU the packed form replaces `up`."""
         if self.up.is_cuda:
             self._use_kernels = True
-        else:
-            self._packed = cpu_ffn.PackedExpertFFN(
-                self.up.detach(), self.down.detach(), self.num_experts, self.activation
+        elif self._packed is None:
+            self._packed = native.PackedExpertFFN(
+                self.up, self.down, self.num_experts, self.activation
             )
+            self.up = nn.Parameter(self.up.new_empty(0), requires_grad=False)
 
     def forward(self, x_TD: Tensor, policy: PolicyBatch, trace: Trace | None = None) -> Tensor:
         """[T, D] -> [T, D], each token by its own policy; records the choice in `trace`."""
         if policy.all_dense:
             chosen_TE = None
             y_TD = self.dense(x_TD, trace)
-        elif policy.sparse_rows is None:
+        elif policy.sparse_rows is None or self._packed is not None:  # which takes any mixture
             y_TD, chosen_TE = self.sparse(x_TD, policy.k_T, policy.mass_T, policy)
         else:
             y_TD, chosen_TE = self._mixed(x_TD, policy)
@@ -275,7 +275,7 @@ class ExpertFFN(nn.Module):
     def dense(self, x_TD: Tensor, trace: Trace | None = None) -> Tensor:
         """Every neuron: act(x @ up.T) @ down; leaves the experts' mass in `trace` if wanted."""
         if self._packed is not None:
-            return self._packed.dense(x_TD)
+            return self._packed(x_TD, native.every_pair(x_TD.shape[0], self.num_experts))
         hidden_TF = activate(x_TD @ self.up.T, self.activation)
         if trace is not None and trace.mass_every:
             sampled_nF = hidden_TF[:: trace.mass_every]
@@ -288,6 +288,9 @@ class ExpertFFN(nn.Module):
         """The chosen experts only; returns (y [T, D], chosen [T, E])."""
         if self._use_kernels:
             return self._sparse_kernels(x_TD, k_T, mass_T, policy)
+        if self._packed is not None and not policy.oracle:
+            chosen_TE = native.choose(x_TD, self.router, k_T, mass_T)
+            return self._packed(x_TD, native.sort_pairs(chosen_TE)), chosen_TE
         scores_TE = self.scores(x_TD, oracle=policy.oracle)
         if policy.same_k is not None and self._trains_with_kernels(x_TD):
             routed = grouped_training.route_top_k(scores_TE, policy.same_k)
@@ -296,12 +299,10 @@ class ExpertFFN(nn.Module):
         if policy.same_k is not None:  # the usual case, in a quarter of the operators
             best_TK = scores_TE.topk(policy.same_k, sorted=False).indices
             chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, best_TK, True)
-            if self._packed is not None and x_TD.shape[0] == 1:
-                return self._packed.sparse_one(x_TD, best_TK[0]), chosen_TE
         else:
             chosen_TE = routing.choose_reference(scores_TE, k_T, mass_T)
         if self._packed is not None:
-            return self._packed.sparse(x_TD, chosen_TE), chosen_TE
+            return self._packed(x_TD, native.sort_pairs(chosen_TE)), chosen_TE
         return sparse_ffn(x_TD, self.up, self.down, chosen_TE, self.activation), chosen_TE
 
     def _trains_with_kernels(self, x_TD: Tensor) -> bool:
@@ -327,7 +328,8 @@ class ExpertFFN(nn.Module):
     def scores(self, x_TD: Tensor, *, oracle: bool = False) -> Tensor:
         """Scores [T, E] whose softmax is the (predicted or true) share of activation mass."""
         if oracle:
-            mass_TE = true_mass(x_TD, self.up, self.num_experts, self.activation)
+            up_FD = self.up if self._packed is None else self._packed.up_FD()
+            mass_TE = true_mass(x_TD, up_FD, self.num_experts, self.activation)
             return mass_TE.detach().float().clamp_min(1e-30).log()
         x_TD = x_TD.detach().float()
         if torch.is_autocast_enabled(x_TD.device.type):  # near ties must fall as in evaluation

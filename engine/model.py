@@ -19,8 +19,13 @@ from torch import Tensor, nn
 from engine.attention import Attend, causal_attend, rope_table, rotate
 from engine.config import ModelConfig
 from engine.experts import ExpertFFN, PolicyBatch, Trace
-from engine.kernels.cpu_linear import PackedLinear
+from engine.kernels import native
 from engine.request import ExpertPolicy
+
+
+def _released(weight: Tensor) -> nn.Parameter:
+    """An empty parameter in place of one that has been packed: type and device stay known."""
+    return nn.Parameter(weight.new_empty(0), requires_grad=False)
 
 
 class Linear(nn.Linear):
@@ -28,14 +33,39 @@ class Linear(nn.Linear):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
-        self._packed: PackedLinear | None = None
+        self._packed: native.PackedLinear | None = None
 
     def prepare(self) -> None:
-        if not self.weight.is_cuda:
-            self._packed = PackedLinear(self.weight.detach())
+        if self._packed is None:
+            self._packed = native.PackedLinear(self.weight)
+            self.weight = _released(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._packed(x) if self._packed is not None else super().forward(x)
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm that `prepare` hands to the CPU's kernels."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.hidden_size, config.rms_norm_eps)
+        self._epsilon = config.rms_norm_eps
+        self._prepared = False
+
+    def prepare(self) -> None:
+        self._prepared = True
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        if self._prepared:
+            return native.rms_norm(x_TD, None, self.weight, self._epsilon)
+        return super().forward(x_TD)
+
+    def add(self, x_TD: Tensor, delta_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """x + delta, and its norm. A prepared norm adds in place."""
+        if self._prepared:
+            return x_TD, native.rms_norm(x_TD, delta_TD, self.weight, self._epsilon)
+        x_TD = x_TD + delta_TD
+        return x_TD, self(x_TD)
 
 
 class Attention(nn.Module):
@@ -49,11 +79,16 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.qkv = Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim)
         self.out = Linear(config.hidden_size, config.hidden_size)
+        self._prepared = False
+
+    def prepare(self) -> None:
+        self._prepared = True
 
     def forward(self, x_TD: Tensor, cos_Td: Tensor, sin_Td: Tensor, attend: Attend) -> Tensor:
         heads = self.qkv(x_TD).view(x_TD.shape[0], -1, self.head_dim)
-        q_THd, k_TGd, v_TGd = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        q_THd, k_TGd = rotate(q_THd, cos_Td, sin_Td), rotate(k_TGd, cos_Td, sin_Td)
+        qk_THd, v_TGd = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+        turn = native.rotate_ if self._prepared else rotate
+        q_THd, k_TGd = turn(qk_THd, cos_Td, sin_Td).split([self.heads, self.kv_heads], dim=1)
         out: Tensor = self.out(attend(self.layer, q_THd, k_TGd, v_TGd).reshape(x_TD.shape))
         return out
 
@@ -63,9 +98,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention_norm = RMSNorm(config)
         self.attention = Attention(config, layer)
-        self.ffn_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ffn_norm = RMSNorm(config)
         self.ffn = ExpertFFN(config)
 
     def forward(
@@ -77,8 +112,9 @@ class Layer(nn.Module):
         policy: PolicyBatch,
         trace: Trace | None,
     ) -> Tensor:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), cos_Td, sin_Td, attend)
-        ffn_TD: Tensor = self.ffn(self.ffn_norm(x_TD), policy, trace)
+        attended_TD = self.attention(self.attention_norm(x_TD), cos_Td, sin_Td, attend)
+        x_TD, normed_TD = self.ffn_norm.add(x_TD, attended_TD)
+        ffn_TD: Tensor = self.ffn(normed_TD, policy, trace)
         return x_TD + ffn_TD
 
 
@@ -93,8 +129,8 @@ class Decoder(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self._packed_head: PackedLinear | None = None
+        self.norm = RMSNorm(config)
+        self._packed_embedding: native.PackedLinear | None = None
         self.materialize_tables(self.embedding.weight.device)
 
     def materialize_tables(self, device: torch.device | str) -> None:
@@ -121,12 +157,28 @@ class Decoder(nn.Module):
         return [layer.ffn for layer in self.layers if isinstance(layer, Layer)]
 
     def prepare(self) -> None:
-        """Switch every matrix to its inference form; parameters must not change afterwards."""
-        for module in self.modules():
-            if isinstance(module, Linear | ExpertFFN):
-                module.prepare()
-        if not self.embedding.weight.is_cuda:
-            self._packed_head = PackedLinear(self.embedding.weight.detach())
+        """Switch to the inference form: packed weights on the CPU, Triton kernels on CUDA.
+
+        On the CPU the packed weights replace the parameters, which are released: the model can
+        neither be trained nor saved afterwards. Where the kernels do not support its type or shape,
+        it stays as it is and runs on torch's operators. Preparing again changes nothing.
+        """
+        if self.embedding.weight.is_cuda:
+            for ffn in self.ffns():
+                ffn.prepare()
+        elif self.runs_natively and self._packed_embedding is None:
+            self._packed_embedding = native.PackedLinear(self.embedding.weight)
+            self.embedding.weight = _released(self.embedding.weight)
+            for module in self.modules():
+                if isinstance(module, Linear | RMSNorm | Attention | ExpertFFN):
+                    module.prepare()
+
+    @property
+    def runs_natively(self) -> bool:
+        """Whether the CPU's kernels support this model, here."""
+        weight, config = self.embedding.weight, self.config
+        supported = native.supports(weight.dtype, config.hidden_size, config.head_dim)
+        return weight.device.type == "cpu" and supported
 
     def forward(
         self,
@@ -138,15 +190,16 @@ class Decoder(nn.Module):
         rows: Tensor | None = None,
     ) -> Tensor:
         """Logits [T, V] in float32, or [len(rows), V] of the given rows of the batch alone."""
-        x_TD = self.embedding(ids_T)
+        packed = self._packed_embedding
+        x_TD = self.embedding(ids_T) if packed is None else packed.rows(ids_T)
         cos_Td, sin_Td = self.cos[positions_T], self.sin[positions_T]
         for layer in self.layers:
             x_TD = layer(x_TD, cos_Td, sin_Td, attend, policy, trace)
         if rows is not None:
             x_TD = x_TD[rows]
         x_TD = self.norm(x_TD)
-        head = self._packed_head  # the embedding's transpose, tied
-        logits_TV = head(x_TD) if head is not None else F.linear(x_TD, self.embedding.weight)
+        # The head is the embedding's transpose.
+        logits_TV = F.linear(x_TD, self.embedding.weight) if packed is None else packed(x_TD)
         return logits_TV.float()
 
     def logits(self, ids_BL: Tensor, policy: ExpertPolicy, trace: Trace | None = None) -> Tensor:

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.attention import KVCache, PagedAttend, SequenceSpan
+from engine.attention import Attend, KVCache, PagedAttend, SequenceSpan
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import ConfigError
 from engine.experts import PolicyBatch, Trace
+from engine.kernels import native
+from engine.native_attention import NativeAttend
 from engine.model import Decoder
 from engine.request import Request
 from engine.sampler import token_logprobs
@@ -94,17 +96,21 @@ class Runner:
         self.num_experts = model.config.experts.num_experts
         weight = model.embedding.weight
         self.device = weight.device
-        shape = model.config
-        self.cache = KVCache(
-            shape.num_hidden_layers,
-            num_blocks,
-            config.block_size,
-            shape.num_key_value_heads,
-            shape.head_dim,
-            weight.dtype,
-            self.device,
-        )
+        self.block_size = config.block_size
+        self.cache = self._make_cache(num_blocks)
         model.prepare()
+
+    def _make_cache(self, num_blocks: int) -> KVCache | native.PagedCache:
+        shape, size, dtype = self.model.config, self.block_size, self.model.embedding.weight.dtype
+        layers, heads, dim = shape.num_hidden_layers, shape.num_key_value_heads, shape.head_dim
+        if self.model.runs_natively and size % native.KV_BLOCK == 0:
+            return native.PagedCache(layers, num_blocks * size, heads, dim, dtype)
+        return KVCache(layers, num_blocks, size, heads, dim, dtype, self.device)
+
+    def _attend(self, spans: list[SequenceSpan]) -> Attend:
+        if isinstance(self.cache, native.PagedCache):
+            return NativeAttend(self.cache, self.block_size, spans)
+        return PagedAttend(self.cache, spans)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> StepResult:
@@ -115,7 +121,7 @@ class Runner:
         logits = self.model(
             self._tensor([i for r, n in plan for i in _tokens(r, n)]),
             self._tensor([i for s in spans for i in range(s.context - s.length, s.context)]),
-            PagedAttend(self.cache, spans),
+            self._attend(spans),
             PolicyBatch.build([(r.policy, n) for r, n in plan], self.num_experts, self.device),
             trace,
             self._tensor(ready_rows + [row for rows in prompt_rows for row in rows]),
@@ -183,9 +189,9 @@ def _count_experts(
     trace: Trace, spans: Sequence[SequenceSpan], ready_rows: Sequence[int]
 ) -> tuple[list[int], list[int], list[int], list[int]]:
     """(last_activated, activated, layer_activated, layer_loaded) of a `StepResult`."""
-    counts_LT = torch.stack(trace.counts)
+    counts_LT, union_L = trace.counts()
     # One transfer: the totals of the tokens, of the layers, and the layers' unions.
-    numbers = torch.cat([counts_LT.sum(0), counts_LT.sum(1), torch.stack(trace.union)]).tolist()
+    numbers = torch.cat([counts_LT.sum(0), counts_LT.sum(1), union_L]).tolist()
     layers, tokens = counts_LT.shape
     per_token = numbers[:tokens]
     activated = [sum(per_token[s.start : s.start + s.length]) for s in spans]

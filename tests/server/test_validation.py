@@ -80,7 +80,7 @@ def refused(response: Any, status: int = 422, error_type: str = "validation") ->
         ({"experts": {"oracle": 4}}, "parameters.experts must be"),
         ({"experts": {}}, "parameters.experts must be"),
         ({"experts": {"top_k": 4, "mass": 0.5}}, "parameters.experts must be"),
-        ({"experts": {"top_k": 0}}, "experts.top_k must be between 1 and 256, got 0"),
+        ({"experts": {"top_k": 0}}, "experts.top_k must be between 1 and 512, got 0"),
         ({"experts": {"top_k": 9}}, "experts.top_k must be between 1 and 8, got 9"),
         ({"experts": "top_k:9"}, "experts.top_k must be between 1 and 8, got 9"),
         ({"experts": {"top_k": True}}, "parameters.experts must be"),

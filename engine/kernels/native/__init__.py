@@ -1,0 +1,343 @@
+"""The CPU's own kernels: products with packed weights, chosen experts, paged attention.
+
+torch's operators read a weight at half the memory's bandwidth when tokens are few, and cost tens of
+microseconds each. These are C, compiled on first use (build.py), and called with pointers. Each
+function here states its contract; `*_reference` is the same in torch, obviously right and slow.
+
+A token's result does not depend on the batch: every sum is taken in an order that the token's own
+data decide, whatever the company, the number of threads or the path (few tokens, many).
+
+Shapes: T tokens, D model, F neurons, E experts, S neurons per expert, P token-expert pairs,
+U experts in use, N outputs, K inputs, H query heads, G key-value heads, d head dimension,
+B sequences, L layers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.kernels.native.build import library
+
+DTYPES: Final = (torch.float32, torch.bfloat16)
+KV_BLOCK: Final = 16  # tokens of one block of keys and values
+_ACTIVATIONS: Final = {"relu": 1, "relu2": 2}
+_INT, _LONG, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+_local = threading.local()
+
+
+def available() -> bool:
+    """Whether the kernels could be compiled here."""
+    return library() is not None
+
+
+def supports(dtype: torch.dtype, hidden_size: int, head_dim: int) -> bool:
+    """Whether a model of this type and shape runs on them: full vectors in every row."""
+    return available() and dtype in DTYPES and hidden_size % 32 == 0 and head_dim % 32 == 0
+
+
+def _call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
+    lib = library()
+    assert lib is not None
+    assert dtype in DTYPES
+    function = getattr(lib, f"{name}_{'half' if dtype == torch.bfloat16 else 'float'}")
+    function(*arguments, _INT(torch.get_num_threads()))
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return _POINTER(tensor.data_ptr())
+
+
+def _scratch(name: str, elements: int, dtype: torch.dtype) -> Tensor:
+    """Working memory of this thread, overwritten by the next call that asks for this name."""
+    held: dict[tuple[str, torch.dtype], Tensor] = _local.__dict__.setdefault("held", {})
+    found = held.get((name, dtype))
+    if found is None or found.numel() < elements:
+        with torch.inference_mode(False):
+            found = held[name, dtype] = torch.empty(elements, dtype=dtype)
+    return found
+
+
+# --- linear layers -------------------------------------------------------------------------------
+
+
+def panel_width(outputs: int) -> int:
+    """Columns of a panel: as many as fill registers, as few as pad little."""
+    return 64 if outputs % 64 == 0 else 32 if outputs % 32 == 0 or outputs > 64 else 16
+
+
+def pack(weight_NK: Tensor, width: int) -> Tensor:
+    """[N, K] -> panels of `width` outputs, input by input; in bfloat16, pairs of inputs.
+
+    Returns [panels, K, width] in float32, [panels, K / 2, width, 2] in bfloat16; the last panel is
+    padded with zeros.
+    """
+    N, K = weight_NK.shape
+    panels = -(-N // width)
+    padded = F.pad(weight_NK, (0, 0, 0, panels * width - N)) if N % width else weight_NK
+    if weight_NK.dtype == torch.bfloat16:
+        return padded.view(panels, width, K // 2, 2).permute(0, 2, 1, 3).contiguous()
+    return padded.view(panels, width, K).transpose(1, 2).contiguous()
+
+
+def unpack(packed: Tensor, outputs: int) -> Tensor:
+    """The inverse of `pack`: [N, K]."""
+    if packed.dtype == torch.bfloat16:
+        rows = packed.permute(0, 2, 1, 3).reshape(packed.shape[0] * packed.shape[2], -1)
+    else:
+        rows = packed.transpose(1, 2).reshape(packed.shape[0] * packed.shape[2], -1)
+    return rows[:outputs]
+
+
+class PackedLinear:
+    """``y = x @ weight.T`` from one packed copy of the weight; the caller may free its own.
+
+    Args:
+        weight_NK: [N, K], float32 or bfloat16, K even.
+    """
+
+    def __init__(self, weight_NK: Tensor) -> None:
+        self.outputs, self.inputs = weight_NK.shape
+        self.dtype = weight_NK.dtype
+        self.width = panel_width(self.outputs)
+        self.packed = pack(weight_NK.detach(), self.width)
+
+    def __call__(self, x_TK: Tensor) -> Tensor:
+        """[T, K] -> [T, N], both in the weight's type."""
+        x_TK = x_TK.contiguous()
+        T = x_TK.shape[0]
+        y_TN = torch.empty(T, self.outputs, dtype=self.dtype)
+        _call(
+            "linear", self.dtype, _pointer(x_TK), _pointer(self.packed), _pointer(y_TN),
+            _LONG(T), _LONG(self.outputs), _LONG(self.inputs), _INT(self._vectors()),
+        )  # fmt: skip
+        return y_TN
+
+    def _vectors(self) -> int:
+        return self.width // lanes()
+
+    def rows(self, ids_T: Tensor) -> Tensor:
+        """Rows of the weight, [T, K]: an embedding and an output layer can share one copy."""
+        panel_T, column_T = ids_T // self.width, ids_T % self.width
+        if self.dtype == torch.bfloat16:
+            return self.packed[panel_T, :, column_T].flatten(1)
+        return self.packed[panel_T, :, column_T]
+
+
+def lanes() -> int:
+    """float32 numbers of one vector of this processor."""
+    lib = library()
+    assert lib is not None
+    return int(lib.lanes())
+
+
+# --- experts -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Token-expert pairs, sorted by expert and then by token.
+
+    Attributes:
+        used: U.
+        expert_U: int32 [>= U], the experts in use, ascending.
+        offsets: int32 [>= U + 1]; the tokens of the u-th are token_P[offsets[u] : offsets[u + 1]].
+        token_P: int32 [>= P].
+    """
+
+    used: int
+    expert_U: Tensor
+    offsets: Tensor
+    token_P: Tensor
+
+    @property
+    def count(self) -> int:
+        return int(self.offsets[self.used])
+
+
+def choose(x_TD: Tensor, router_ED: Tensor, k_T: Tensor, mass_T: Tensor) -> Tensor:
+    """The experts of every token by the rule of `routing.choose_reference`, bool [T, E].
+
+    Args:
+        x_TD: [T, D], float32 or bfloat16.
+        router_ED: [E, D], float32.
+        k_T, mass_T: int32 and float32 [T].
+    """
+    x_TD = x_TD.contiguous()
+    (T, D), E = x_TD.shape, router_ED.shape[0]
+    chosen_TE = torch.empty(T, E, dtype=torch.bool)
+    _call(
+        "choose", x_TD.dtype, _pointer(x_TD), _pointer(router_ED), _pointer(k_T), _pointer(mass_T),
+        _pointer(chosen_TE), _LONG(T), _LONG(E), _LONG(D),
+    )  # fmt: skip
+    return chosen_TE
+
+
+def sort_pairs(chosen_TE: Tensor) -> Pairs:
+    """The pairs of a choice, bool [T, E]."""
+    lib = library()
+    assert lib is not None
+    chosen_TE = chosen_TE.contiguous()
+    T, E = chosen_TE.shape
+    numbers = torch.empty(2 * E + 1 + T * E, dtype=torch.int32)
+    expert, offsets, token = numbers[:E], numbers[E : 2 * E + 1], numbers[2 * E + 1 :]
+    used = lib.sort_pairs(*map(_pointer, (chosen_TE, expert, offsets, token)), _LONG(T), _LONG(E))
+    return Pairs(used, expert, offsets, token)
+
+
+@functools.lru_cache(maxsize=64)
+def every_pair(T: int, E: int) -> Pairs:
+    """All experts for every token: the dense FFN."""
+    with torch.inference_mode(False):  # cached, so usable in any mode afterwards
+        return Pairs(
+            E,
+            torch.arange(E, dtype=torch.int32),
+            torch.arange(0, E * T + 1, max(T, 1), dtype=torch.int32)[: E + 1],
+            torch.arange(T, dtype=torch.int32).repeat(E),
+        )
+
+
+class PackedExpertFFN:
+    """``act(x @ up.T) @ down`` over chosen experts, from one copy of the weights.
+
+    `up` is packed, `down` is kept as it is (not copied): rows of neurons that stay silent are not
+    even read where tokens are few.
+
+    Args:
+        up_FD, down_FD: [F, D], float32 or bfloat16; expert e owns rows e*S .. (e+1)*S.
+        num_experts: E; divides F.
+        activation: "relu", or "relu2" for its square.
+    """
+
+    def __init__(self, up_FD: Tensor, down_FD: Tensor, num_experts: int, activation: str) -> None:
+        (self.neurons, self.model), self.dtype = up_FD.shape, up_FD.dtype
+        self.num_experts, self.activation = num_experts, _ACTIVATIONS[activation]
+        self.expert_size = self.neurons // num_experts
+        self.width = panel_width(self.expert_size)
+        ups = up_FD.detach().view(num_experts, self.expert_size, self.model)
+        self.up = torch.stack([pack(up_SD, self.width) for up_SD in ups])
+        self.down_FD = down_FD.detach().contiguous()
+
+    def __call__(self, x_TD: Tensor, pairs: Pairs) -> Tensor:
+        """[T, D] and the pairs of its tokens -> [T, D], in the weights' type."""
+        x_TD = x_TD.contiguous()
+        T, D, S = x_TD.shape[0], self.model, self.expert_size
+        out_TD = torch.empty_like(x_TD)
+        h = _scratch("h", pairs.count * (S + S % 2), self.dtype)
+        y_TD = _scratch("y", T * D, torch.float32)
+        _call(
+            "expert_ffn", self.dtype, _pointer(x_TD), _pointer(self.up), _pointer(self.down_FD),
+            _pointer(pairs.expert_U), _pointer(pairs.offsets), _pointer(pairs.token_P),
+            _LONG(pairs.used), _LONG(T), _LONG(D), _LONG(S), _INT(self.width // lanes()),
+            _INT(self.activation), _pointer(h), _pointer(y_TD), _pointer(out_TD),
+        )  # fmt: skip
+        return out_TD
+
+    def up_FD(self) -> Tensor:
+        """The first matrix, unpacked: [F, D]."""
+        return torch.cat([unpack(packed, self.expert_size) for packed in self.up])
+
+
+def expert_ffn_reference(
+    x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, chosen_TE: Tensor, activation: str = "relu"
+) -> Tensor:
+    """The dense FFN with the activations of unchosen experts set to zero: right by inspection."""
+    h_TF = torch.relu(x_TD @ up_FD.t())
+    if activation == "relu2":
+        h_TF = h_TF.square()
+    h_TES = h_TF.view(*chosen_TE.shape, -1) * chosen_TE.unsqueeze(-1)
+    return h_TES.flatten(1) @ down_FD
+
+
+# --- the steps between ---------------------------------------------------------------------------
+
+
+def rms_norm(x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float) -> Tensor:
+    """RMSNorm (Zhang and Sennrich, 2019) of x + delta, [T, D]; the sum replaces x in place."""
+    T, D = x_TD.shape
+    out_TD = torch.empty_like(x_TD)
+    delta = _POINTER(None) if delta_TD is None else _pointer(delta_TD)
+    _call(
+        "rms_norm", x_TD.dtype, _pointer(x_TD), delta, _pointer(weight_D), _pointer(out_TD),
+        _LONG(T), _LONG(D), _FLOAT(eps),
+    )  # fmt: skip
+    return out_TD
+
+
+def rotate_(x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
+    """`attention.rotate` in place, on heads that lie one after another in each row."""
+    T, heads, d = x_THd.shape
+    _call(
+        "rotate", x_THd.dtype, _pointer(x_THd), _pointer(cos_Td), _pointer(sin_Td), _LONG(T),
+        _LONG(heads), _LONG(d), _LONG(x_THd.stride(0)),
+    )  # fmt: skip
+    return x_THd
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+
+class PagedCache:
+    """Keys and values of L layers in blocks of KV_BLOCK tokens; keys are packed for their product.
+
+    Attributes:
+        keys: [L, blocks, G, d / 2, KV_BLOCK, 2] in bfloat16, [L, blocks, G, d, KV_BLOCK] in float32.
+        values: [L, blocks, G, KV_BLOCK, d].
+    """
+
+    def __init__(
+        self, layers: int, slots: int, heads: int, head_dim: int, dtype: torch.dtype
+    ) -> None:
+        blocks = slots // KV_BLOCK
+        self.heads, self.head_dim, self.dtype = heads, head_dim, dtype
+        shape = (layers, blocks, heads, head_dim * KV_BLOCK)
+        self.keys = torch.zeros(shape, dtype=dtype)
+        self.values = torch.zeros(shape, dtype=dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def store(self, layer: int, slot_T: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> None:
+        """Put keys and values [T, G, d] into slots, int64 [T]; heads lie together in each row."""
+        T, G, d = k_TGd.shape
+        _call(
+            "store_kv", self.dtype, _pointer(k_TGd), _pointer(v_TGd), _pointer(slot_T),
+            _pointer(self.keys[layer]), _pointer(self.values[layer]), _LONG(T), _LONG(G), _LONG(d),
+            _LONG(k_TGd.stride(0)), _LONG(v_TGd.stride(0)),
+        )  # fmt: skip
+
+    def attend(
+        self,
+        layer: int,
+        q_THd: Tensor,
+        table_BM: Tensor,
+        first_B: Tensor,
+        rows_B: Tensor,
+        context_B: Tensor,
+    ) -> Tensor:
+        """Causal attention of every row over its own sequence: [T, H, d].
+
+        Args:
+            q_THd: queries; heads lie together in each row.
+            table_BM: int32, the KV_BLOCK-blocks of each sequence.
+            first_B, rows_B: int32, each sequence's first row in the batch, and how many.
+            context_B: int32, tokens of each sequence in the cache, its rows of this batch included.
+        """
+        T, H, d = q_THd.shape
+        out_THd = torch.empty(T, H, d, dtype=self.dtype)
+        B, M = table_BM.shape
+        _call(
+            "attend", self.dtype, _pointer(q_THd), _pointer(self.keys[layer]),
+            _pointer(self.values[layer]), _pointer(table_BM), _pointer(first_B), _pointer(rows_B),
+            _pointer(context_B), _pointer(out_THd), _LONG(B), _LONG(H), _LONG(self.heads), _LONG(d),
+            _LONG(q_THd.stride(0)), _LONG(M), _FLOAT(d**-0.5),
+        )  # fmt: skip
+        return out_THd

@@ -1,0 +1,125 @@
+"""Compiles the C beside this file for the processor that it runs on, once, and loads it.
+
+Needs a C compiler at run time, as Triton does on GPU hosts. The library is kept in a cache
+directory, under a name that changes with the sources, the compiler, the flags and the processor.
+Without a compiler everything still runs, on torch's operators; a warning says so once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Final
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_HERE: Final = Path(__file__).parent
+_FLAGS: Final = (
+    *("-std=gnu11", "-O3", "-march=native", "-mprefer-vector-width=512"),
+    # Nothing that would reorder sums: a token's result must not depend on its company.
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+    *("-fopenmp", "-shared", "-fPIC"),
+)
+_SECONDS: Final = 120
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions; None where there is no compiler or AMBIDEX_NATIVE is 0."""
+    if os.environ.get("AMBIDEX_NATIVE") == "0":
+        return None
+    try:
+        return ctypes.CDLL(str(_built()))
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning(
+            "the CPU kernels could not be compiled, so torch's slower operators serve: %s; "
+            "a C compiler (gcc) is all they need",
+            _reason(error),
+        )
+        return None
+
+
+def _reason(error: Exception) -> str:
+    output = getattr(error, "stderr", None) or b""
+    return f"{error} {output.decode(errors='replace')}".strip()[:500]
+
+
+def _built() -> Path:
+    """The shared library for these sources, this compiler and this processor."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        raise FileNotFoundError("no C compiler is installed")
+    sources = sorted(_HERE.glob("*.c"))
+    flags = _flags(compiler)
+    content = b"".join(file.read_bytes() for file in sorted(_HERE.glob("*.[ch]")))
+    version = subprocess.run(
+        [compiler, "--version"], check=True, capture_output=True, timeout=_SECONDS
+    ).stdout
+    identity = repr((flags, version, _processor(), torch.__version__)).encode()
+    name = f"cpu-{hashlib.sha256(content + identity).hexdigest()[:32]}.so"
+    target = _cache_directory() / name
+    if not target.exists():
+        _compile([compiler, *flags[:-1], *map(str, sources), flags[-1]], target)
+    return target
+
+
+def _flags(compiler: str) -> tuple[str, ...]:
+    """Flags; the last names the libraries, which come after the sources."""
+    # Torch's own OpenMP: two of them would hold two sets of threads against each other.
+    folder = Path(torch.__file__).parent / "lib"
+    del compiler
+    return (*_FLAGS, f"-L{folder}", f"-Wl,-rpath,{folder}", "-lm")
+
+
+def _compile(command: list[str], target: Path) -> None:
+    """Compile into a temporary file and rename it: no other process sees half a library."""
+    handle, temporary = tempfile.mkstemp(suffix=".so", dir=target.parent)
+    os.close(handle)
+    try:
+        subprocess.run(
+            [*command, "-o", temporary], check=True, capture_output=True, timeout=_SECONDS
+        )
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _cache_directory() -> Path:
+    """A directory that nobody else can write to: what lies there is executed."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    path = Path(os.environ.get("AMBIDEX_CACHE") or Path(base) / "ambidex")
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.stat()
+        if found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            with tempfile.TemporaryFile(dir=path):
+                return path
+    except OSError:
+        pass
+    return _private_directory()
+
+
+@functools.cache
+def _private_directory() -> Path:
+    return Path(tempfile.mkdtemp(prefix="ambidex-"))
+
+
+def _processor() -> str:
+    """What `-march=native` depends on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    return platform.processor() or platform.machine()

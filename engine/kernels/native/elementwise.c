@@ -1,0 +1,57 @@
+/* The small steps between the products. Contract: native/ops.py. */
+#include "vectors.h"
+
+/* x += delta (unless NULL), then out = x / sqrt(mean(x^2) + eps) * weight, row by row. */
+INLINE void rms_norm(void *x, const void *delta, const void *weight, void *out, ix T, ix D, float eps,
+                     const int half, int threads) {
+#pragma omp parallel for schedule(static) num_threads(T * D > 1 << 15 ? threads : 1)
+    for (ix t = 0; t < T; t++) {
+        void *row = (void *)at(x, t * D, half);
+        vec squares = splat(0);
+        for (ix i = 0; i < D; i += LANES) {
+            if (delta) store(row, i, load(row, i, half) + load(delta, t * D + i, half), half);
+            vec value = load(row, i, half);
+            squares += value * value;
+        }
+        vec scale = splat(1.0f / sqrtf(total(squares) / D + eps));
+        for (ix i = 0; i < D; i += LANES)
+            store(out, t * D + i, load(row, i, half) * scale * load(weight, i, half), half);
+    }
+}
+
+void rms_norm_float(void *x, const void *delta, const void *weight, void *out, ix T, ix D, float eps,
+                    int threads) {
+    rms_norm(x, delta, weight, out, T, D, eps, 0, threads);
+}
+
+void rms_norm_half(void *x, const void *delta, const void *weight, void *out, ix T, ix D, float eps,
+                   int threads) {
+    rms_norm(x, delta, weight, out, T, D, eps, 1, threads);
+}
+
+/* Rotates the halves of `heads` heads of d elements, in place; rows `stride` elements apart. */
+INLINE void rotate(void *x, const float *cos, const float *sin, ix T, ix heads, ix d, ix stride,
+                   const int half, int threads) {
+#pragma omp parallel for schedule(static) num_threads(T * heads * d > 1 << 15 ? threads : 1)
+    for (ix t = 0; t < T; t++)
+        for (ix h = 0; h < heads; h++) {
+            void *first = (void *)at(x, t * stride + h * d, half);
+            void *second = (void *)at(first, d / 2, half);
+            for (ix i = 0; i < d / 2; i++) {
+                float a = read_one(first, i, half), b = read_one(second, i, half);
+                float c = cos[t * (d / 2) + i], s = sin[t * (d / 2) + i];
+                write_one(first, i, a * c - b * s, half);
+                write_one(second, i, b * c + a * s, half);
+            }
+        }
+}
+
+void rotate_float(void *x, const float *cos, const float *sin, ix T, ix heads, ix d, ix stride,
+                  int threads) {
+    rotate(x, cos, sin, T, heads, d, stride, 0, threads);
+}
+
+void rotate_half(void *x, const float *cos, const float *sin, ix T, ix heads, ix d, ix stride,
+                 int threads) {
+    rotate(x, cos, sin, T, heads, d, stride, 1, threads);
+}
