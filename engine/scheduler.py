@@ -208,11 +208,11 @@ class Scheduler:
                 self._preempt(self.running[-1])
 
     def _fits_among_earlier(self, request: Request) -> bool:
-        """Whether `_admit` would surely succeed if all running requests after this one yielded."""
+        """Whether `_admit` would surely succeed once the running requests after it have yielded."""
         kept = bisect_left(self.running, request.rank, key=_rank)
         needed = self.allocator.blocks_for(len(request.token_ids))
         free = self.allocator.num_free_without(later.blocks for later in self.running[kept:])
-        return kept < self.config.max_num_seqs and needed + kept <= free
+        return needed + kept <= free
 
     def _plan_decodes(self) -> Plan:
         """One token of every decoding request, first in line first; makes room by preemption."""
