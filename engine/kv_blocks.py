@@ -142,8 +142,8 @@ class BlockAllocator:
             owned: the blocks of each owner.
         """
         owners = Counter(chain.from_iterable(owned))
-        counted = {block: count for block, count in enumerate(self._num_owners) if count}
-        assert counted == owners, "the owners of a block were miscounted"
+        assert self._num_owners.count(0) == self.num_blocks - len(owners), "owners were miscounted"
+        assert all(self._num_owners[b] == n for b, n in owners.items()), "owners were miscounted"
         blank = set(self._blank)
         assert len(blank) == len(self._blank), "a block is blank twice"
         assert owners.keys().isdisjoint(self._cached), "an owned block is cached"
