@@ -205,6 +205,8 @@ class EngineConfig:
         max_num_batched_tokens: tokens of one step's flat batch (decodes and prompt chunks).
         max_waiting: requests that may wait; beyond that `Overloaded`.
         max_waiting_tokens: prompt tokens that may wait; beyond that `Overloaded`.
+        prefix_caching: take keys and values of known prefixes from the cache.
+        priority_age_seconds: waiting time that counts as much as one step of priority.
         num_threads: CPU threads of one step; 0 leaves torch's choice.
     """
 
@@ -217,6 +219,8 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     max_waiting: int = 256
     max_waiting_tokens: int = 1 << 18
+    prefix_caching: bool = True
+    priority_age_seconds: float = 10.0
     num_threads: int = 0
 
     def __post_init__(self) -> None:
@@ -229,6 +233,9 @@ class EngineConfig:
         check_range("max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 17)
         check_range("max_waiting", self.max_waiting, 1, 1 << 20)
         check_range("max_waiting_tokens", self.max_waiting_tokens, 1, 1 << 30)
+        flag = isinstance(self.prefix_caching, bool)
+        require(flag, f"prefix_caching must be true or false, got {self.prefix_caching!r}")
+        check_range("priority_age_seconds", self.priority_age_seconds, 1e-3, 86_400.0)
         check_range("num_threads", self.num_threads, 0, 1024)
         require(
             self.max_num_seqs <= self.max_num_batched_tokens,

@@ -112,6 +112,7 @@ class Engine:
         *,
         request_id: str | None = None,
         truncate: int | None = None,
+        priority: int = 0,
     ) -> Request:
         """Tokenise and validate a request. Thread-safe; it is served once it is added.
 
@@ -121,6 +122,7 @@ class Engine:
             policy: which experts its tokens use; `auto` becomes what the checkpoint recommends.
             request_id: its name; None makes one.
             truncate: keep only the last so many tokens of the prompt.
+            priority: from -128 to 127; lower values are served first.
 
         Raises:
             InvalidRequest: if it can never be served as asked.
@@ -132,6 +134,7 @@ class Engine:
                 sampling=sampling,
                 policy=self._resolve(policy),
                 seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
+                priority=priority,
             )
             self.scheduler.check_fits(request)
         return request
@@ -222,7 +225,7 @@ class Engine:
         return events
 
     def check_integrity(self) -> None:
-        """Assert that every block is free or owned exactly once, and that no request is lost."""
+        """Assert that blocks and their owners agree, and that no request is lost."""
         self.scheduler.check_integrity()
         line = [*self.scheduler.running, *self.scheduler.waiting]
         assert {request.request_id for request in line} == set(self._outputs)
@@ -310,7 +313,10 @@ class Engine:
 
     def _record_state(self) -> None:
         line, used = self.scheduler, self.allocator.num_used
-        self.stats.record_state(len(line.running), len(line.waiting), used, line.preemptions)
+        self.stats.record_state(len(line.running), len(line.waiting), used)
+        self.stats.record_scheduling(
+            line.preemptions, line.prefix_hit_tokens, line.prefix_queried_tokens
+        )
 
     # Offline
 

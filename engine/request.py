@@ -1,7 +1,8 @@
 """The engine's vocabulary: expert policies, sampling parameters, requests, token events.
 
-Who sets which field of a `Request`: the caller at construction (id, prompt, sampling, policy), the
-scheduler (status, blocks, num_computed), the engine (everything about output and time).
+Who sets which field of a `Request`: the caller at construction (id, prompt, sampling, policy,
+priority), the scheduler (status, place in line, blocks, what is computed and what came from the
+prefix cache), the engine (everything about output and time).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ MAX_STOPS: Final = 16
 MAX_STOP_LENGTH: Final = 256
 MAX_TOP_N: Final = 20
 MAX_SEED: Final = (1 << 63) - 1
+FIRST_PRIORITY: Final = -128
+LAST_PRIORITY: Final = 127
 
 
 def _check(condition: bool, message: str) -> None:
@@ -201,7 +204,11 @@ class Request:
     """One generation, from admission to its terminal event.
 
     `token_ids` is the prompt followed by the output; `num_computed` of them have keys and values in
-    the cache. A preempted request loses its blocks and starts again at `num_computed` 0.
+    the cache. A preempted request loses its blocks, and `num_computed` falls to 0 until it is
+    admitted again. `priority` is from -128 to 127; lower values come first.
+
+    Raises:
+        InvalidRequest: if the priority is out of range.
     """
 
     request_id: str
@@ -209,11 +216,15 @@ class Request:
     sampling: SamplingParams
     policy: ExpertPolicy  # resolved: never `auto`
     seed: int = 0
+    priority: int = 0
 
     # the scheduler's
     status: Status = Status.WAITING
+    rank: tuple[float, int] = (0.0, 0)  # its place in line: lower comes first
     blocks: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as needed
     num_computed: int = 0
+    cached_prompt_tokens: int = 0  # of num_computed when it was first admitted
     preemptions: int = 0
 
     # the engine's
@@ -228,6 +239,10 @@ class Request:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)
+        _check(
+            FIRST_PRIORITY <= self.priority <= LAST_PRIORITY,
+            f"priority must be from {FIRST_PRIORITY} to {LAST_PRIORITY}, got {self.priority}",
+        )
 
     @property
     def prompt_len(self) -> int:
@@ -268,9 +283,14 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a finished request took: counts, times in seconds, activated experts."""
+    """What a finished request took: counts, times in seconds, activated experts.
+
+    `cached_prompt_tokens` of its prompt came from the prefix cache. Their experts are not counted:
+    nothing was computed for them.
+    """
 
     prompt_tokens: int
+    cached_prompt_tokens: int
     generated_tokens: int
     seed: int | None
     queue_seconds: float

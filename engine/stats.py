@@ -68,7 +68,9 @@ class Numbers:
     Per layer, summed over steps: `experts_activated` and `experts_available` count (token, expert)
     pairs; `experts_loaded` counts the distinct experts that a step read, out of `num_experts` a
     step. `finished` counts requests by finish reason, `rejected` by reason ("invalid",
-    "overloaded", "stopped"). `batch_tokens` is the number of tokens of a step.
+    "overloaded", "stopped"). `batch_tokens` is the number of tokens of a step. Of the
+    `prefix_queried_tokens` that admitted prompts had, `prefix_hit_tokens` came from the prefix
+    cache; prompts that may not use it do not count, nor does a preempted request's return.
     """
 
     experts_activated: list[int]
@@ -78,6 +80,8 @@ class Numbers:
     preemptions: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    prefix_queried_tokens: int = 0
     finished: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
 
@@ -147,12 +151,20 @@ class Stats:
                 numbers.experts_available[layer] += available
                 numbers.experts_loaded[layer] += union
 
-    def record_state(self, running: int, waiting: int, blocks_used: int, preemptions: int) -> None:
-        """Note the state of the queue and the cache, and the preemptions so far."""
+    def record_state(self, running: int, waiting: int, blocks_used: int) -> None:
+        """Note the state of the queue and the cache."""
         with self._lock:
             numbers = self._numbers
             numbers.running, numbers.waiting = running, waiting
-            numbers.kv_blocks_used, numbers.preemptions = blocks_used, preemptions
+            numbers.kv_blocks_used = blocks_used
+
+    def record_scheduling(self, preemptions: int, hit_tokens: int, queried_tokens: int) -> None:
+        """Note the preemptions, and the prefix cache's hits and queries, since the start."""
+        with self._lock:
+            numbers = self._numbers
+            numbers.preemptions = preemptions
+            numbers.prefix_hit_tokens = hit_tokens
+            numbers.prefix_queried_tokens = queried_tokens
 
     def record_token(self, request: Request, now: float) -> None:
         """Count a generated token; call it before the request's own times are brought forward."""
@@ -189,6 +201,7 @@ def usage_of(request: Request, now: float) -> Usage:
     admitted = now if request.admitted is None else request.admitted
     return Usage(
         prompt_tokens=request.prompt_len,
+        cached_prompt_tokens=request.cached_prompt_tokens,
         generated_tokens=request.num_output,
         seed=None if sampling.greedy and sampling.seed is None else request.seed,
         queue_seconds=admitted - request.arrived,

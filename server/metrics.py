@@ -89,6 +89,16 @@ COUNTERS: Final[tuple[tuple[str, str, Callable[[Numbers], float]], ...]] = (
     ("preemptions_total", "Times a request gave its KV blocks up.", lambda n: n.preemptions),
     ("prompt_tokens_total", "Prompt tokens of requests that began.", lambda n: n.prompt_tokens),
     ("generated_tokens_total", "Generated tokens.", lambda n: n.generated_tokens),
+    (
+        "prefix_cache_queried_tokens_total",
+        "Prompt tokens that were looked up in the prefix cache.",
+        lambda n: n.prefix_queried_tokens,
+    ),
+    (
+        "prefix_cache_hit_tokens_total",
+        "Those of them that were found, and not computed again.",
+        lambda n: n.prefix_hit_tokens,
+    ),
     ("aborts_total", "Requests that were aborted, as by a disconnect.", lambda n: n.aborts),
 )
 

@@ -58,6 +58,15 @@ class Settings(BaseSettings):
     max_waiting_tokens: int = Field(
         default=1 << 18, ge=1, le=1 << 30, description="prompt tokens that may wait"
     )
+    prefix_caching: bool = Field(
+        default=True, description="take keys and values of known prefixes from the cache"
+    )
+    priority_age_seconds: float = Field(
+        default=10.0,
+        ge=1e-3,
+        le=86_400.0,
+        description="waiting time that counts as much as one step of priority",
+    )
 
     max_concurrent_requests: int = Field(
         default=256, ge=1, le=1 << 16, description="requests in the server at once; beyond that 429"
@@ -127,6 +136,8 @@ class Settings(BaseSettings):
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_waiting=self.max_waiting,
             max_waiting_tokens=self.max_waiting_tokens,
+            prefix_caching=self.prefix_caching,
+            priority_age_seconds=self.priority_age_seconds,
             num_threads=self.num_threads,
         )
 

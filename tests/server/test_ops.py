@@ -85,6 +85,17 @@ def test_metrics_equal_what_the_responses_reported(serve: Serve) -> None:
     assert metrics["ambidex_ready"] == 1
 
 
+def test_prefix_cache_metrics(serve: Serve) -> None:
+    """The second prompt finds the first's two full blocks; another policy finds nothing."""
+    with serve(block_size=4) as live:
+        for prompt, experts in (("x" * 11, "dense"), ("x" * 11, "dense"), ("x" * 11, "top_k:2")):
+            live.post("/generate", prompt, max_new_tokens=1, experts=experts)
+        live.wait_until_idle()
+        metrics = live.metrics()
+    assert metrics["ambidex_prefix_cache_queried_tokens_total"] == 33
+    assert metrics["ambidex_prefix_cache_hit_tokens_total"] == 8
+
+
 def test_metrics_keep_the_rules_of_prometheus(live: Live) -> None:
     live.generate(max_new_tokens=2)
     response = live.http.get("/metrics")

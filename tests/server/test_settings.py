@@ -27,10 +27,14 @@ def test_the_environment_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AMBIDEX_MAX_NUM_SEQS", "3")
     monkeypatch.setenv("AMBIDEX_MAX_TOTAL_TOKENS", "77")
     monkeypatch.setenv("AMBIDEX_ACCESS_LOG", "true")
+    monkeypatch.setenv("AMBIDEX_PREFIX_CACHING", "false")
+    monkeypatch.setenv("AMBIDEX_PRIORITY_AGE_SECONDS", "2.5")
     settings = Settings()
     assert settings.port == 9000
     assert settings.access_log is True
-    assert settings.engine_config() == EngineConfig(max_num_seqs=3, max_model_len=77)
+    assert settings.engine_config() == EngineConfig(
+        max_num_seqs=3, max_model_len=77, prefix_caching=False, priority_age_seconds=2.5
+    )
     assert Settings(port=1).port == 1  # arguments come first
 
 
@@ -55,6 +59,8 @@ def test_every_setting_is_described_and_every_number_bounded() -> None:
         {"drain_timeout": float("nan")},
         {"body_timeout": 0},
         {"max_body_bytes": 1 << 40},
+        {"priority_age_seconds": 0},
+        {"prefix_caching": "perhaps"},
         {"max_input_tokens": 10, "max_total_tokens": 10},
         {"max_num_seqs": 64, "max_num_batched_tokens": 32},
         {"unknown": 1},
