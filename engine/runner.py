@@ -17,8 +17,8 @@ from engine.config import EngineConfig, ModelConfig
 from engine.errors import ConfigError
 from engine.experts import PolicyBatch, Trace
 from engine.kernels import native
-from engine.native_attention import NativeAttend
 from engine.model import Decoder
+from engine.native_attention import NativeAttend
 from engine.request import Request
 from engine.sampler import token_logprobs
 from engine.scheduler import Plan

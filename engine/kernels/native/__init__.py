@@ -288,8 +288,8 @@ class PagedCache:
     """Keys and values of L layers in blocks of KV_BLOCK tokens; keys are packed for their product.
 
     Attributes:
-        keys: [L, blocks, G, d / 2, KV_BLOCK, 2] in bfloat16, [L, blocks, G, d, KV_BLOCK] in float32.
-        values: [L, blocks, G, KV_BLOCK, d].
+        keys: [L, blocks, G, d * KV_BLOCK]: inputs by tokens, in bfloat16 in pairs of inputs.
+        values: [L, blocks, G, KV_BLOCK * d].
     """
 
     def __init__(
