@@ -150,7 +150,8 @@ def prefill_ms(server: Server, prompt: list[int]) -> float:
     end = start
     while server.busy:
         tokens = server.step()
-        end = watch.saw(tokens) if tokens else end
+        now = watch.saw(tokens)
+        end = now if tokens else end
     return (end - start) * 1e3
 
 
