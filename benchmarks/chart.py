@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from engine.errors import require
+from engine.errors import AmbidexError, require
 
 RESULTS: Final = Path("benchmarks/results")
 PICTURE: Final = Path("docs/images/decode.png")
@@ -92,14 +93,16 @@ def _add(
 def draw(shapes: Mapping[str, Lines], note: str, path: Path) -> None:
     """Write the picture: a row of two panels for each shape."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(9.0, 3.4 * len(shapes) + 0.4), layout="constrained")
     panels = figure.subplots(len(shapes), 2, squeeze=False)
     for (left, right), (shape, lines) in zip(panels, shapes.items(), strict=True):
         _panel(left, lines.milliseconds, f"{shape}: ms a token of each request")
         left.set_yscale("log")
+        left.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         left.yaxis.set_major_formatter("{x:g}")
-        left.yaxis.set_minor_formatter("")
+        left.minorticks_off()
         _panel(right, lines.shares, f"{shape}: share of the memory's limit")
         top = max(1.0, *(share for points in lines.shares.values() for share in points.values()))
         right.set_ylim(0, 1.05 * top)
@@ -161,4 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except AmbidexError as error:
+        sys.exit(f"error: {error}")

@@ -308,23 +308,23 @@ def serve_records(
     check_range("rate", rate, 0.0, 1e6)
     kv_tokens = min(requests, 64) * (LENGTHS[1] + NEW_TOKENS)
     subject = Subject(options, kv_tokens)
-    _serve_rounds(subject, min(requests, 2), math.inf, rounds=1)  # warm-up
-    dense, sparse = _serve_rounds(subject, requests, math.inf, SERVE_ROUNDS)
+    _serve_rounds(subject, min(requests, 2), math.inf, rounds=1, seed=0)  # warm-up
+    dense, sparse = _serve_rounds(subject, requests, math.inf, SERVE_ROUNDS, seed=100)
     yield from _serve_pair(subject, requests, None, dense, sparse)
     rate = rate or LOAD_SHARE * dense.tokens_per_second / NEW_TOKENS
-    dense, sparse = _serve_rounds(subject, requests, rate, SERVE_ROUNDS)
+    dense, sparse = _serve_rounds(subject, requests, rate, SERVE_ROUNDS, seed=200)
     yield from _serve_pair(subject, requests, rate, dense, sparse)
 
 
 def _serve_rounds(
-    subject: Subject, requests: int, rate: float, rounds: int
+    subject: Subject, requests: int, rate: float, rounds: int, seed: int
 ) -> tuple[Served, Served]:
     """The median dense and sparse run, by tokens a second, of rounds that take turns."""
     runs: list[tuple[Served, Served]] = []
     deadline = time.perf_counter() + subject.options.seconds
     while not runs or (len(runs) < rounds and time.perf_counter() < deadline):
         load = random_load(
-            requests, rate, subject.config.vocab_size, LENGTHS, NEW_TOKENS, seed=len(runs)
+            requests, rate, subject.config.vocab_size, LENGTHS, NEW_TOKENS, seed + len(runs)
         )
         runs.append((serve(subject.dense, load), serve(subject.sparse, load)))
     dense, sparse = zip(*runs, strict=True)

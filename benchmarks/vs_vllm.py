@@ -21,6 +21,7 @@ import os
 import select
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,6 +53,7 @@ from engine.request import ExpertPolicy
 
 CASES: Final = "decode:1,decode:4,decode:16,same:4,same:16,prefill:512,serve"
 SIDES: Final = "6/32,8/64,dense"
+KINDS: Final = ("decode", "same", "prefill", "serve")
 ROUNDS: Final = 5
 PROMPT: Final = 64
 DECODED: Final = 64
@@ -79,7 +81,7 @@ class Case:
     @classmethod
     def parse(cls, text: str) -> Case:
         kind, _, size = text.partition(":")
-        known = kind in ("decode", "same", "prefill") and size.isdecimal() and len(size) < 6
+        known = kind in KINDS[:3] and size.isdecimal() and len(size) < 6
         require(
             known or text == "serve",
             f"cases must be decode:N, same:N, prefill:N or serve, got {text!r}",
@@ -96,8 +98,8 @@ class Case:
         return f"{self.kind}:{self.size}" if self.size else self.kind
 
     def command(self, vocabulary: int, rate: float, round_: int) -> dict[str, Any]:
-        """What both engines perform in one round; prompts differ from round to round."""
-        seed = 1 + round_
+        """What both engines perform in one round; no prompt comes again in another."""
+        seed = (KINDS.index(self.kind) * 2000 + self.size) * 200 + round_
         if self.kind == "prefill":
             return {"do": "prefill", "prompt": random_prompt(self.size, vocabulary, seed)}
         if self.kind == "serve":
@@ -423,4 +425,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except AmbidexError as error:
+        sys.exit(f"error: {error}")

@@ -82,6 +82,8 @@ def test_rounds_get_different_prompts_and_sides_the_same() -> None:
     assert first == case.command(512, 1.0, 0)["prompts"]
     assert not {tuple(p) for p in first} & {tuple(p) for p in second}
     assert len({tuple(p) for p in first}) == 4
+    other = Case.parse("decode:5").command(512, 1.0, 0)["prompts"]
+    assert not {tuple(p) for p in first} & {tuple(p) for p in other}
     same = Case.parse("same:4").command(512, 1.0, 0)["prompts"]
     assert len(same) == 4
     assert len({tuple(p) for p in same}) == 1
