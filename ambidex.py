@@ -544,6 +544,101 @@ def train_steps(json_file: JsonFile = None) -> None:
     run_bench(["--json", str(json_file)] if json_file is not None else [])
 
 
+Shape = Annotated[
+    str,
+    typer.Option("--shape", help="Of the random model: opt-125m, opt-1.3b, or tiny (for tests)."),
+]
+NumExperts = Annotated[
+    int, typer.Option("--experts", help="Experts a layer: 32 (6 are used) or 64 (8 are).")
+]
+Threads = Annotated[int, typer.Option("--threads", help="CPU threads; 0: torch's choice.")]
+
+
+@bench_app.command()
+def decode(
+    shape: Shape = "opt-125m",
+    experts: NumExperts = 32,
+    routing: Annotated[
+        str,
+        typer.Option(
+            help="own: every request has its own prompt, so each token chooses its own experts; "
+            "same: one prompt for the whole batch, so that all choose the same. Text lies between."
+        ),
+    ] = "own",
+    seconds: Annotated[float, typer.Option(help="To spend on each batch size, about.")] = 20.0,
+    threads: Threads = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Time the engine's decoding steps at 1 to 64 requests, sparse against dense, in turn.
+
+    A model of the given shape with random weights, bfloat16, context 64 to 200 tokens. Also says
+    which share of the memory's limit each side reaches: the bytes that a step must read, at the
+    speed at which the packed dense FFN reads in the same run, over the measured time.
+    """
+    _bench_engine(
+        "decode",
+        json_file,
+        shape=shape,
+        experts=experts,
+        routing=routing,
+        seconds=seconds,
+        threads=threads,
+    )
+
+
+@bench_app.command()
+def prefill(
+    shape: Shape = "opt-125m",
+    experts: NumExperts = 32,
+    seconds: Annotated[float, typer.Option(help="To spend on each length, about.")] = 20.0,
+    threads: Threads = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Time lone prompts of 1 to 1024 tokens to their first token, sparse against dense, in turn."""
+    _bench_engine(
+        "prefill", json_file, shape=shape, experts=experts, seconds=seconds, threads=threads
+    )
+
+
+@bench_app.command(name="serve")
+def serve_load(
+    shape: Shape = "opt-125m",
+    experts: NumExperts = 32,
+    requests: Annotated[int, typer.Option(help="Requests of a load.")] = 64,
+    rate: Annotated[
+        float, typer.Option(help="Arrivals a second; 0: 0.7 of dense's greatest throughput.")
+    ] = 0.0,
+    seconds: Annotated[
+        float, typer.Option(help="Begin no further load of a kind after so long (at most 3).")
+    ] = 20.0,
+    threads: Threads = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Serve a load of requests in this process, sparse against dense, load by load.
+
+    Prompts of 32 to 512 tokens, 128 output tokens each: first all requests at once, then Poisson
+    arrivals. Output tokens a second, time to the first token and between tokens.
+    """
+    _bench_engine(
+        "serve",
+        json_file,
+        shape=shape,
+        experts=experts,
+        requests=requests,
+        rate=rate,
+        seconds=seconds,
+        threads=threads,
+    )
+
+
+def _bench_engine(command: str, json_file: Path | None, **options: object) -> None:
+    from benchmarks.engine_speed import main as run_bench
+
+    _check_writable(json_file)
+    arguments = [command, *(f"--{name}={value}" for name, value in options.items())]
+    run_bench(arguments + (["--json", str(json_file)] if json_file is not None else []))
+
+
 def _model_path(model: Path | None) -> Path:
     from engine.checkpoint import STARTER
 

@@ -58,7 +58,7 @@ def flat(text: str) -> str:
     "command",
     [
         *([], ["train"], ["prepare"], ["report"], ["serve"], ["generate"], ["eval"], ["inspect"]),
-        *(["bench"], ["bench", "ffn"], ["bench", "train"]),
+        *(["bench"], *(["bench", c] for c in ("ffn", "train", "decode", "prefill", "serve"))),
     ],
     ids=lambda command: " ".join(command) or "ambidex",
 )
