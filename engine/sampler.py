@@ -197,7 +197,7 @@ def filter_logits(logits_bV: Tensor, columns: Columns) -> Tensor:
 def _on_rows(
     logits_bV: Tensor, columns: Columns, name: str, keep: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Replace the rows that ask for a filter by what it keeps of them; others are not read."""
+    """Replace the rows that ask for a filter by what it keeps of them, in place."""
     if name not in columns:
         return logits_bV
     rows_p, values_p1 = columns[f"{name}_rows"], columns[name][:, None]
@@ -207,8 +207,8 @@ def _on_rows(
 
 
 def _from(least_p1: Tensor, logits_pV: Tensor) -> Tensor:
-    """Keep the logits that are not below the row's `least_p1`."""
-    return torch.where(logits_pV < least_p1, -math.inf, logits_pV)
+    """Keep, in place, the logits that are not below the row's `least_p1`."""
+    return logits_pV.masked_fill_(logits_pV < least_p1, -math.inf)
 
 
 def _top_k(largest: int, logits_pV: Tensor, top_k_p1: Tensor) -> Tensor:
@@ -258,13 +258,13 @@ def _typical_p(logits_pV: Tensor, typical_p_p1: Tensor) -> Tensor:
     """Keep the tokens whose surprise is closest to the entropy (Meister et al., 2022)."""
     logprobs_pV = logits_pV.log_softmax(-1)
     probs_pV = logprobs_pV.exp()
-    surprise_pV = torch.where(probs_pV > 0, probs_pV * logprobs_pV, 0.0)
+    surprise_pV = (probs_pV * logprobs_pV).masked_fill_(probs_pV == 0, 0.0)  # 0 * -inf is nan
     entropy_p1 = -surprise_pV.cumsum(-1, dtype=torch.float64)[:, -1:].float()
     distance_pV = (logprobs_pV + entropy_p1).abs()
     sorted_pV, order_pV = distance_pV.sort(dim=-1, stable=True)
     reached_p1 = _first_to_reach(typical_p_p1, probs_pV.gather(-1, order_pV))
     farthest_p1 = sorted_pV.gather(-1, reached_p1.clamp_max(sorted_pV.shape[-1] - 1))
-    return torch.where(distance_pV > farthest_p1, -math.inf, logits_pV)
+    return logits_pV.masked_fill_(distance_pV > farthest_p1, -math.inf)
 
 
 # --- draws ----------------------------------------------------------------------------------------
