@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
+from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final, NamedTuple
@@ -122,10 +123,12 @@ def _ends(params: SamplingParams, eos_token_id: int) -> tuple[int, ...]:
 
 
 def _pack_penalties(columns: Columns, rows: Sequence[int], requests: Sequence[Request]) -> None:
+    in_output = array("q")
     for request in requests:
         request.counts.update(request.token_ids, request.prompt_len)
+        in_output += request.counts.in_output
     columns.put_groups("seen", rows, (request.counts.token_ids for request in requests))
-    columns.put_ints("in_output", (n for request in requests for n in request.counts.in_output))
+    columns.put_ints("in_output", in_output)
     for name in ("repetition_penalty", "frequency_penalty", "presence_penalty"):
         columns.put_floats(name, (getattr(request.sampling, name) for request in requests))
 
