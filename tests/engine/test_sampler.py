@@ -375,6 +375,22 @@ def test_top_p_is_exact_where_its_prefix_is_short(top_p: float) -> None:
     assert counts[0] > 1024 > counts[1]
 
 
+def test_top_p_sorts_as_little_as_suffices() -> None:
+    """A GPU is not asked whether a prefix sufficed: it sorts all unless top-k bounds it."""
+
+    def width(like_BV: Tensor, *top_k: int) -> int:
+        columns = Columns()
+        params = [SamplingParams(temperature=1.0, top_k=k, top_p=0.9) for k in top_k]
+        sampler.pack_filters(columns, [*params, SamplingParams(temperature=1.0)], like_BV)
+        return columns.widths["top_p"]
+
+    host_BV, device_BV = torch.empty(1, 3_000), torch.empty(1, 3_000, device="meta")
+    assert (width(host_BV, 0), width(device_BV, 0)) == (1024, 3_000)
+    assert width(host_BV, 5, 20) == width(device_BV, 5, 20) == 20
+    assert (width(host_BV, 5, 0), width(device_BV, 5, 0)) == (1024, 3_000)
+    assert width(torch.empty(1, 30), 0) == 30
+
+
 class Operations(TorchDispatchMode):
     """Counts tensor operations."""
 
