@@ -12,7 +12,7 @@ import secrets
 import time
 import uuid
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from engine.errors import InvalidRequest, Overloaded, require
 from engine.kv_blocks import BlockAllocator
 from engine.output import RequestText
 from engine.request import (
+    MAX_COMPLETIONS,
     ExpertPolicy,
     FinishReason,
     Request,
@@ -35,7 +36,7 @@ from engine.request import (
     Usage,
 )
 from engine.runner import Runner, StepResult, plan_cache
-from engine.sampler import Sampled, sample
+from engine.sampler import Sampled, completion_seed, sample
 from engine.scheduler import Plan, Scheduler
 from engine.stats import Stats, usage_of
 
@@ -49,6 +50,7 @@ class Generation:
     tokens: list[TokenLogprob] = field(default_factory=list)
     top_tokens: list[tuple[TokenLogprob, ...]] = field(default_factory=list)
     prompt: tuple[TokenLogprob, ...] = ()
+    prompt_top: tuple[tuple[TokenLogprob, ...], ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
 
@@ -62,6 +64,7 @@ class Generation:
             self.tokens.append(event.token)
             self.top_tokens.append(event.top_tokens)
         self.prompt = self.prompt or event.prompt
+        self.prompt_top = self.prompt_top or event.prompt_top
         self.finish_reason, self.usage = event.finish_reason, event.usage
 
 
@@ -127,27 +130,73 @@ class Engine:
         Raises:
             InvalidRequest: if it can never be served as asked.
         """
+        request_id = request_id or uuid.uuid4().hex
+        return self._make([request_id], prompt, sampling, policy, truncate, priority)[0]
+
+    def make_requests(
+        self,
+        prompt: str | list[int],
+        sampling: SamplingParams,
+        policy: ExpertPolicy,
+        n: int,
+        *,
+        request_id: str | None = None,
+        truncate: int | None = None,
+        priority: int = 0,
+    ) -> list[Request]:
+        """`n` requests that complete one prompt differently: as `make_request`, but for
+
+        - their names, which are `request_id` with -0, -1, ... behind it;
+        - their seeds, which depend on (the sampling's seed, position) alone; the first one's is
+          the sampling's own, so that it draws what a single request would.
+
+        Raises:
+            InvalidRequest: if they can never be served as asked, or `n` is out of range.
+        """
         with self.stats.counting_rejections():
-            request = Request(
-                request_id=request_id or uuid.uuid4().hex,
-                prompt_ids=self._prompt_ids(prompt, truncate),
-                sampling=sampling,
-                policy=self._resolve(policy),
-                seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
-                priority=priority,
-            )
-            self.scheduler.check_fits(request)
-        return request
+            message = f"n must be between 1 and {MAX_COMPLETIONS}, got {n}"
+            require(1 <= n <= MAX_COMPLETIONS, message, InvalidRequest)
+        name = request_id or uuid.uuid4().hex
+        names = [f"{name}-{i}" for i in range(n)]
+        return self._make(names, prompt, sampling, policy, truncate, priority)
+
+    def _make(
+        self,
+        request_ids: Sequence[str],
+        prompt: str | list[int],
+        sampling: SamplingParams,
+        policy: ExpertPolicy,
+        truncate: int | None,
+        priority: int,
+    ) -> list[Request]:
+        """One request per name, with different seeds; the prompt is tokenised once."""
+        with self.stats.counting_rejections():
+            prompt_ids = self._prompt_ids(prompt, truncate)
+            self._check_ids("logit_bias", [token_id for token_id, _ in sampling.logit_bias])
+            self._check_ids("stop_token_ids", sampling.stop_token_ids)
+            resolved = self._resolve(policy)
+            seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+            requests = [
+                Request(
+                    name, prompt_ids, sampling, resolved, completion_seed(seed, index), priority
+                )
+                for index, name in enumerate(request_ids)
+            ]
+            self.scheduler.check_fits(requests[0])
+        return requests
 
     def _prompt_ids(self, prompt: str | list[int], truncate: int | None) -> list[int]:
         if truncate is not None:
             require(truncate >= 1, f"truncate must be at least 1, got {truncate}", InvalidRequest)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         require(bool(ids), "inputs must have at least 1 token", InvalidRequest)
-        top = self.model_config.vocab_size - 1
-        message = f"token ids of inputs must be between 0 and {top}"
-        require(min(ids) >= 0 and max(ids) <= top, message, InvalidRequest)
+        self._check_ids("inputs", ids)
         return ids[-truncate:] if truncate else ids
+
+    def _check_ids(self, name: str, ids: Sequence[int]) -> None:
+        top = self.model_config.vocab_size - 1
+        message = f"token ids of {name} must be between 0 and {top}"
+        require(not ids or (min(ids) >= 0 and max(ids) <= top), message, InvalidRequest)
 
     def _resolve(self, policy: ExpertPolicy) -> ExpertPolicy:
         resolved = policy.resolve(self.model_config.experts.default_policy)
@@ -215,7 +264,7 @@ class Engine:
         if plan:
             self._note_admissions(plan)
             result = self.runner.run(plan)
-            tokens = sample(result.logits_BV, result.ready)
+            tokens = sample(result.logits_BV, result.ready, self.model_config.eos_token_id)
             self._account(plan, result)
             self._emit(result, tokens)
         self._record_state()
@@ -244,8 +293,8 @@ class Engine:
             request.experts_activated += activated
             request.experts_available += tokens * per_token
         for part in result.prompts:
-            known = self._outputs[part.request.request_id].prompt_logprobs
-            known[part.first : part.first + len(part.logprobs)] = part.logprobs
+            known = self._outputs[part.request.request_id].prompt
+            known[part.first : part.first + len(part.tokens)] = part.tokens
         total = sum(tokens for _, tokens in plan)
         self.stats.record_step(total, result.layer_activated, result.layer_loaded)
 
@@ -265,6 +314,7 @@ class Engine:
         request.last_token = now
         text, reason = self._read_token(request, output, drawn.token_id)
         prompt = self._prompt_tokens(request, output) if index == 0 else ()
+        prompt_top = self._prompt_top(request, output) if index == 0 else ()
         request.finish_reason = reason
         if reason is not None:
             self.scheduler.finish(request)
@@ -275,10 +325,11 @@ class Engine:
             index,
             self._describe(drawn.token_id, drawn.logprob),
             text,
-            tuple(self._describe(token_id, logprob) for token_id, logprob in drawn.top),
+            self._describe_all(drawn.top),
             ratio,
             reason,
             prompt=prompt,
+            prompt_top=prompt_top,
             usage=None if reason is None else usage_of(request, now),
         )
 
@@ -288,15 +339,17 @@ class Engine:
         """The text that a new token made final, and whether it ends the request."""
         sampling = request.sampling
         is_eos = token_id == self.model_config.eos_token_id
-        text, stopped = output.stops.push("" if is_eos else output.decoder.push(token_id))
-        ended = is_eos and not sampling.ignore_eos
+        is_stop = token_id in sampling.stop_token_ids
+        text, stopped = output.push(None if is_eos or is_stop else token_id)
+        ended = request.may_end and is_eos and not sampling.ignore_eos
+        stopped_by_id = request.may_end and is_stop
         full = request.num_output >= sampling.max_new_tokens
-        if not stopped and (ended or full):
+        if not stopped and (ended or stopped_by_id or full):
             rest, stopped = output.end()
             text += rest
         if ended:
             return text, "eos_token"
-        if stopped:
+        if stopped or stopped_by_id:
             return text, "stop_sequence"
         return text, "length" if full else None
 
@@ -304,8 +357,19 @@ class Engine:
         """The prompt with its log-probabilities, if asked for."""
         if not request.sampling.prompt_logprobs:
             return ()
-        pairs = zip(request.prompt_ids, output.prompt_logprobs, strict=True)
-        return tuple(self._describe(token_id, logprob) for token_id, logprob in pairs)
+        logprobs = (known.logprob if known else None for known in output.prompt)
+        return self._describe_all(zip(request.prompt_ids, logprobs, strict=True))
+
+    def _prompt_top(
+        self, request: Request, output: RequestText
+    ) -> tuple[tuple[TokenLogprob, ...], ...]:
+        """The likeliest tokens at each position of the prompt, if asked for."""
+        if not request.sampling.prompt_top_n:
+            return ()
+        return tuple(self._describe_all(known.top if known else ()) for known in output.prompt)
+
+    def _describe_all(self, tokens: Iterable[tuple[int, float | None]]) -> tuple[TokenLogprob, ...]:
+        return tuple(self._describe(token_id, logprob) for token_id, logprob in tokens)
 
     def _describe(self, token_id: int, logprob: float | None) -> TokenLogprob:
         text, special = self.tokenizer.token_text(token_id), self.tokenizer.is_special(token_id)

@@ -88,7 +88,7 @@ class Attention(nn.Module):
         heads = self.qkv(x_TD).view(x_TD.shape[0], -1, self.head_dim)
         qk_THd, v_TGd = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         turn = native.rotate_ if self._prepared else rotate
-        q_THd, k_TGd = turn(qk_THd, cos_Td, sin_Td).split([self.heads, self.kv_heads], dim=1)
+        q_THd, k_TGd = torch.split(turn(qk_THd, cos_Td, sin_Td), [self.heads, self.kv_heads], dim=1)
         out: Tensor = self.out(attend(self.layer, q_THd, k_TGd, v_TGd).reshape(x_TD.shape))
         return out
 

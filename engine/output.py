@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.request import Request
+from engine.sampler import Sampled
 from engine.tokenizer import IncrementalDecoder, Tokenizer
 
 
@@ -47,11 +48,24 @@ class RequestText:
     """The text side of one running request."""
 
     def __init__(self, tokenizer: Tokenizer, request: Request) -> None:
-        self.decoder = IncrementalDecoder(tokenizer, request.prompt_ids)
-        self.stops = StopMatcher(request.sampling.stop)
-        self.prompt_logprobs: list[float | None] = [None] * request.prompt_len
+        self._request = request
+        self._decoder = IncrementalDecoder(tokenizer, request.prompt_ids)
+        self._stops = StopMatcher(request.sampling.stop)
+        # Of each prompt token; the first has none.
+        self.prompt: list[Sampled | None] = [None] * request.prompt_len
+
+    def push(self, token_id: int | None) -> tuple[str, bool]:
+        """The text that the request's newest token made final, and whether a stop string ends it.
+
+        `token_id` is None if the token leaves no text.
+        """
+        return self._search("" if token_id is None else self._decoder.push(token_id))
 
     def end(self) -> tuple[str, bool]:
         """All text that is left, and whether a stop string ends it."""
-        text, stopped = self.stops.push(self.decoder.flush())
-        return (text, True) if stopped else (text + self.stops.flush(), False)
+        text, stopped = self._search(self._decoder.flush())
+        return (text, True) if stopped else (text + self._stops.flush(), False)
+
+    def _search(self, text: str) -> tuple[str, bool]:
+        """Look for stop strings, which the text of the first `min_tokens` tokens has no part in."""
+        return self._stops.push(text) if self._request.may_end else (text, False)

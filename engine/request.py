@@ -2,7 +2,7 @@
 
 Who sets which field of a `Request`: the caller at construction (id, prompt, sampling, policy,
 priority), the scheduler (status, place in line, blocks, what is computed and what came from the
-prefix cache), the engine (everything about output and time).
+prefix cache), the sampler (counts), the engine (everything about output and time).
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import enum
 import math
 import time
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, Self
 
@@ -21,7 +23,10 @@ FinishReason = Literal["length", "eos_token", "stop_sequence", "abort", "error"]
 NO_MASS_LIMIT: Final = 2.0  # predicted shares sum to 1, so a limit of 2 never binds
 MAX_STOPS: Final = 16
 MAX_STOP_LENGTH: Final = 256
+MAX_BIASES: Final = 300
+MAX_BIAS: Final = 100.0
 MAX_TOP_N: Final = 20
+MAX_COMPLETIONS: Final = 128
 MAX_SEED: Final = (1 << 63) - 1
 FIRST_PRIORITY: Final = -128
 LAST_PRIORITY: Final = 127
@@ -135,10 +140,15 @@ class SamplingParams:
         frequency_penalty: subtracted once per earlier occurrence in the output.
         presence_penalty: subtracted once if the token occurs in the output.
         seed: makes sampling reproducible, whatever else runs; None draws one.
+        logit_bias: (token id, what is added to its logit), each token at most once.
         stop: strings that end the text (they are kept in it, as in TGI).
+        stop_token_ids: tokens that end the output; they leave no text.
+        min_tokens: tokens before which nothing ends the output: until then, tokens that would end
+            it are not drawn, and stop strings are not looked for.
         ignore_eos: generate past the end-of-text token.
         top_n_tokens: alternatives to report with each token.
         prompt_logprobs: report the log-probability of each prompt token.
+        prompt_top_n: alternatives to report with each prompt token; needs `prompt_logprobs`.
     """
 
     max_new_tokens: int = 100
@@ -151,10 +161,14 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     seed: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
     ignore_eos: bool = False
     top_n_tokens: int = 0
     prompt_logprobs: bool = False
+    prompt_top_n: int = 0
 
     def __post_init__(self) -> None:
         self._range("max_new_tokens", 1, 1 << 20)
@@ -167,8 +181,31 @@ class SamplingParams:
         self._range("frequency_penalty", -2.0, 2.0)
         self._range("presence_penalty", -2.0, 2.0)
         self._range("top_n_tokens", 0, MAX_TOP_N)
+        self._range("prompt_top_n", 0, MAX_TOP_N)
+        _check(self.prompt_logprobs or not self.prompt_top_n, "prompt_top_n needs prompt_logprobs")
         if self.seed is not None:
             self._range("seed", 0, MAX_SEED)
+        self._check_bias()
+        self._check_stops()
+
+    def _check_bias(self) -> None:
+        _check(len(self.logit_bias) <= MAX_BIASES, f"logit_bias takes at most {MAX_BIASES} tokens")
+        for _, bias in self.logit_bias:
+            _check(
+                -MAX_BIAS <= bias <= MAX_BIAS,  # nan is not
+                f"logit_bias values must be from {-MAX_BIAS:g} to {MAX_BIAS:g}, got {bias}",
+            )
+        once = len({token_id for token_id, _ in self.logit_bias}) == len(self.logit_bias)
+        _check(once, "logit_bias must name each token once")
+
+    def _check_stops(self) -> None:
+        _check(
+            0 <= self.min_tokens <= self.max_new_tokens,
+            f"min_tokens must be from 0 to max_new_tokens, which is {self.max_new_tokens}; got "
+            f"{self.min_tokens}",
+        )
+        stop_ids = len(self.stop_token_ids)
+        _check(stop_ids <= MAX_STOPS, f"stop_token_ids takes at most {MAX_STOPS} tokens")
         _check(len(self.stop) <= MAX_STOPS, f"stop takes at most {MAX_STOPS} strings")
         for text in self.stop:
             _check(
@@ -189,6 +226,38 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether logits depend on the tokens so far."""
+        penalties = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
+        return penalties != (1.0, 0.0, 0.0)
+
+
+class TokenCounts:
+    """The distinct tokens of a request; it grows with the request, a token at a time.
+
+    Attributes:
+        token_ids: each token of prompt and output once.
+        in_output: how often each of these occurs in the output.
+    """
+
+    def __init__(self) -> None:
+        self.token_ids: array[int] = array("q")
+        self.in_output: array[int] = array("q")
+        self._places: dict[int, int] = {}
+        self._counted = 0
+
+    def update(self, token_ids: Sequence[int], prompt_len: int) -> None:
+        """Count the tokens that are new since the last call."""
+        for position in range(self._counted, len(token_ids)):
+            token_id = token_ids[position]
+            place = self._places.setdefault(token_id, len(self.token_ids))
+            if place == len(self.token_ids):
+                self.token_ids.append(token_id)
+                self.in_output.append(0)
+            self.in_output[place] += position >= prompt_len
+        self._counted = len(token_ids)
 
 
 class Status(enum.Enum):
@@ -227,6 +296,9 @@ class Request:
     cached_prompt_tokens: int = 0  # of num_computed when it was first admitted
     preemptions: int = 0
 
+    # the sampler's
+    counts: TokenCounts = field(default_factory=TokenCounts)
+
     # the engine's
     token_ids: list[int] = field(init=False)
     finish_reason: FinishReason | None = None
@@ -255,6 +327,11 @@ class Request:
     @property
     def num_output(self) -> int:
         return len(self.token_ids) - self.prompt_len
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the newest token may end the output."""
+        return self.num_output > self.sampling.min_tokens
 
     @property
     def num_uncomputed(self) -> int:
@@ -320,6 +397,7 @@ class TokenEvent:
         finish_reason: set in the terminal event alone.
         error: a sentence, when finish_reason is "error".
         prompt: log-probabilities of the prompt, in the first event, when asked for.
+        prompt_top: the likeliest tokens at each position of the prompt but the first, likewise.
         usage: set in the terminal event.
     """
 
@@ -332,4 +410,5 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     error: str | None = None
     prompt: tuple[TokenLogprob, ...] = ()
+    prompt_top: tuple[tuple[TokenLogprob, ...], ...] = ()
     usage: Usage | None = None

@@ -20,17 +20,17 @@ from engine.kernels import native
 from engine.model import Decoder
 from engine.native_attention import NativeAttend
 from engine.request import Request
-from engine.sampler import token_logprobs
+from engine.sampler import Sampled, token_logprobs
 from engine.scheduler import Plan
 
 
 @dataclass(frozen=True)
 class PromptPart:
-    """Log-probabilities of the prompt tokens at `first`, `first + 1`, ..."""
+    """The prompt tokens at `first`, `first + 1`, ... with their log-probabilities."""
 
     request: Request
     first: int
-    logprobs: list[float]
+    tokens: list[Sampled]
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,9 @@ def _prompt_parts(plan: Plan, rows: list[range], logits_NV: Tensor) -> list[Prom
         if wanted:
             first = request.num_computed + 1
             targets = request.prompt_ids[first : first + len(wanted)]
-            logprobs = token_logprobs(logits_NV[start : start + len(wanted)], targets)
-            parts.append(PromptPart(request, first, logprobs))
+            rows_nV = logits_NV[start : start + len(wanted)]
+            tokens = token_logprobs(rows_nV, targets, request.sampling.prompt_top_n)
+            parts.append(PromptPart(request, first, tokens))
             start += len(wanted)
     return parts
 

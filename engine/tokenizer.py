@@ -22,6 +22,7 @@ class Tokenizer:
             raise CheckpointError(f"tokenizer.json: has no {END_OF_TEXT} token")
         self.backend = backend
         self.eos_id: int = eos_id
+        self._token_texts: dict[int, str] = {}  # at most one for each token of the vocabulary
         # A prompt that spells the special token must not end the text: it is encoded as plain text.
         backend.encode_special_tokens = True
 
@@ -55,7 +56,11 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """One token's text by itself; bytes of an incomplete character show as U+FFFD."""
-        return self.backend.decode([token_id], skip_special_tokens=False)
+        text = self._token_texts.get(token_id)
+        if text is None:
+            text = self.backend.decode([token_id], skip_special_tokens=False)
+            self._token_texts[token_id] = text
+        return text
 
     def is_special(self, token_id: int) -> bool:
         return token_id == self.eos_id

@@ -262,6 +262,73 @@ def test_stop_strings_across_tokens(make_engine: MakeEngine) -> None:
     assert checked, "every stop string lay inside one token"
 
 
+def test_stop_tokens_end_without_text(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    prompt, sampling = "the dog", SamplingParams(max_new_tokens=10)
+    free = engine.generate([prompt], sampling, DENSE)[0]
+    stop = next(t for i, t in enumerate(free.token_ids) if i >= 2 and t not in free.token_ids[:i])
+    length = free.token_ids.index(stop) + 1
+    ending = dataclasses.replace(sampling, stop_token_ids=(299, stop), ignore_eos=True)
+    request = engine.make_request(prompt, ending, DENSE)
+    events = list(engine.run([request]))
+    check_events(request, events)
+    assert events[-1].finish_reason == "stop_sequence"
+    assert request.output_ids == free.token_ids[:length]
+    assert text_of(events) == engine.tokenizer.decode(free.token_ids[: length - 1])
+
+
+def test_the_end_of_text_as_a_stop_token(make_engine: MakeEngine) -> None:
+    """It ends the output even of who ignores it otherwise, then as a stop token."""
+    sampling = SamplingParams(max_new_tokens=9, logit_bias=((0, 100.0),))
+    for stop, ignore, reason, length in [
+        ((), False, "eos_token", 1),
+        ((0,), False, "eos_token", 1),
+        ((0,), True, "stop_sequence", 1),
+        ((), True, "length", 9),
+    ]:
+        asked = dataclasses.replace(sampling, stop_token_ids=stop, ignore_eos=ignore)
+        result = make_engine().generate(["the"], asked, DENSE)[0]
+        assert (result.finish_reason, result.token_ids, result.text) == (reason, [0] * length, "")
+
+
+@pytest.mark.parametrize("min_tokens", [0, 1, 5, 12])
+def test_nothing_ends_the_output_early(make_engine: MakeEngine, min_tokens: int) -> None:
+    """Neither stop strings nor tokens that end it, although all of them are likely."""
+    stops = SamplingParams(
+        max_new_tokens=12,
+        min_tokens=min_tokens,
+        temperature=2.0,
+        logit_bias=((0, 8.0), (5, 8.0)),
+        stop_token_ids=(5,),
+        stop=("a", "e", "t"),
+    )
+    engine, reasons = make_engine(), set()
+    for seed in range(12):
+        result = engine.generate(["the cat"], dataclasses.replace(stops, seed=seed), DENSE)[0]
+        reasons.add(result.finish_reason)
+        assert len(result.token_ids) > min_tokens or result.finish_reason == "length"
+        assert not {0, 5} & set(result.token_ids[:min_tokens])
+        if result.finish_reason == "length":
+            assert len(result.token_ids) == 12
+        before = engine.tokenizer.decode(result.token_ids[:min_tokens])
+        assert result.text.startswith(before.rstrip("\ufffd"))
+    assert (reasons == {"length"}) == (min_tokens == 12)
+
+
+def test_text_before_min_tokens_is_no_part_of_a_stop_string(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    letters = set(engine.tokenizer.encode("a b c d e f g h i j k l m n o p q r s t u v w x y z"))
+    biases = tuple((token_id, 50.0) for token_id in letters)
+    sampling = SamplingParams(max_new_tokens=6, temperature=2.0, logit_bias=biases, seed=1)
+    free = engine.generate(["the cat sat"], sampling, DENSE)[0]
+    stop = free.tokens[0].text + free.tokens[1].text
+    assert free.text.count(stop) == 1
+    for min_tokens, text, reason in [(0, stop, "stop_sequence"), (1, free.text, "length")]:
+        asked = dataclasses.replace(sampling, stop=(stop,), min_tokens=min_tokens)
+        result = engine.generate(["the cat sat"], asked, DENSE)[0]
+        assert (result.text, result.finish_reason) == (text, reason)
+
+
 def test_a_stop_string_that_never_completes_is_shown(make_engine: MakeEngine) -> None:
     engine = make_engine()
     sampling = SamplingParams(max_new_tokens=6)
@@ -334,7 +401,9 @@ def test_prompt_logprobs(
     engine = make_engine(max_num_batched_tokens=batched, max_num_seqs=2)
     prompt = random_prompt(chance, prompt_len)
     policy = ExpertPolicy.top_k(3)
-    sampling = SamplingParams(max_new_tokens=3, prompt_logprobs=True, top_n_tokens=2)
+    sampling = SamplingParams(
+        max_new_tokens=3, prompt_logprobs=True, prompt_top_n=3, top_n_tokens=2
+    )
     other = engine.make_request(random_prompt(chance, 5), SamplingParams(), DENSE)
     request = engine.make_request(prompt, sampling, policy)
     events = serve(engine, [(0, other), (2, request)])[request.request_id]
@@ -347,7 +416,14 @@ def test_prompt_logprobs(
         assert token.logprob == pytest.approx(
             float(logprobs_LV[position, token.token_id]), abs=1e-4
         )
-    assert all(event.prompt == () for event in events[1:])
+    assert all(event.prompt == event.prompt_top == () for event in events[1:])
+    assert events[0].prompt_top[0] == ()
+    for position, tokens in enumerate(events[0].prompt_top[1:]):
+        best = logprobs_LV[position].topk(3)
+        assert [token.token_id for token in tokens] == best.indices.tolist()
+        logprobs = [token.logprob for token in tokens]
+        assert logprobs == pytest.approx(best.values.tolist(), abs=1e-4)
+    assert len(events[0].prompt_top) == prompt_len
     for number, event in enumerate(events):
         assert event.token is not None
         row_V = logprobs_LV[prompt_len - 1 + number]
@@ -361,7 +437,9 @@ def test_prompt_logprobs_survive_preemption(make_engine: MakeEngine) -> None:
     older = engine.make_request(
         random_prompt(chance, 4), SamplingParams(max_new_tokens=40, ignore_eos=True), DENSE
     )
-    sampling = SamplingParams(max_new_tokens=10, prompt_logprobs=True, ignore_eos=True)
+    sampling = SamplingParams(
+        max_new_tokens=10, prompt_logprobs=True, prompt_top_n=2, ignore_eos=True
+    )
     younger = engine.make_request(random_prompt(chance, 25), sampling, DENSE)
     events = serve(engine, [(0, older), (1, younger)])[younger.request_id]
     assert younger.preemptions
@@ -370,6 +448,8 @@ def test_prompt_logprobs_survive_preemption(make_engine: MakeEngine) -> None:
     for ours, theirs in zip(events[0].prompt[1:], quiet.prompt[1:], strict=True):
         assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
     assert sum(bool(event.prompt) for event in events) == 1
+    for our_top, their_top in zip(events[0].prompt_top, quiet.prompt_top, strict=True):
+        assert [token.token_id for token in our_top] == [token.token_id for token in their_top]
 
 
 @pytest.mark.parametrize(
@@ -456,6 +536,53 @@ def test_empty_prompts_are_refused(make_engine: MakeEngine, prompt: str | list[i
 def test_token_ids_out_of_the_vocabulary_are_refused(make_engine: MakeEngine, bad: int) -> None:
     with pytest.raises(InvalidRequest, match="between 0 and 299"):
         make_engine().make_request([1, bad], SamplingParams(), DENSE)
+
+
+@pytest.mark.parametrize("bad", [-1, 300])
+def test_tokens_of_parameters_are_checked(make_engine: MakeEngine, bad: int) -> None:
+    engine = make_engine()
+    for name, sampling in [
+        ("logit_bias", SamplingParams(logit_bias=((5, 1.0), (bad, 1.0)))),
+        ("stop_token_ids", SamplingParams(stop_token_ids=(5, bad))),
+    ]:
+        with pytest.raises(InvalidRequest, match=f"token ids of {name} must be between 0 and 299"):
+            engine.make_request("a", sampling, DENSE)
+    assert engine.stats.snapshot().rejected["invalid"] == 2
+
+
+def test_completions_of_one_prompt(make_engine: MakeEngine) -> None:
+    """They differ, the first is what a single request gives, and the seed repeats them all."""
+    engine = make_engine()
+    sampling = SamplingParams(max_new_tokens=8, temperature=1.5, seed=3, ignore_eos=True)
+
+    def outputs(requests: list[Request]) -> list[list[int]]:
+        list(engine.run(requests))
+        return [request.output_ids for request in requests]
+
+    four = engine.make_requests("the cat", sampling, DENSE, 4, request_id="r", truncate=1)
+    assert [request.request_id for request in four] == ["r-0", "r-1", "r-2", "r-3"]
+    assert all(request.prompt_ids == four[0].prompt_ids[-1:] for request in four)
+    drawn = outputs(four)
+    assert len({tuple(output) for output in drawn}) == 4
+    assert outputs([engine.make_request("the cat", sampling, DENSE, truncate=1)]) == drawn[:1]
+    two = engine.make_requests("the cat", sampling, DENSE, 2, truncate=1)
+    assert outputs(two) == drawn[:2]
+    assert not {request.request_id for request in two} & {"r-0", "r-1"}
+    # Without a seed, all are drawn anew.
+    free = dataclasses.replace(sampling, seed=None)
+    seeds = [
+        request.seed for _ in range(2) for request in engine.make_requests("a", free, DENSE, 3)
+    ]
+    assert len(set(seeds)) == 6
+
+
+@pytest.mark.parametrize("n", [0, 129])
+def test_the_number_of_completions_is_bounded(make_engine: MakeEngine, n: int) -> None:
+    engine = make_engine()
+    with pytest.raises(InvalidRequest, match=f"n must be between 1 and 128, got {n}"):
+        engine.make_requests("a", SamplingParams(), DENSE, n)
+    assert engine.stats.snapshot().rejected["invalid"] == 1
+    assert len(engine.make_requests("a", SamplingParams(), DENSE, 128)) == 128
 
 
 def test_lengths_are_bounded(make_engine: MakeEngine) -> None:

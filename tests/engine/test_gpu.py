@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from engine.engine import Engine
 from engine.experts import ExpertFFN, PolicyBatch, Trace, sparse_ffn
 from engine.model import Decoder
 from engine.request import ExpertPolicy, SamplingParams
+from tests.engine import test_sampler as on_host
 from tests.engine.conftest import tiny_config, tiny_model, tiny_tokenizer
 from tests.training.conftest import make_corpus
 from training.config import ModelShape, SwitchConfig, TrainConfig
@@ -62,6 +64,27 @@ def test_engine_equals_naive_generate_under_mixed_policies(model: Decoder) -> No
     for request, prompt in zip(requests, prompts, strict=True):
         expected = naive(plain, prompt, 20, request.policy)
         assert output[request.request_id] == expected, request.policy
+
+
+def test_sampling_waits_for_the_device_once() -> None:
+    """And draws what it draws on the CPU."""
+    requests = [on_host.request([1, 2, 3], [4, 5, 1], **sampling) for sampling in on_host.MIXED * 2]
+    logits_BV = on_host.random_logits(len(requests), vocabulary=5_000)
+    expected, cuda_BV = on_host.sample(logits_BV, requests), logits_BV.to("cuda")
+    on_host.sample(cuda_BV, requests)  # the first call sets things up
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            drawn = on_host.sample(cuda_BV, requests)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [str(warning.message) for warning in caught if "synchronizing" in str(warning.message)]
+    assert len(waits) == 1, waits
+    for ours, theirs in zip(drawn, expected, strict=True):
+        assert ours.token_id == theirs.token_id
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+        assert [token_id for token_id, _ in ours.top] == [token_id for token_id, _ in theirs.top]
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)

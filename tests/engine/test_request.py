@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import InvalidRequest
-from engine.request import ExpertPolicy, SamplingParams
+from engine.request import ExpertPolicy, SamplingParams, TokenCounts
 
 
 @pytest.mark.parametrize("text", ["dense", "auto", "top_k:8", "mass:0.95", "oracle:3"])
@@ -30,7 +30,7 @@ def test_any_text_is_a_policy_or_a_sentence(text: str) -> None:
         assert str(ExpertPolicy.parse(text))
     except InvalidRequest as error:
         sentence = str(error)
-    assert len(sentence) < 200
+    assert len(sentence) < 500  # 40 characters of it are quoted, each escaped to 10 at most
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,9 @@ def test_auto_is_what_the_checkpoint_says() -> None:
         ("presence_penalty", float("nan"), "from -2 to 2"),
         ("seed", -1, "from 0 to"),
         ("top_n_tokens", 21, "from 0 to 20"),
+        ("prompt_top_n", 21, "from 0 to 20"),
+        ("min_tokens", -1, "from 0 to max_new_tokens, which is 100; got -1"),
+        ("min_tokens", 101, "from 0 to max_new_tokens, which is 100; got 101"),
     ],
 )
 def test_sampling_names_the_field_and_its_range(field: str, value: float, bounds: str) -> None:
@@ -80,3 +83,42 @@ def test_stop_strings_are_bounded() -> None:
         SamplingParams(stop=("x",) * 17)
     with pytest.raises(InvalidRequest, match="1 to 256 characters"):
         SamplingParams(stop=("",))
+
+
+@pytest.mark.parametrize("bias", [-100.1, 101.0, float("nan"), float("inf")])
+def test_biases_are_bounded(bias: float) -> None:
+    with pytest.raises(InvalidRequest, match="logit_bias values must be from -100 to 100, got"):
+        SamplingParams(logit_bias=((1, 1.0), (2, bias)))
+
+
+def test_lists_of_tokens_are_bounded() -> None:
+    SamplingParams(
+        logit_bias=tuple((i, 100.0) for i in range(300)), stop_token_ids=tuple(range(16))
+    )
+    with pytest.raises(InvalidRequest, match="logit_bias takes at most 300 tokens"):
+        SamplingParams(logit_bias=tuple((i, 1.0) for i in range(301)))
+    with pytest.raises(InvalidRequest, match="logit_bias must name each token once"):
+        SamplingParams(logit_bias=((3, 1.0), (3, 2.0)))
+    with pytest.raises(InvalidRequest, match="stop_token_ids takes at most 16 tokens"):
+        SamplingParams(stop_token_ids=tuple(range(17)))
+
+
+def test_alternatives_of_the_prompt_need_its_logprobs() -> None:
+    SamplingParams(prompt_logprobs=True, prompt_top_n=20)
+    with pytest.raises(InvalidRequest, match="prompt_top_n needs prompt_logprobs"):
+        SamplingParams(prompt_top_n=1)
+
+
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=8),
+    st.lists(st.integers(0, 5), max_size=12),
+    st.integers(0, 12),
+)
+def test_counts_grow_with_the_output(prompt: list[int], output: list[int], first: int) -> None:
+    counts = TokenCounts()
+    counts.update(prompt + output[:first], len(prompt))
+    counts.update(prompt + output, len(prompt))
+    assert len(counts.token_ids) == len(set(counts.token_ids))
+    assert dict(zip(counts.token_ids, counts.in_output, strict=True)) == {
+        token: output.count(token) for token in prompt + output
+    }
