@@ -405,6 +405,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "threads": given.threads,
         "prompt_tokens": PROMPT,
         "arrivals_per_second": rate,
+        "requests": REQUESTS,
+        "load_prompt_tokens": list(LENGTHS),
+        "new_tokens": NEW_TOKENS,
         "kv_gib": given.kv_gib,
     }
     records: list[Record] = []
