@@ -208,6 +208,11 @@ class Trace:
         return chosen_LTE.sum(2), chosen_LTE.any(1).sum(1)
 
 
+def released(weight: Tensor) -> nn.Parameter:
+    """An empty parameter in place of one that has been packed: type and device stay known."""
+    return nn.Parameter(weight.new_empty(0), requires_grad=False)
+
+
 class ExpertFFN(nn.Module):
     """An FFN stored neuron by neuron that runs dense or sparse, per token.
 
@@ -231,14 +236,15 @@ class ExpertFFN(nn.Module):
         self._use_kernels = False
 
     def prepare(self) -> None:
-        """Switch to the inference paths; on the CPU the packed form replaces `up`."""
+        """Switch to the inference paths; on the CPU the packed form replaces both."""
         if self.up.is_cuda:
             self._use_kernels = True
         elif self._packed is None:
             self._packed = native.PackedExpertFFN(
                 self.up, self.down, self.num_experts, self.activation
             )
-            self.up = nn.Parameter(self.up.new_empty(0), requires_grad=False)
+            self.up = released(self.up)
+            self.down = released(self.down)
 
     def forward(self, x_TD: Tensor, policy: PolicyBatch, trace: Trace | None = None) -> Tensor:
         """[T, D] -> [T, D], each token by its own policy; records the choice in `trace`."""

@@ -18,14 +18,9 @@ from torch import Tensor, nn
 
 from engine.attention import Attend, causal_attend, rope_table, rotate
 from engine.config import ModelConfig
-from engine.experts import ExpertFFN, PolicyBatch, Trace
+from engine.experts import ExpertFFN, PolicyBatch, Trace, released
 from engine.kernels import native
 from engine.request import ExpertPolicy
-
-
-def _released(weight: Tensor) -> nn.Parameter:
-    """An empty parameter in place of one that has been packed: type and device stay known."""
-    return nn.Parameter(weight.new_empty(0), requires_grad=False)
 
 
 class Linear(nn.Linear):
@@ -38,7 +33,7 @@ class Linear(nn.Linear):
     def prepare(self) -> None:
         if self._packed is None:
             self._packed = native.PackedLinear(self.weight)
-            self.weight = _released(self.weight)
+            self.weight = released(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._packed(x) if self._packed is not None else super().forward(x)
@@ -168,7 +163,7 @@ class Decoder(nn.Module):
                 ffn.prepare()
         elif self.runs_natively and self._packed_embedding is None:
             self._packed_embedding = native.PackedLinear(self.embedding.weight)
-            self.embedding.weight = _released(self.embedding.weight)
+            self.embedding.weight = released(self.embedding.weight)
             for module in self.modules():
                 if isinstance(module, Linear | RMSNorm | Attention | ExpertFFN):
                     module.prepare()

@@ -10,8 +10,10 @@
 enum { RELU = 1, RELU2 = 2 };
 
 #define FEW 2           /* tokens of an expert that are multiplied one by one */
+#define WORTH_A_COPY 6  /* tokens of an expert */
+#define LISTED 64       /* rows of neurons that fired, listed ahead of their use */
 #define ROWS 8          /* rows that are added while sums are in registers */
-#define WORTH_A_COPY 18 /* tokens of an expert */
+#define BLOCK_ROWS 16   /* rows that stay in the cache while all columns of all tokens use them */
 
 typedef struct {
     const void *x, *up, *down;
@@ -52,71 +54,106 @@ INLINE void up_panel(const ffn_call *call, ix u, ix panel, const int half) {
     }
 }
 
+/* Ask for columns of a row long before they are read: rows lie too far apart for the processor to
+ * guess. */
+INLINE void prefetch(const void *row, ix columns, const int half) {
+    for (ix b = 0; b < bytes(columns, half); b += 64) __builtin_prefetch((const char *)row + b, 0, 2);
+}
+
 /* Columns c .. c + columns of the pairs of one expert, each token by itself: only the rows of neurons
  * that fired are read. In the order of `row_tile`: of a pair in bfloat16, the second row first. */
 INLINE void down_of_few(const ffn_call *call, ix u, ix c, ix columns, const int half) {
     const ix D = call->D, S = call->S, row = S + S % 2;
     const void *down = at(call->down, call->expert[u] * S * D + c, half);
     for (ix p = call->offsets[u]; p < call->offsets[u + 1]; p++) {
-        const void *h = at(call->h, p * row, half);
-        float *y = call->y + (ix)call->token[p] * D + c;
-        const void *rows[ROWS];
-        float weights[ROWS];
-        int count = 0;
-        for (ix i = 0; i < row; i++) {
-            ix s = half ? i ^ 1 : i;
-            float weight = read_one(h, s, half);
-            if (weight != 0) {
+        const void *h = at(call->h, p * row, half), *rows[LISTED];
+        float *y = call->y + (ix)call->token[p] * D + c, weights[LISTED];
+        for (ix i = 0; i < row;) {
+            int count = 0;
+            for (; i < row && count < LISTED; i++) {
+                ix s = half ? i ^ 1 : i;
+                weights[count] = read_one(h, s, half);
                 rows[count] = at(down, s * D, half);
-                weights[count++] = weight;
+                count += weights[count] != 0;
             }
-            if (count == ROWS || (count && i + 1 == row)) {
-                add_rows(count, weights, rows, y, columns, half);
-                count = 0;
+            for (int r = 0; r < count; r += ROWS) {
+                int n = count - r < ROWS ? count - r : ROWS;
+                for (int next = r + n; next < r + n + ROWS && next < count; next++)
+                    prefetch(rows[next], columns, half);
+                add_rows(n, weights + r, rows + r, y, columns, half);
             }
         }
     }
 }
 
-/* The same for more tokens of one expert: every row is read, for TOKENS tokens at a time. Many tokens
- * are worth a copy of these columns that the cache holds better than rows far apart. */
-INLINE void down_of_many(const ffn_call *call, ix u, ix c, const int N, void *panel, const int half) {
+/* Columns that a tile of `N` vectors takes from here: MOST_VECTORS, or 2 at the end. */
+INLINE int vectors_of(ix columns) { return columns >= MOST_VECTORS * LANES ? MOST_VECTORS : 2; }
+
+/* The same for more tokens: all rows are read, a block at a time, for TOKENS tokens at once. */
+INLINE void down_of_some(const ffn_call *call, ix u, ix c, ix columns, const int half) {
+    const ix D = call->D, S = call->S, row = S + S % 2;
+    const ix first = call->offsets[u], last = call->offsets[u + 1];
+    for (ix s = 0; s < S; s += BLOCK_ROWS) {
+        const ix count = S - s < BLOCK_ROWS ? S - s : BLOCK_ROWS;
+        const void *down = at(call->down, (call->expert[u] * S + s) * D + c, half);
+        ix ahead = s + BLOCK_ROWS;
+        for (ix i = 0; i < columns;) {
+            const int N = vectors_of(columns - i);
+            for (int r = 0; r < 2 && ahead < S && ahead < s + 2 * BLOCK_ROWS; r++, ahead++)
+                prefetch(at(down, (ahead - s) * D, half), columns, half);
+            for (ix p = first; p < last; p += TOKENS) {
+                int M = last - p < TOKENS ? (int)(last - p) : TOKENS;
+                const void *h[TOKENS];
+                float *y[TOKENS];
+                for (int m = 0; m < M; m++) {
+                    h[m] = at(call->h, (p + m) * row + s, half);
+                    y[m] = call->y + (ix)call->token[p + m] * D + c + i;
+                }
+                row_product(M, N, half, h, at(down, i, half), D, count, y);
+            }
+            i += N * LANES;
+        }
+    }
+}
+
+/* The same for many tokens: worth a copy of these columns in the order in which tiles read them. */
+INLINE void down_of_many(const ffn_call *call, ix u, ix c, ix columns, void *copy, const int half) {
     const ix D = call->D, S = call->S, row = S + S % 2;
     const ix first = call->offsets[u], last = call->offsets[u + 1];
     const void *down = at(call->down, call->expert[u] * S * D + c, half);
-    const int copy = panel && last - first >= WORTH_A_COPY;
-    if (copy) pack_rows(N, half, down, D, S, panel);
-    for (ix p = first; p < last; p += TOKENS) {
-        int M = last - p < TOKENS ? (int)(last - p) : TOKENS;
-        const void *h[TOKENS];
-        float *y[TOKENS];
-        for (int m = 0; m < M; m++) {
-            h[m] = at(call->h, (p + m) * row, half);
-            y[m] = call->y + (ix)call->token[p + m] * D + c;
+    for (ix s = 0; s < S; s += 2) /* row by row, as memory likes it */
+        for (ix i = 0; i < columns;) {
+            const int N = vectors_of(columns - i);
+            const void *rows = at(down, s * D + i, half);
+            void *to = (void *)at(copy, i * row + s * N * LANES, half);
+            pack_rows(N, half, rows, D, S - s < 2 ? 1 : 2, to);
+            i += N * LANES;
         }
-        if (!copy) {
-            row_product(M, N, half, h, down, D, S, y);
-            continue;
+    for (ix i = 0; i < columns;) {
+        const int N = vectors_of(columns - i);
+        for (ix p = first; p < last; p += TOKENS) {
+            int M = last - p < TOKENS ? (int)(last - p) : TOKENS;
+            const void *h[TOKENS];
+            vec sums[TOKENS][MOST_VECTORS];
+            for (int m = 0; m < M; m++) {
+                h[m] = at(call->h, (p + m) * row, half);
+                take_sums(N, half, call->y + (ix)call->token[p + m] * D + c + i, sums[m]);
+            }
+            packed_product(M, N, half, h, at(copy, i * row, half), half ? row : S, sums);
+            for (int m = 0; m < M; m++)
+                give_sums(N, half, sums[m], call->y + (ix)call->token[p + m] * D + c + i);
         }
-        vec sums[TOKENS][MOST_VECTORS];
-        for (int m = 0; m < M; m++) take_sums(N, half, y[m], sums[m]);
-        packed_product(M, N, half, h, panel, row, sums);
-        for (int m = 0; m < M; m++) give_sums(N, half, sums[m], y[m]);
+        i += N * LANES;
     }
 }
 
-INLINE void down_columns(const ffn_call *call, ix c, ix columns, void *panel, const int half) {
+INLINE void down_columns(const ffn_call *call, ix c, ix columns, void *copy, const int half) {
     for (ix t = 0; t < call->T; t++) memset(call->y + t * call->D + c, 0, columns * sizeof(float));
     for (ix u = 0; u < call->used; u++) {
         ix pairs = call->offsets[u + 1] - call->offsets[u];
-        if (pairs <= FEW) {
-            down_of_few(call, u, c, columns, half);
-            continue;
-        }
-        ix left = columns;
-        for (; left >= MOST_VECTORS * LANES; left -= MOST_VECTORS * LANES)
-            down_of_many(call, u, c + columns - left, MOST_VECTORS, panel, half);
-        if (left) down_of_many(call, u, c + columns - left, 2, panel, half);
+        if (pairs <= FEW) down_of_few(call, u, c, columns, half);
+        else if (pairs < WORTH_A_COPY) down_of_some(call, u, c, columns, half);
+        else down_of_many(call, u, c, columns, copy, half);
     }
     for (ix t = 0; t < call->T; t++)
         for (ix i = t * call->D + c; i < t * call->D + c + columns; i += LANES)
@@ -125,15 +162,10 @@ INLINE void down_columns(const ffn_call *call, ix c, ix columns, void *panel, co
 
 INLINE void expert_ffn(const ffn_call *call, const int half, int threads) {
     const ix width = call->vectors * LANES, panels = (call->S + width - 1) / width;
-    const ix groups = call->D / (2 * LANES);
+    const ix groups = call->D / (2 * LANES), columns = (groups + threads - 1) / threads * 2 * LANES;
     const int few = call->offsets[call->used] <= 2 * call->used;
-    /* Few tokens: long stretches of rows. Many: columns whose rows stay in the cache. */
-    ix columns = few ? (groups + threads - 1) / threads : MOST_VECTORS / 2;
-    const ix chunks = (groups + columns - 1) / columns;
-    columns *= 2 * LANES;
 #pragma omp parallel num_threads(threads)
     {
-        void *panel = few ? NULL : malloc(bytes((call->S + 1) * MOST_VECTORS * LANES, half));
         if (few) {
 #pragma omp for schedule(static)
             for (ix i = 0; i < call->used * panels; i++) up_panel(call, i / panels, i % panels, half);
@@ -141,12 +173,11 @@ INLINE void expert_ffn(const ffn_call *call, const int half, int threads) {
 #pragma omp for schedule(dynamic, 1)
             for (ix i = 0; i < call->used * panels; i++) up_panel(call, i / panels, i % panels, half);
         }
-#pragma omp for schedule(dynamic, 1)
-        for (ix i = 0; i < chunks; i++) {
-            ix c = i * columns, left = call->D - c;
-            down_columns(call, c, left < columns ? left : columns, panel, half);
-        }
-        free(panel);
+        void *copy = few ? NULL : malloc(bytes((call->S + 1) * columns, half));
+#pragma omp for schedule(static)
+        for (ix c = 0; c < call->D; c += columns)
+            down_columns(call, c, call->D - c < columns ? call->D - c : columns, copy, half);
+        free(copy);
     }
 }
 
