@@ -22,7 +22,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine.kernels import expert_ffn, grouped_ffn, grouped_pairs, routing, top_k
+from engine.kernels import (
+    expert_ffn,
+    grouped_ffn,
+    grouped_pairs,
+    paged_kv,
+    routing,
+    top_k,
+)
 
 D, S, E, K, T = 2048, 256, 32, 6, 2048
 N = 8
@@ -41,12 +48,22 @@ INTS = {
     "num_chunks": 8,
     "columns": D,
     "splits": 2,
+    "most_blocks": 128,
+    "most_splits": 8,
+    "block_size": 16,
+    "group": 4,
+    "head_dim": 64,
+    "q_heads": 32,
+    "kv_heads": 8,
+    "half": 32,
 }
 POINTERS = {
     "chosen_ptr": "i1",
     **dict.fromkeys(("pieces_ptr", "mass_ptr", "partial_ptr"), "fp32"),
     **dict.fromkeys(("k_ptr", "ids_ptr", "counts_ptr", "chunk_counts_ptr"), "i32"),
     **dict.fromkeys(("offsets_ptr", "pair_token_ptr", "tiles_ptr"), "i32"),
+    **dict.fromkeys(("table_ptr", "contexts_ptr", "slot_ptr"), "i32"),
+    **dict.fromkeys(("cos_ptr", "sin_ptr", "stats_ptr"), "fp32"),
 }
 PATTERNS = {
     "wide_loads": r"ld\.global\.(?:\w+\.)*v4\.b32|cp\.async\.c[ag]\.shared\.global .*0x10",
@@ -85,8 +102,23 @@ def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
                 (f"up {pairs}", grouped_ffn._up_kernel, {**up, "BLOCK_E": E}, dtype),
                 (f"down {pairs}", grouped_ffn._down_kernel, {**down, "BLOCK_E": E}, dtype),
             ]
+        found += [(name, *rest, dtype) for name, *rest in attention_cases()]
         for size in TRAINED_SIZES:
             found += [(f"{n} {size}", *rest, dtype) for n, *rest in training_cases(size, itemsize)]
+    return found
+
+
+def attention_cases() -> list[tuple[str, Any, dict[str, Any]]]:
+    """The paged cache's kernels, as (name, kernel, constants)."""
+    split = {"SPLIT": paged_kv.SPLIT}
+    found = [
+        ("rotate", paged_kv._rotate_store_kernel, paged_kv.rotate_blocks(48, 64)),
+        ("merge", paged_kv._merge_kernel, {**split, **paged_kv.merge_blocks(64)}),
+    ]
+    for group in (1, 4):
+        for width in (64, 128, 256):
+            blocks = {**split, "ONLY": width == 64, **paged_kv.decode_blocks(group, width)}
+            found.append((f"decode {group}x{width}", paged_kv._decode_kernel, blocks))
     return found
 
 
@@ -118,9 +150,11 @@ def source(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[ASTSourc
             signature[name] = "constexpr"
         elif name in INTS:
             signature[name] = "i32"
+        elif name == "scale":
+            signature[name] = "fp32"
         else:
             signature[name] = "*" + POINTERS.get(name, dtype)
-        if name not in constexprs and INTS.get(name, 16) % 16 == 0:
+        if name not in constexprs and name != "scale" and INTS.get(name, 16) % 16 == 0:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constexprs, attributes), options
 
