@@ -10,6 +10,7 @@ Shapes: T tokens, H query heads, G key-value heads, d head dimension, B sequence
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +19,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # (layer, q [T, H, d], k [T, G, d], v [T, G, d]) -> [T, H, d]
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+PlainAttend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class FusedAttend(ABC):
+    """An attention that also rotates, for the sake of fewer launches."""
+
+    @abstractmethod
+    def fused(self, layer: int, heads_TNd: Tensor, cos_Tc: Tensor, sin_Tc: Tensor) -> Tensor:
+        """Attended values [T, H, d].
+
+        Args:
+            layer: whose cache to use.
+            heads_TNd: H query heads, G key heads and G value heads, not rotated yet.
+            cos_Tc, sin_Tc: of each token's position, c = d / 2.
+        """
+
+
+Attend = PlainAttend | FusedAttend
 
 
 def rope_table(max_positions: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -35,7 +53,7 @@ def rotate(x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x_THd.dtype)
 
 
-def causal_attend(batch: int, length: int) -> Attend:
+def causal_attend(batch: int, length: int) -> PlainAttend:
     """Attention inside each of `batch` sequences of `length` tokens laid out one after another."""
 
     def attend(_layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
@@ -128,7 +146,7 @@ class PagedAttend:
             out_THd[self._decode_rows] = self._decode(q_THd[self._decode_rows], keys, values)
         for span, slots in self._chunks:
             rows = slice(span.start, span.start + span.length)
-            out_THd[rows] = self._chunk(q_THd[rows], keys[slots], values[slots])
+            out_THd[rows] = self.chunk(q_THd[rows], keys[slots], values[slots])
         return out_THd
 
     def _decode(self, q_BHd: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -145,11 +163,14 @@ class PagedAttend:
         return out[:, :, 0]
 
     @staticmethod
-    def _chunk(q_nHd: Tensor, k_LGd: Tensor, v_LGd: Tensor) -> Tensor:
+    def chunk(q_nHd: Tensor, k_LGd: Tensor, v_LGd: Tensor) -> Tensor:
         """A chunk of n queries at the end of a context of L tokens, causal among themselves."""
         n, length = q_nHd.shape[0], k_LGd.shape[0]
         q, k, v = (t.transpose(0, 1)[None] for t in (q_nHd, k_LGd, v_LGd))
-        mask = torch.ones((n, length), dtype=torch.bool, device=q.device).tril(length - n)
         gqa = q_nHd.shape[1] != k_LGd.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+        if n == length:  # a prompt's first chunk; no mask lets PyTorch take its fastest kernel
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        else:
+            mask = torch.ones((n, length), dtype=torch.bool, device=q.device).tril(length - n)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
         return out[0].transpose(0, 1)

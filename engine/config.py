@@ -206,6 +206,8 @@ class EngineConfig:
         max_waiting: requests that may wait; beyond that `Overloaded`.
         max_waiting_tokens: prompt tokens that may wait; beyond that `Overloaded`.
         num_threads: CPU threads of one step; 0 leaves torch's choice.
+        cuda_graphs: on CUDA, replay decoding steps from captured graphs, which costs some memory
+            and a pause whenever a new batch size is first seen.
     """
 
     device: str = "cpu"
@@ -218,6 +220,7 @@ class EngineConfig:
     max_waiting: int = 256
     max_waiting_tokens: int = 1 << 18
     num_threads: int = 0
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         check_choice("device", self.device, ("cpu", "cuda"))

@@ -22,13 +22,17 @@ from torch import Tensor, nn
 
 from engine.config import ModelConfig
 from engine.errors import require
-from engine.kernels import cpu_ffn, expert_ffn, grouped_ffn, grouped_training, routing
+from engine.kernels import (
+    cpu_ffn,
+    expert_ffn,
+    gpu_ways,
+    grouped_ffn,
+    grouped_training,
+    masked_ffn,
+    routing,
+)
 from engine.kernels.sliced_ffn import sparse_ffn
 from engine.request import ExpertPolicy
-
-# The GPU's few-token kernel reads the weights of each token-expert pair anew; past this many weight
-# rows times width the grouped kernel's reuse wins (fitted to benchmarks/gpu.py on an H200).
-FEW_PAIR_WEIGHTS = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -208,6 +212,23 @@ class Trace:
         everything = torch.tensor(self._num_experts)
         return [everything if c is None else c.any(0).sum() for c in self.chosen]
 
+    def totals(self) -> Tensor:
+        """How many experts ran, int64 [T + 2 L] in one tensor, so that one transfer suffices.
+
+        Of each token over all layers; of each layer over all tokens; the distinct ones of each
+        layer.
+        """
+        chosen = [c for c in self.chosen if c is not None]
+        layers, tokens, experts = len(self.chosen), self._num_tokens, self._num_experts
+        if not chosen:
+            per_token, per_layer = [layers * experts] * tokens, [tokens * experts] * layers
+            return torch.tensor(per_token + per_layer + [experts] * layers)
+        assert len(chosen) == layers, "every layer of a pass has the same policies"
+        chosen_LTE = torch.stack(chosen)
+        counts_LT = chosen_LTE.sum(2)
+        union_L = chosen_LTE.any(1).sum(1)
+        return torch.cat([counts_LT.sum(0), counts_LT.sum(1), union_L])
+
 
 class ExpertFFN(nn.Module):
     """An FFN stored neuron by neuron that runs dense or sparse, per token.
@@ -263,6 +284,10 @@ class ExpertFFN(nn.Module):
         assert policy.dense_rows is not None
         assert policy.sparse_rows is not None
         rows = policy.sparse_rows
+        if self._use_kernels and gpu_ways.mixed_is_masked(
+            self._gpu_layer, policy.dense_rows.numel(), rows.numel(), policy.max_k
+        ):
+            return self._masked(x_TD, policy.k_T, policy.mass_T, self.num_experts)
         sparse_nD, chosen_nE = self.sparse(
             x_TD[rows], policy.k_T[rows], policy.mass_T[rows], policy
         )
@@ -314,7 +339,10 @@ class ExpertFFN(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """`sparse` on CUDA: nothing here waits for the device."""
         size = self.up.shape[0] // self.num_experts
-        if x_TD.numel() * policy.max_k * size <= FEW_PAIR_WEIGHTS:
+        way = gpu_ways.sparse_way(self._gpu_layer, x_TD.shape[0], policy.max_k)
+        if way == "masked":
+            return self._masked(x_TD, k_T, mass_T, policy.max_k)
+        if way == "few":
             few = routing.select(x_TD, self.router, k_T, mass_T, policy.max_k)
             y_TD = expert_ffn.expert_ffn(
                 x_TD, self.up, self.down, few.ids_TK, size, self.activation
@@ -323,6 +351,19 @@ class ExpertFFN(nn.Module):
         many = routing.route(x_TD, self.router, k_T, mass_T, policy.max_k)
         y_TD = grouped_ffn.grouped_ffn(x_TD, self.up, self.down, many, self.activation)
         return y_TD, many.chosen_TE
+
+    def _masked(
+        self, x_TD: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int
+    ) -> tuple[Tensor, Tensor]:
+        chosen_TE = routing.select(x_TD, self.router, k_T, mass_T, max_k).chosen_TE
+        y_TD = masked_ffn.masked_ffn(x_TD, self.up, self.down, chosen_TE, self.activation)
+        return y_TD, chosen_TE
+
+    @property
+    def _gpu_layer(self) -> gpu_ways.Layer:
+        neurons, width = self.up.shape
+        size = neurons // self.num_experts
+        return gpu_ways.Layer(width, self.num_experts, size, self.up.element_size())
 
     def scores(self, x_TD: Tensor, *, oracle: bool = False) -> Tensor:
         """Scores [T, E] whose softmax is the (predicted or true) share of activation mass."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.attention import Attend, causal_attend, rope_table, rotate
+from engine.attention import Attend, FusedAttend, causal_attend, rope_table, rotate
 from engine.config import ModelConfig
 from engine.experts import ExpertFFN, PolicyBatch, Trace
 from engine.kernels.cpu_linear import PackedLinear
@@ -52,6 +52,10 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, cos_Td: Tensor, sin_Td: Tensor, attend: Attend) -> Tensor:
         heads = self.qkv(x_TD).view(x_TD.shape[0], -1, self.head_dim)
+        if isinstance(attend, FusedAttend):
+            attended_THd = attend.fused(self.layer, heads, cos_Td, sin_Td)
+            fused: Tensor = self.out(attended_THd.reshape(x_TD.shape))
+            return fused
         q_THd, k_TGd, v_TGd = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         q_THd, k_TGd = rotate(q_THd, cos_Td, sin_Td), rotate(k_TGd, cos_Td, sin_Td)
         out: Tensor = self.out(attend(self.layer, q_THd, k_TGd, v_TGd).reshape(x_TD.shape))

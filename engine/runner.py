@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.attention import KVCache, PagedAttend, SequenceSpan
+from engine.attention import KVCache, SequenceSpan
 from engine.config import EngineConfig, ModelConfig
+from engine.cuda_graphs import DecodeGraphs, GraphKey
 from engine.errors import ConfigError
 from engine.experts import PolicyBatch, Trace
 from engine.model import Decoder
+from engine.paged_attention import attend_over, supports
 from engine.request import Request
 from engine.sampler import token_logprobs
 from engine.scheduler import Plan
@@ -105,17 +107,39 @@ class Runner:
             self.device,
         )
         model.prepare()
+        self.graphs: DecodeGraphs | None = None
+        if config.cuda_graphs and self.device.type == "cuda" and supports(self.cache):
+            longest = config.max_model_len or shape.max_position_embeddings
+            longest = min(longest, num_blocks * config.block_size)
+            self.graphs = DecodeGraphs(model, self.cache, config.max_num_seqs, longest)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> StepResult:
         """Compute the plan's tokens; `num_computed` of its requests is still that before it."""
+        if self.graphs is not None and all(n == r.num_uncomputed == 1 for r, n in plan):
+            requests = [r for r, _ in plan]
+            key = self.graphs.key(requests)
+            if key is not None:
+                return self._replay(self.graphs, requests, key)
+        return self._run(plan)
+
+    def _replay(self, graphs: DecodeGraphs, requests: list[Request], key: GraphKey) -> StepResult:
+        """One token of each request, which are all ready then and predict no prompt token."""
+        logits_BV, totals = graphs.run(requests, key)
+        n, layers = len(requests), self.model.config.num_hidden_layers
+        per_token = totals[:n]
+        per_layer, union = totals[n : n + layers], totals[n + layers :]
+        return StepResult(requests, logits_BV, [], per_token, per_token, per_layer, union)
+
+    def _run(self, plan: Plan) -> StepResult:
+        """Any plan, launched operator by operator."""
         spans = _spans(plan)
         ready_rows, prompt_rows = _rows(plan, spans)
         trace = Trace()
         logits = self.model(
             self._tensor([i for r, n in plan for i in _tokens(r, n)]),
             self._tensor([i for s in spans for i in range(s.context - s.length, s.context)]),
-            PagedAttend(self.cache, spans),
+            attend_over(self.cache, spans),
             PolicyBatch.build([(r.policy, n) for r, n in plan], self.num_experts, self.device),
             trace,
             self._tensor(ready_rows + [row for rows in prompt_rows for row in rows]),
@@ -183,10 +207,9 @@ def _count_experts(
     trace: Trace, spans: Sequence[SequenceSpan], ready_rows: Sequence[int]
 ) -> tuple[list[int], list[int], list[int], list[int]]:
     """(last_activated, activated, layer_activated, layer_loaded) of a `StepResult`."""
-    counts_LT = torch.stack(trace.counts)
-    # One transfer: the totals of the tokens, of the layers, and the layers' unions.
-    numbers = torch.cat([counts_LT.sum(0), counts_LT.sum(1), torch.stack(trace.union)]).tolist()
-    layers, tokens = counts_LT.shape
+    numbers: list[int] = trace.totals().tolist()
+    layers = len(trace.chosen)
+    tokens = len(numbers) - 2 * layers
     per_token = numbers[:tokens]
     activated = [sum(per_token[s.start : s.start + s.length]) for s in spans]
     last = [per_token[row] for row in ready_rows]

@@ -46,9 +46,8 @@ def rotate_and_store_reference(
 ) -> Tensor:
     """As `rotate_and_store`."""
     kv_heads = keys.shape[1]
-    q_THd, k_TGd, v_TGd = heads_TNd.split(
-        [heads_TNd.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1
-    )
+    q_THd, k_TGd = heads_TNd[:, : -2 * kv_heads], heads_TNd[:, -2 * kv_heads : -kv_heads]
+    v_TGd = heads_TNd[:, -kv_heads:]
     real = (slots_T >= 0).nonzero().flatten()
     keys[slots_T[real].long()] = _rotate(k_TGd, cos_Tc, sin_Tc)[real]
     values[slots_T[real].long()] = v_TGd[real]
@@ -270,7 +269,7 @@ def decode_blocks(group: int, head_dim: int) -> dict[str, int]:
     block_d = max(16, next_power_of_2(head_dim))
     return {
         "BLOCK_H": 1 if group == 1 else max(16, next_power_of_2(group)),
-        "BLOCK_N": 64 if block_d <= 64 else 32,
+        "BLOCK_N": max(16, min(64, 4096 // block_d)),
         "BLOCK_D": block_d,
         "num_warps": 4,
         "num_stages": 3,

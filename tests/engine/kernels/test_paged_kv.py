@@ -1,4 +1,4 @@
-"""The paged cache's kernels against their references, at head counts and widths that fit no block."""
+"""The paged cache's kernels against their references, at sizes that fit no block."""
 
 from __future__ import annotations
 
@@ -99,9 +99,7 @@ def test_neither_company_nor_the_bound_changes_a_bit(
 
 
 @pytest.mark.parametrize("longest", [8, 600])
-def test_an_empty_context_gives_zeros_and_reads_nothing(
-    longest: int, device: torch.device
-) -> None:
+def test_an_empty_context_gives_zeros_and_reads_nothing(longest: int, device: torch.device) -> None:
     case = Case([6, 1], (2, 2, 16), 4, torch.float32, device)
     case.contexts_B[1] = 0
     case.table_BM[1] = 1 << 30
