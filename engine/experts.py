@@ -255,11 +255,15 @@ class ExpertFFN(nn.Module):
     def prepare(self) -> None:
         """Switch to the inference paths; the parameters must not change afterwards."""
         if self.up.is_cuda:
-            self._use_kernels = True
+            self.use_kernels()
         else:
             self._packed = cpu_ffn.PackedExpertFFN(
                 self.up.detach(), self.down.detach(), self.num_experts, self.activation
             )
+
+    def use_kernels(self) -> None:
+        """Run the GPU's kernels for inference; on the CPU that needs Triton's interpreter."""
+        self._use_kernels = True
 
     def forward(self, x_TD: Tensor, policy: PolicyBatch, trace: Trace | None = None) -> Tensor:
         """[T, D] -> [T, D], each token by its own policy; records the choice in `trace`."""

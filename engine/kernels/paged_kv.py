@@ -272,7 +272,7 @@ def decode_blocks(group: int, head_dim: int) -> dict[str, int]:
         "BLOCK_N": max(16, min(64, 4096 // block_d)),
         "BLOCK_D": block_d,
         "num_warps": 4,
-        "num_stages": 3,
+        "num_stages": 2 if group == 1 else 3,
     }
 
 

@@ -102,7 +102,7 @@ def kernels(plain: Decoder) -> Decoder:
     """The same weights; FFNs run the GPU's kernels in the interpreter."""
     model = copy.deepcopy(plain)
     for ffn in model.ffns():
-        ffn._use_kernels = True
+        ffn.use_kernels()
     return model
 
 

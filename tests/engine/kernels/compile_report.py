@@ -26,6 +26,7 @@ from engine.kernels import (
     expert_ffn,
     grouped_ffn,
     grouped_pairs,
+    masked_ffn,
     paged_kv,
     routing,
     top_k,
@@ -56,6 +57,7 @@ INTS = {
     "q_heads": 32,
     "kv_heads": 8,
     "half": 32,
+    "neurons": E * S,
 }
 POINTERS = {
     "chosen_ptr": "i1",
@@ -102,6 +104,14 @@ def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
                 (f"up {pairs}", grouped_ffn._up_kernel, {**up, "BLOCK_E": E}, dtype),
                 (f"down {pairs}", grouped_ffn._down_kernel, {**down, "BLOCK_E": E}, dtype),
             ]
+        full = {"GATED": True, "BIASED": True}
+        few = {**expert_ffn.ffn_blocks(D, S), **full, "EAGER": True}
+        many = {**grouped_ffn.up_blocks(384, S, itemsize, gated=True), **full, "BLOCK_E": E}
+        found += [
+            ("expert_ffn full", expert_ffn._expert_ffn_kernel, few, dtype),
+            ("up full", grouped_ffn._up_kernel, many, dtype),
+            ("activate", masked_ffn._activate_kernel, masked_ffn.activate_blocks(), dtype),
+        ]
         found += [(name, *rest, dtype) for name, *rest in attention_cases()]
         for size in TRAINED_SIZES:
             found += [(f"{n} {size}", *rest, dtype) for n, *rest in training_cases(size, itemsize)]
@@ -142,7 +152,8 @@ def training_cases(size: int, itemsize: int) -> list[tuple[str, Any, dict[str, A
 def source(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[ASTSource, dict[str, int]]:
     """The kernel with a launch's signature and alignments, and its compile options."""
     options = {k: v for k, v in constants.items() if k in ("num_warps", "num_stages")}
-    constexprs = {"SQUARE": False, "WIDEN": False, **constants}
+    switches = ("SQUARE", "WIDEN", "GATED", "BIASED", "EAGER")
+    constexprs = {**dict.fromkeys(switches, False), **constants}
     constexprs = {k: v for k, v in constexprs.items() if k in kernel.arg_names}
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
