@@ -52,17 +52,25 @@ class Sizes:
     copied: int = 2**28
     product: int = 8192
     attention: tuple[tuple[int, int], ...] = ((1, 256), (16, 256), (64, 256), (16, 4096))
+    heads: tuple[tuple[int, int, int], ...] = ((32, 32, 64), (32, 8, 128))
+    checked_heads: tuple[tuple[int, int, int], ...] = ((8, 8, 64), (8, 2, 128), (4, 4, 20))
+    checked_contexts: tuple[int, ...] = (1, 17, 300)
+    types: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 
 
 FULL = Sizes()
 TINY = Sizes(
-    shapes=((48, 32 * 16),),
-    checked=((20, 32 * 16, 3),),
-    tokens=(1, 20),
-    few=4,
+    shapes=((16, 32 * 4),),
+    checked=((20, 32 * 4, 2),),
+    tokens=(1, 2),
+    few=1,
     copied=2**10,
     product=32,
     attention=((2, 9),),
+    heads=((4, 2, 8),),
+    checked_heads=((4, 2, 8),),
+    checked_contexts=(1, 5),
+    types=(torch.bfloat16,),
 )
 
 
@@ -220,13 +228,13 @@ def checks(sizes: Sizes) -> Iterator[Case]:
     for tokens in sorted({tokens for _, _, tokens in sizes.checked}):
         for width, experts in {*widths, (100, 12)}:
             yield f"routing {tokens}", lambda t=tokens, w=width, e=experts: [check_routing(t, w, e)]  # type: ignore[misc]
-    for dtype in LIMITS:
+    for dtype in sizes.types:
         for case in sizes.checked:
             yield f"ffn {case} {dtype}", partial(check_ffn, *case, dtype)
-        for heads in ((8, 8, 64), (8, 2, 128), (4, 4, 20)):
+        for heads in sizes.checked_heads:
             yield (
                 f"attention {heads} {dtype}",
-                lambda h=heads, d=dtype: [check_attention(h, (1, 17, 300), d)],  # type: ignore[misc]
+                lambda h=heads, d=dtype: [check_attention(h, sizes.checked_contexts, d)],  # type: ignore[misc]
             )
 
 
@@ -424,10 +432,10 @@ def cases(sizes: Sizes) -> Iterator[Case]:
     for width, _ in sizes.shapes:
         yield f"routing D={width}", partial(routing_records, width, sizes)
     for batch, context in sizes.attention:
-        for heads in ((32, 32, 64), (32, 8, 128)):
+        for heads in sizes.heads:
             yield (
                 f"attention batch={batch} context={context}",
                 partial(attention_records, heads, batch, context, ceilings),
             )
     for batch in sorted({batch for batch, _ in sizes.attention}):
-        yield f"rotate batch={batch}", partial(rotate_records, (32, 32, 64), batch)
+        yield f"rotate batch={batch}", partial(rotate_records, sizes.heads[0], batch)

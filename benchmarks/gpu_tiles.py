@@ -159,13 +159,13 @@ def cases(sizes: Sizes) -> Iterator[Case]:
     """The section `tiles`."""
     for width, neurons in sizes.shapes[-2:]:
         weights = weight_sets(width, neurons)
-        for tokens in (1, 4):
+        for tokens in (t for t in sizes.tokens if t in (1, 4)):
             case = problem(weights, tokens, "independent")
             first = few_candidates(width, case.expert_size)
             label = f"tiles D={width} tokens={tokens}"
             yield f"{label} few", partial(few_case, case, first, "first")
             yield f"{label} sum", partial(few_case, case, sum_candidates(), "last")
-        for tokens in (t for t in sizes.tokens if t in (8, 64)):
+        for tokens in (t for t in sizes.tokens if t in (2, 8, 64)):
             case = problem(weights, tokens, "independent")
             yield f"tiles D={width} tokens={tokens} up", partial(up_case, case, UP_FEW)
             yield f"tiles D={width} tokens={tokens} down", partial(down_case, case, DOWN_FEW)

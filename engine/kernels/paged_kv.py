@@ -264,12 +264,12 @@ def rotate_blocks(heads: int, head_dim: int) -> dict[str, int]:
     }
 
 
-def decode_blocks(group: int, head_dim: int) -> dict[str, int]:
+def decode_blocks(group: int, head_dim: int, itemsize: int) -> dict[str, int]:
     """Block sizes of `_decode_kernel` for `group` query heads a key-value head."""
     block_d = max(16, next_power_of_2(head_dim))
     return {
         "BLOCK_H": 1 if group == 1 else max(16, next_power_of_2(group)),
-        "BLOCK_N": max(16, min(64, 4096 // block_d)),
+        "BLOCK_N": max(16, min(64, 8192 // (block_d * itemsize))),
         "BLOCK_D": block_d,
         "num_warps": 4,
         "num_stages": 2 if group == 1 else 3,
@@ -376,7 +376,7 @@ def paged_decode(
         SPLIT=SPLIT,
         WIDEN=INTERPRETED,
         ONLY=splits == 1,
-        **decode_blocks(q_heads // kv_heads, head_dim),
+        **decode_blocks(q_heads // kv_heads, head_dim, keys.element_size()),
     )
     if splits > 1:
         _merge_kernel[(num_seqs * q_heads,)](

@@ -112,13 +112,13 @@ def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
             ("up full", grouped_ffn._up_kernel, many, dtype),
             ("activate", masked_ffn._activate_kernel, masked_ffn.activate_blocks(), dtype),
         ]
-        found += [(name, *rest, dtype) for name, *rest in attention_cases()]
+        found += [(name, *rest, dtype) for name, *rest in attention_cases(itemsize)]
         for size in TRAINED_SIZES:
             found += [(f"{n} {size}", *rest, dtype) for n, *rest in training_cases(size, itemsize)]
     return found
 
 
-def attention_cases() -> list[tuple[str, Any, dict[str, Any]]]:
+def attention_cases(itemsize: int) -> list[tuple[str, Any, dict[str, Any]]]:
     """The paged cache's kernels, as (name, kernel, constants)."""
     split = {"SPLIT": paged_kv.SPLIT}
     found = [
@@ -127,7 +127,11 @@ def attention_cases() -> list[tuple[str, Any, dict[str, Any]]]:
     ]
     for group in (1, 4):
         for width in (64, 128, 256):
-            blocks = {**split, "ONLY": width == 64, **paged_kv.decode_blocks(group, width)}
+            blocks = {
+                **split,
+                "ONLY": width == 64,
+                **paged_kv.decode_blocks(group, width, itemsize),
+            }
             found.append((f"decode {group}x{width}", paged_kv._decode_kernel, blocks))
     return found
 
