@@ -60,8 +60,8 @@ class Sizes:
 
 FULL = Sizes()
 TINY = Sizes(
-    shapes=((16, 32 * 4),),
-    checked=((20, 32 * 4, 2),),
+    shapes=((16, 32 * 2),),
+    checked=((20, 32 * 2, 2),),
     tokens=(1, 2),
     few=1,
     copied=2**10,

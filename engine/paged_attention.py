@@ -56,11 +56,11 @@ class Chunk:
 
 
 class KernelAttend(FusedAttend):
-    """Attention of one flat batch: rows of `decode` first if `decode_rows` is None, then chunks.
+    """Attention of one flat batch.
 
     Args:
         cache: keys and values.
-        slots_T: int32, the slot of each token of the batch; negative for one that is not kept.
+        slots_T: int32 or int64, the slot of each token of the batch; negative for one that is not kept.
         decode: the sequences that decode, if any.
         decode_rows: their rows; None: they are the whole batch.
         chunks: parts of prompts.
@@ -85,16 +85,18 @@ class KernelAttend(FusedAttend):
         """Tables and slots on the cache's device, for any batch."""
         device, size = cache.slots.device, cache.block_size
         most = max(len(s.blocks) for s in spans)
-        table = torch.tensor(
+        table_BM = torch.tensor(
             [s.blocks + [0] * (most - len(s.blocks)) for s in spans], dtype=torch.int32
-        ).to(device, non_blocking=True)
-        inside = torch.arange(size, dtype=torch.int32, device=device)
-        slots_BL = (table[:, :, None] * size + inside).flatten(1)
-        slots_T = torch.cat(
-            [slots_BL[b, s.context - s.length : s.context] for b, s in enumerate(spans)]
         )
+        row_T = torch.tensor([b for b, s in enumerate(spans) for _ in range(s.length)])
+        at_T = torch.tensor([c for s in spans for c in range(s.context - s.length, s.context)])
+        slots_T = (table_BM[row_T, at_T // size] * size + at_T % size).to(device)
+        inside = torch.arange(size)
         chunks = tuple(
-            Chunk(slice(s.start, s.start + s.length), slots_BL[b, : s.context])
+            Chunk(
+                slice(s.start, s.start + s.length),
+                (table_BM[b][:, None] * size + inside).flatten()[: s.context].to(device),
+            )
             for b, s in enumerate(spans)
             if s.length > 1
         )
@@ -104,10 +106,9 @@ class KernelAttend(FusedAttend):
         contexts = [spans[b].context for b in decoding]
         contexts_B = torch.tensor(contexts, dtype=torch.int32, device=device)
         if not chunks:
-            return cls(cache, slots_T, DecodeBatch(table, contexts_B, max(contexts)))
-        which = torch.tensor(decoding, device=device)
+            return cls(cache, slots_T, DecodeBatch(table_BM.to(device), contexts_B, max(contexts)))
         rows = torch.tensor([spans[b].start for b in decoding], device=device)
-        batch = DecodeBatch(table[which].contiguous(), contexts_B, max(contexts))
+        batch = DecodeBatch(table_BM[decoding].to(device), contexts_B, max(contexts))
         return cls(cache, slots_T, batch, rows, chunks)
 
     def fused(self, layer: int, heads_TNd: Tensor, cos_Tc: Tensor, sin_Tc: Tensor) -> Tensor:

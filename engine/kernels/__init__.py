@@ -7,6 +7,7 @@
 - `masked_ffn`: the sparse FFN by dense products, for when nearly every expert is in use.
 - `gpu_ways`: which of these three a batch takes, from shapes alone.
 - `paged_kv`: keys and values in a paged cache: writing and decoding.
+- `add_norm`: a residual sum and the norm that follows it.
 - `grouped_training`: the same function with gradients, from the products of `grouped_pairs`.
 
 A launcher takes CUDA tensors, or CPU tensors under Triton's interpreter; its reference takes any.

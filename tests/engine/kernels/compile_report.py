@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from engine.kernels import (
+    add_norm,
     expert_ffn,
     grouped_ffn,
     grouped_pairs,
@@ -67,6 +68,7 @@ POINTERS = {
     **dict.fromkeys(("table_ptr", "contexts_ptr", "slot_ptr"), "i32"),
     **dict.fromkeys(("cos_ptr", "sin_ptr", "stats_ptr"), "fp32"),
 }
+FLOATS = ("scale", "epsilon")
 PATTERNS = {
     "wide_loads": r"ld\.global\.(?:\w+\.)*v4\.b32|cp\.async\.c[ag]\.shared\.global .*0x10",
     "loads": r"ld\.global|cp\.async\.c[ag]",
@@ -110,6 +112,8 @@ def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
         found += [
             ("expert_ffn full", expert_ffn._expert_ffn_kernel, few, dtype),
             ("up full", grouped_ffn._up_kernel, many, dtype),
+            ("add norm", add_norm._add_norm_kernel, add_norm.add_norm_blocks(D), dtype),
+            ("add norm 5120", add_norm._add_norm_kernel, add_norm.add_norm_blocks(5120), dtype),
             ("activate", masked_ffn._activate_kernel, masked_ffn.activate_blocks(), dtype),
         ]
         found += [(name, *rest, dtype) for name, *rest in attention_cases(itemsize)]
@@ -165,11 +169,11 @@ def source(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[ASTSourc
             signature[name] = "constexpr"
         elif name in INTS:
             signature[name] = "i32"
-        elif name == "scale":
+        elif name in FLOATS:
             signature[name] = "fp32"
         else:
             signature[name] = "*" + POINTERS.get(name, dtype)
-        if name not in constexprs and name != "scale" and INTS.get(name, 16) % 16 == 0:
+        if name not in constexprs and name not in FLOATS and INTS.get(name, 16) % 16 == 0:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constexprs, attributes), options
 
