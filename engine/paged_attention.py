@@ -60,7 +60,7 @@ class KernelAttend(FusedAttend):
 
     Args:
         cache: keys and values.
-        slots_T: int32 or int64, the slot of each token of the batch; negative for one that is not kept.
+        slots_T: int32 or int64, the slot of each token; negative for one that is not kept.
         decode: the sequences that decode, if any.
         decode_rows: their rows; None: they are the whole batch.
         chunks: parts of prompts.
