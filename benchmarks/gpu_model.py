@@ -32,6 +32,7 @@ from engine.attention import KVCache, SequenceSpan
 from engine.config import ExpertConfig, ModelConfig
 from engine.cuda_graphs import DecodeGraph, DecodeGraphs, GraphKey, StaticBatch
 from engine.experts import PolicyBatch
+from engine.fused_forward import fused_forward
 from engine.model import Decoder
 from engine.paged_attention import KernelAttend
 from engine.request import ExpertPolicy, Request, SamplingParams
@@ -217,8 +218,7 @@ def prefill_case(
         batch = PolicyBatch.uniform(policy, tokens, experts, DEVICE)
 
         def call(_: int) -> Tensor:
-            logits: Tensor = model(ids_T, positions_T, attend, batch, None, last)
-            return logits
+            return fused_forward(model, ids_T, positions_T, attend, batch, None, last)
 
         return call
 

@@ -10,7 +10,6 @@ Shapes: T tokens, H query heads, G key-value heads, d head dimension, B sequence
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,24 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # (layer, q [T, H, d], k [T, G, d], v [T, G, d]) -> [T, H, d]
-PlainAttend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-class FusedAttend(ABC):
-    """An attention that also rotates, for the sake of fewer launches."""
-
-    @abstractmethod
-    def fused(self, layer: int, heads_TNd: Tensor, cos_Tc: Tensor, sin_Tc: Tensor) -> Tensor:
-        """Attended values [T, H, d].
-
-        Args:
-            layer: whose cache to use.
-            heads_TNd: H query heads, G key heads and G value heads, not rotated yet.
-            cos_Tc, sin_Tc: of each token's position, c = d / 2.
-        """
-
-
-Attend = PlainAttend | FusedAttend
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 def rope_table(max_positions: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -53,7 +35,7 @@ def rotate(x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x_THd.dtype)
 
 
-def causal_attend(batch: int, length: int) -> PlainAttend:
+def causal_attend(batch: int, length: int) -> Attend:
     """Attention inside each of `batch` sequences of `length` tokens laid out one after another."""
 
     def attend(_layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from engine.attention import KVCache
 from engine.experts import PolicyBatch, Trace
+from engine.fused_forward import fused_forward
 from engine.model import Decoder
 from engine.paged_attention import DecodeBatch, KernelAttend
 from engine.request import NO_MASS_LIMIT, ExpertPolicy, Request
@@ -152,7 +153,13 @@ class Replay(Protocol):
 
 @dataclass(frozen=True)
 class DecodeGraph:
-    """A captured step and the tensors that it writes: logits [B, V], `Trace.totals` or None."""
+    """A captured step and the tensors that it writes.
+
+    Attributes:
+        graph: replays it.
+        logits_BV: float32.
+        totals: how many experts ran, [B + 2 L], as `DecodeGraphs.run` returns it; None if all did.
+    """
 
     graph: Replay
     logits_BV: Tensor
@@ -196,8 +203,12 @@ class DecodeGraphs:
         return key if key in self._graphs or len(self._graphs) < MAX_GRAPHS else None
 
     def run(self, requests: Sequence[Request], key: GraphKey) -> tuple[Tensor, list[int]]:
-        """Compute one token of each request: logits [n, V], which the next run overwrites, and
-        `Trace.totals` of these n rows."""
+        """Compute one token of each request.
+
+        Returns:
+            Logits [n, V], which the next run overwrites; and how many experts ran: of each row over
+            all layers, of each layer over all rows, and the distinct ones of each layer.
+        """
         batch = self._batch(key.batch)
         batch.fill(requests, self.num_experts, self.cache.block_size)
         found = self._graphs.get(key)
@@ -227,8 +238,11 @@ class DecodeGraphs:
         attend = KernelAttend(self.cache, batch.slots_B, decode)
         policy = PolicyBatch(batch.k_B, batch.mass_B, key.max_k, None, None)
         trace = Trace()
-        logits_BV = self.model(batch.ids_B, batch.positions_B, attend, policy, trace)
-        return logits_BV, trace.totals() if key.max_k else None
+        logits_BV = fused_forward(self.model, batch.ids_B, batch.positions_B, attend, policy, trace)
+        if not key.max_k:
+            return logits_BV, None
+        counts_LB, union_L = trace.counts()
+        return logits_BV, torch.cat([counts_LB.sum(0), counts_LB.sum(1), union_L])
 
     def _capture(self, key: GraphKey, batch: StaticBatch) -> DecodeGraph:
         """Record `compute`; before, run it once on a side stream, which compiles its kernels.

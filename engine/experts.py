@@ -200,34 +200,16 @@ class Trace:
         if self.keep_inputs:
             self.inputs.append(x_TD)
 
-    @property
-    def counts(self) -> list[Tensor]:
-        """Per layer, the number of experts of each token, [T]."""
-        everything = torch.full((self._num_tokens,), self._num_experts)
-        return [everything if c is None else c.sum(1) for c in self.chosen]
-
-    @property
-    def union(self) -> list[Tensor]:
-        """Per layer, the number of distinct experts that any token chose, 0-dim."""
-        everything = torch.tensor(self._num_experts)
-        return [everything if c is None else c.any(0).sum() for c in self.chosen]
-
-    def totals(self) -> Tensor:
-        """How many experts ran, int64 [T + 2 L] in one tensor, so that one transfer suffices.
-
-        Of each token over all layers; of each layer over all tokens; the distinct ones of each
-        layer.
-        """
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """Experts of each token, [L, T], and distinct experts of all tokens, [L], by layer."""
+        layers = len(self.chosen)
         chosen = [c for c in self.chosen if c is not None]
-        layers, tokens, experts = len(self.chosen), self._num_tokens, self._num_experts
         if not chosen:
-            per_token, per_layer = [layers * experts] * tokens, [tokens * experts] * layers
-            return torch.tensor(per_token + per_layer + [experts] * layers)
-        assert len(chosen) == layers, "every layer of a pass has the same policies"
+            everything = torch.full((layers, self._num_tokens + 1), self._num_experts)
+            return everything[:, 1:], everything[:, 0]
+        assert len(chosen) == layers, "a batch is dense in all layers or in none"
         chosen_LTE = torch.stack(chosen)
-        counts_LT = chosen_LTE.sum(2)
-        union_L = chosen_LTE.any(1).sum(1)
-        return torch.cat([counts_LT.sum(0), counts_LT.sum(1), union_L])
+        return chosen_LTE.sum(2), chosen_LTE.any(1).sum(1)
 
 
 class ExpertFFN(nn.Module):

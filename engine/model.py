@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.attention import Attend, FusedAttend, causal_attend, rope_table, rotate
+from engine.attention import Attend, causal_attend, rope_table, rotate
 from engine.config import ModelConfig
 from engine.experts import ExpertFFN, PolicyBatch, Trace
-from engine.kernels.add_norm import add_norm
 from engine.kernels.cpu_linear import PackedLinear
 from engine.request import ExpertPolicy
 
@@ -53,10 +52,6 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, cos_Td: Tensor, sin_Td: Tensor, attend: Attend) -> Tensor:
         heads = self.qkv(x_TD).view(x_TD.shape[0], -1, self.head_dim)
-        if isinstance(attend, FusedAttend):
-            attended_THd = attend.fused(self.layer, heads, cos_Td, sin_Td)
-            fused: Tensor = self.out(attended_THd.reshape(x_TD.shape))
-            return fused
         q_THd, k_TGd, v_TGd = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         q_THd, k_TGd = rotate(q_THd, cos_Td, sin_Td), rotate(k_TGd, cos_Td, sin_Td)
         out: Tensor = self.out(attend(self.layer, q_THd, k_TGd, v_TGd).reshape(x_TD.shape))
@@ -85,33 +80,6 @@ class Layer(nn.Module):
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), cos_Td, sin_Td, attend)
         ffn_TD: Tensor = self.ffn(self.ffn_norm(x_TD), policy, trace)
         return x_TD + ffn_TD
-
-    def fused(
-        self,
-        x_TD: Tensor,
-        delta_TD: Tensor | None,
-        cos_Td: Tensor,
-        sin_Td: Tensor,
-        attend: Attend,
-        policy: PolicyBatch,
-        trace: Trace | None,
-    ) -> tuple[Tensor, Tensor]:
-        """As `forward` of x + delta, in fewer launches; the output is again a sum of two parts."""
-        if delta_TD is None:
-            normed_TD = self.attention_norm(x_TD)
-        else:
-            x_TD, normed_TD = fused_norm(self.attention_norm, x_TD, delta_TD)
-        delta_TD = self.attention(normed_TD, cos_Td, sin_Td, attend)
-        x_TD, normed_TD = fused_norm(self.ffn_norm, x_TD, delta_TD)
-        ffn_TD: Tensor = self.ffn(normed_TD, policy, trace)
-        return x_TD, ffn_TD
-
-
-def fused_norm(norm: nn.RMSNorm, x_TD: Tensor, delta_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """(x + delta, its norm)."""
-    assert norm.weight is not None
-    assert norm.eps is not None
-    return add_norm(x_TD, delta_TD, norm.weight, norm.eps)
 
 
 class Decoder(nn.Module):
@@ -172,35 +140,14 @@ class Decoder(nn.Module):
         """Logits [T, V] in float32, or [len(rows), V] of the given rows of the batch alone."""
         x_TD = self.embedding(ids_T)
         cos_Td, sin_Td = self.cos[positions_T], self.sin[positions_T]
-        if isinstance(attend, FusedAttend):
-            x_TD = self._fused(x_TD, cos_Td, sin_Td, attend, policy, trace, rows)
-        else:
-            for layer in self.layers:
-                x_TD = layer(x_TD, cos_Td, sin_Td, attend, policy, trace)
-            x_TD = self.norm(x_TD if rows is None else x_TD[rows])
+        for layer in self.layers:
+            x_TD = layer(x_TD, cos_Td, sin_Td, attend, policy, trace)
+        if rows is not None:
+            x_TD = x_TD[rows]
+        x_TD = self.norm(x_TD)
         head = self._packed_head  # the embedding's transpose, tied
         logits_TV = head(x_TD) if head is not None else F.linear(x_TD, self.embedding.weight)
         return logits_TV.float()
-
-    def _fused(
-        self,
-        x_TD: Tensor,
-        cos_Td: Tensor,
-        sin_Td: Tensor,
-        attend: FusedAttend,
-        policy: PolicyBatch,
-        trace: Trace | None,
-        rows: Tensor | None,
-    ) -> Tensor:
-        """The layers and the last norm with each sum left to the norm that follows it."""
-        delta_TD: Tensor | None = None
-        for layer in self.layers:
-            assert isinstance(layer, Layer)
-            x_TD, delta_TD = layer.fused(x_TD, delta_TD, cos_Td, sin_Td, attend, policy, trace)
-        assert delta_TD is not None
-        if rows is not None:
-            x_TD, delta_TD = x_TD[rows], delta_TD[rows]
-        return fused_norm(self.norm, x_TD, delta_TD)[1]
 
     def logits(self, ids_BL: Tensor, policy: ExpertPolicy, trace: Trace | None = None) -> Tensor:
         """Logits [B, L, V] of whole sequences under one policy."""

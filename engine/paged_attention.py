@@ -15,20 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.attention import Attend, FusedAttend, KVCache, PagedAttend, SequenceSpan
+from engine.attention import KVCache, PagedAttend, SequenceSpan
 from engine.kernels.paged_kv import MAX_HEAD_DIM, paged_decode, rotate_and_store
 
 
-def attend_over(cache: KVCache, spans: list[SequenceSpan]) -> Attend:
-    """Attention of one flat batch: by kernels where they exist, else `PagedAttend`."""
-    if cache.slots.is_cuda and supports(cache):
-        return KernelAttend.of_spans(cache, spans)
-    return PagedAttend(cache, spans)
-
-
 def supports(cache: KVCache) -> bool:
-    """Whether the kernels take heads of this width."""
-    return cache.slots.shape[-1] <= MAX_HEAD_DIM
+    """Whether the kernels serve this cache: on CUDA, with heads of a width that they take."""
+    return cache.slots.is_cuda and cache.slots.shape[-1] <= MAX_HEAD_DIM
 
 
 @dataclass(frozen=True)
@@ -55,7 +48,7 @@ class Chunk:
     slots_L: Tensor
 
 
-class KernelAttend(FusedAttend):
+class KernelAttend:
     """Attention of one flat batch.
 
     Args:
@@ -111,8 +104,15 @@ class KernelAttend(FusedAttend):
         batch = DecodeBatch(table_BM[decoding].to(device), contexts_B, max(contexts))
         return cls(cache, slots_T, batch, rows, chunks)
 
-    def fused(self, layer: int, heads_TNd: Tensor, cos_Tc: Tensor, sin_Tc: Tensor) -> Tensor:
+    def __call__(self, layer: int, heads_TNd: Tensor, cos_Tc: Tensor, sin_Tc: Tensor) -> Tensor:
         keys, values = self.cache.slots[layer]
+        """Attended values [T, H, d] of one layer.
+
+        Args:
+            layer: whose part of the cache to use.
+            heads_TNd: H query heads, G key heads and G value heads, not rotated yet.
+            cos_Tc, sin_Tc: of each token's position, c = d / 2.
+        """
         q_THd = rotate_and_store(
             heads_TNd, cos_Tc.float(), sin_Tc.float(), keys, values, self._slots_T
         )

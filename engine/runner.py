@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.attention import KVCache, SequenceSpan
+from engine.attention import KVCache, PagedAttend, SequenceSpan
 from engine.config import EngineConfig, ModelConfig
 from engine.cuda_graphs import DecodeGraphs, GraphKey
 from engine.errors import ConfigError
 from engine.experts import PolicyBatch, Trace
+from engine.fused_forward import fused_forward
 from engine.model import Decoder
-from engine.paged_attention import attend_over, supports
+from engine.paged_attention import KernelAttend, supports
 from engine.request import Request
 from engine.sampler import token_logprobs
 from engine.scheduler import Plan
@@ -108,7 +110,8 @@ class Runner:
         )
         model.prepare()
         self.graphs: DecodeGraphs | None = None
-        if config.cuda_graphs and self.device.type == "cuda" and supports(self.cache):
+        self._by_kernels = supports(self.cache)
+        if config.cuda_graphs and self._by_kernels:
             longest = config.max_model_len or shape.max_position_embeddings
             longest = min(longest, num_blocks * config.block_size)
             self.graphs = DecodeGraphs(model, self.cache, config.max_num_seqs, longest)
@@ -136,10 +139,10 @@ class Runner:
         spans = _spans(plan)
         ready_rows, prompt_rows = _rows(plan, spans)
         trace = Trace()
-        logits = self.model(
+        logits = self._forward(
+            spans,
             self._tensor([i for r, n in plan for i in _tokens(r, n)]),
             self._tensor([i for s in spans for i in range(s.context - s.length, s.context)]),
-            attend_over(self.cache, spans),
             PolicyBatch.build([(r.policy, n) for r, n in plan], self.num_experts, self.device),
             trace,
             self._tensor(ready_rows + [row for rows in prompt_rows for row in rows]),
@@ -148,6 +151,16 @@ class Runner:
         prompts = _prompt_parts(plan, prompt_rows, logits[len(ready) :])
         counts = _count_experts(trace, spans, ready_rows)
         return StepResult(ready, logits[: len(ready)], prompts, *counts)
+
+    def _forward(
+        self, spans: list[SequenceSpan], ids_T: Tensor, positions_T: Tensor, *rest: Any
+    ) -> Tensor:
+        """The model over the cache; `rest` is what `Decoder.forward` takes after `attend`."""
+        if self._by_kernels:
+            attend = KernelAttend.of_spans(self.cache, spans)
+            return fused_forward(self.model, ids_T, positions_T, attend, *rest)
+        logits: Tensor = self.model(ids_T, positions_T, PagedAttend(self.cache, spans), *rest)
+        return logits
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
@@ -207,9 +220,10 @@ def _count_experts(
     trace: Trace, spans: Sequence[SequenceSpan], ready_rows: Sequence[int]
 ) -> tuple[list[int], list[int], list[int], list[int]]:
     """(last_activated, activated, layer_activated, layer_loaded) of a `StepResult`."""
-    numbers: list[int] = trace.totals().tolist()
-    layers = len(trace.chosen)
-    tokens = len(numbers) - 2 * layers
+    counts_LT, union_L = trace.counts()
+    # One transfer: the totals of the tokens, of the layers, and the layers' unions.
+    numbers = torch.cat([counts_LT.sum(0), counts_LT.sum(1), union_L]).tolist()
+    layers, tokens = counts_LT.shape
     per_token = numbers[:tokens]
     activated = [sum(per_token[s.start : s.start + s.length]) for s in spans]
     last = [per_token[row] for row in ready_rows]

@@ -33,10 +33,10 @@ class ExpertUse:
     def add(self, model: Decoder, trace: Trace, real_T: Tensor | None = None) -> None:
         """Count what `trace` recorded; `real_T` (indices, int64) leaves padding out."""
         num_experts = model.config.experts.num_experts
-        for counts_T in trace.counts:
-            real = counts_T if real_T is None else counts_T[real_T.to(counts_T.device)]
-            self.activated += int(real.sum())
-            self.available += real.numel() * num_experts
+        counts_LT, _ = trace.counts()
+        real = counts_LT if real_T is None else counts_LT[:, real_T.to(counts_LT.device)]
+        self.activated += int(real.sum())
+        self.available += real.numel() * num_experts
         for ffn, x_TD, chosen_TE in zip(model.ffns(), trace.inputs, trace.chosen, strict=False):
             if chosen_TE is None:
                 continue

@@ -26,6 +26,7 @@ from engine.cuda_graphs import (
     k_bucket,
 )
 from engine.experts import PolicyBatch, Trace
+from engine.fused_forward import fused_forward
 from engine.model import Decoder
 from engine.paged_attention import KernelAttend
 from engine.request import ExpertPolicy, Request, SamplingParams
@@ -138,7 +139,7 @@ def alone(model: Decoder, request: Request) -> tuple[Tensor, int]:
     """Logits of the last token of all known ones, computed as one sequence; its experts."""
     trace = Trace()
     logits = model.logits(torch.tensor([request.token_ids]), request.policy, trace)
-    return logits[0, -1], sum(int(counts[-1]) for counts in trace.counts)
+    return logits[0, -1], int(trace.counts()[0][:, -1].sum())
 
 
 @pytest.mark.parametrize(
@@ -213,11 +214,16 @@ def test_kernel_attention_equals_plain_attention_over_any_batch(plain: Decoder) 
         start += count
     policy = PolicyBatch.uniform(DENSE, start, 8)
     results = []
-    for make in (PagedAttend, KernelAttend.of_spans):
+    for kernels in (False, True):
         cache = new_cache()
         cache.slots.normal_(generator=torch.Generator().manual_seed(0))
-        attend = make(cache, spans)
-        logits = plain(torch.tensor(ids), torch.tensor(positions), attend, policy)
+        batch = torch.tensor(ids), torch.tensor(positions)
+        if kernels:
+            attend = KernelAttend.of_spans(cache, spans)
+            logits = fused_forward(plain, *batch, attend, policy, rows=torch.tensor([0, 9]))
+        else:
+            rows = torch.tensor([0, 9])
+            logits = plain(*batch, PagedAttend(cache, spans), policy, rows=rows)
         results.append((logits, cache.slots))
     for expected, found in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

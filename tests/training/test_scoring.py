@@ -75,7 +75,7 @@ def test_expert_use_leaves_padding_out(policy: ExpertPolicy, tiny: Checkpoint) -
     for c in continuations:
         trace = Trace(keep_inputs=True)
         tiny.model.logits(torch.tensor([c.ids[:-1]]), policy, trace)
-        activated += sum(int(counts_T.sum()) for counts_T in trace.counts)
+        activated += int(trace.counts()[0].sum())
         tokens += len(c.ids) - 1
         for ffn, x_TD, chosen in zip(tiny.model.ffns(), trace.inputs, trace.chosen, strict=True):
             mass_TE = true_mass(x_TD, ffn.up, 8, ffn.activation)
