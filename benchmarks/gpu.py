@@ -1,310 +1,199 @@
-"""The sparse FFN's kernels on a GPU: correct against their references first, then timed.
+"""The engine on a GPU: kernels checked and timed, whole models decoded, sparse against dense.
 
-    python -m benchmarks.gpu [--section kernels|training|all] [--json FILE]
+    python -m benchmarks.gpu [--sections check,kernels,...] [--seconds 450] [--json FILE]
 
-Every time is of work replayed from a CUDA graph, which is how the engine decodes: no launch waits
-for Python, on our side or the peer's. A graph holds one call on each of enough weight sets to
-exceed the L2 cache three times, so weights come from memory as they do in a model of many layers;
-weights are random, never zeros. Rivals of one row are replayed in turn, round after round, and the
-median round counts. Ceilings (copy bandwidth, dense product) are measured in the same run.
+Sections, in the order in which they run: `check` (every kernel against its reference), `decode` and
+`prefill` (whole models, benchmarks/gpu_model.py), `kernels` (bandwidth and rate against ceilings
+measured in the same run, benchmarks/gpu_kernels.py), `tiles` (candidates for the kernels' tiles,
+benchmarks/gpu_tiles.py), and `training` (benchmarks/gpu_training.py), which runs only when asked.
 
-The peer is the dense FFN in PyTorch, relu(x @ up.T) @ down, over all neurons. A sparse row uses 6
-of 32 experts, either the same 6 for all tokens ("shared") or drawn for each token by itself
-("independent"): real routing lies between. Random activations silence half of the neurons, and the
-few-token kernel does not read the rows of `down` of silenced neurons.
+Every time is of work replayed from a CUDA graph, which is how the engine decodes, unless a row says
+otherwise. Rivals of one row are replayed in turn, round after round, and the median round counts.
 
-All this is the section `kernels`; `training` is benchmarks/gpu_training.py.
+A failing case prints its error and the rest goes on; the exit status is 1 then. Cases that would
+start after --seconds are skipped with a line that says so. The JSON file is rewritten after every
+case. --tiny runs every section at sizes that Triton's interpreter can bear (TRITON_INTERPRET=1 on a
+machine without a GPU), to try the code out; its numbers mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from torch import Tensor
 
-from benchmarks import gpu_training
-from benchmarks.gpu_timing import Call, check, interleaved_us, relative_error
+from benchmarks import gpu_kernels, gpu_model, gpu_tiles, gpu_training
+from benchmarks.gpu_kernels import Case
 from benchmarks.records import MACHINE, VERSIONS, Record, write_records
-from engine.kernels import expert_ffn, grouped_ffn, routing
 
-SHAPES = ((768, 3072), (2048, 8192))
-EXPERTS, CHOSEN = 32, 6
-FEW, MANY = (1, 2, 4, 8, 16), (64, 512, 2048)
-CROSSOVER = (8, 16, 32, 64)
-L2_BYTES = 60e6
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Inputs of one shape: enough weight sets to miss the L2 cache, and one routing."""
-
-    weights: list[tuple[Tensor, Tensor]]
-    x_TD: Tensor
-    routing: routing.Routing
-
-    @property
-    def expert_size(self) -> int:
-        return int(self.weights[0][0].shape[0]) // EXPERTS
-
-    def few(self, i: int) -> Tensor:
-        up_FD, down_FD = self.weights[i % len(self.weights)]
-        return expert_ffn.expert_ffn(
-            self.x_TD, up_FD, down_FD, self.routing.ids_TK, self.expert_size, "relu"
-        )
-
-    def grouped(self, i: int) -> Tensor:
-        up_FD, down_FD = self.weights[i % len(self.weights)]
-        return grouped_ffn.grouped_ffn(self.x_TD, up_FD, down_FD, self.routing, "relu")
-
-    def dense(self, i: int) -> Tensor:
-        up_FD, down_FD = self.weights[i % len(self.weights)]
-        return (self.x_TD @ up_FD.T).relu_() @ down_FD
-
-
-def weight_sets(width: int, neurons: int) -> list[tuple[Tensor, Tensor]]:
-    """Random [F, D] pairs whose chosen rows alone exceed the L2 cache three times."""
-    used = 4 * width * neurons * CHOSEN / EXPERTS
-    count = min(64, max(2, round(3 * L2_BYTES / used)))
-    return [
-        (
-            torch.randn(neurons, width, device="cuda").bfloat16() / width**0.5,
-            torch.randn(neurons, width, device="cuda").bfloat16() / neurons**0.5,
-        )
-        for _ in range(count)
-    ]
-
-
-def random_routing(tokens: int, kind: str) -> routing.Routing:
-    """6 of 32 experts a token: drawn for each, or the same for all."""
-    scores_TE = torch.randn(1 if kind == "shared" else tokens, EXPERTS, device="cuda")
-    scores_TE = scores_TE.expand(tokens, EXPERTS).contiguous()
-    return routing.route_scores_reference(scores_TE, *limits(tokens), CHOSEN)
-
-
-def limits(tokens: int) -> tuple[Tensor, Tensor]:
-    k_T = torch.full((tokens,), CHOSEN, dtype=torch.int32, device="cuda")
-    return k_T, torch.full((tokens,), 2.0, device="cuda")
-
-
-def problem(weights: list[tuple[Tensor, Tensor]], tokens: int, kind: str) -> Problem:
-    x_TD = torch.randn(tokens, weights[0][0].shape[1], device="cuda").bfloat16()
-    return Problem(weights, x_TD, random_routing(tokens, kind))
-
-
-# --- correctness ---------------------------------------------------------------------------------
-
-
-def check_ffn(width: int, neurons: int, tokens: int, dtype: torch.dtype) -> list[Record]:
-    limit = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
-    x_TD = torch.randn(tokens, width, device="cuda").to(dtype)
-    up_FD, down_FD = (
-        (torch.randn(neurons, width, device="cuda") / width**0.5).to(dtype) for _ in range(2)
-    )
-    routed = random_routing(tokens, "independent")
-    expected = grouped_ffn.grouped_ffn_reference(
-        x_TD.double(), up_FD.double(), down_FD.double(), routed, "relu"
-    )
-    grouped = grouped_ffn.grouped_ffn(x_TD, up_FD, down_FD, routed, "relu")
-    label = f"D={width} F={neurons} T={tokens} {str(dtype).removeprefix('torch.')}"
-    found = [check(f"grouped_ffn {label}", relative_error(grouped, expected), limit)]
-    if tokens <= max(CROSSOVER):
-        few = expert_ffn.expert_ffn(x_TD, up_FD, down_FD, routed.ids_TK, neurons // EXPERTS, "relu")
-        found.append(check(f"expert_ffn {label}", relative_error(few, expected), limit))
-    return found
-
-
-def check_routing(tokens: int, width: int, experts: int) -> Record:
-    """Integer inputs make scores exact, so that the choice must be identical."""
-    x_TD = torch.randint(-2, 3, (tokens, width), device="cuda").bfloat16()
-    router_ED = torch.randint(-2, 3, (experts, width), device="cuda") / 16
-    k_T = torch.randint(1, CHOSEN + 1, (tokens,), dtype=torch.int32, device="cuda")
-    mass_T = torch.rand(tokens, device="cuda") * 1.5
-    actual = routing.route(x_TD, router_ED, k_T, mass_T, CHOSEN)
-    expected = routing.route_reference(x_TD, router_ED, k_T, mass_T, CHOSEN)
-    again = routing.route(x_TD, router_ED, k_T, mass_T, CHOSEN)
-    differing = [
-        name
-        for name, a, b, c in zip(actual._fields, actual, expected, again, strict=True)
-        if not (torch.equal(a, b) and torch.equal(a, c))
-    ]
-    label = f"routing E={experts} D={width} T={tokens} differing fields {differing}"
-    return check(label, float(len(differing)), 0.0)
-
-
-def correctness() -> list[Record]:
-    found = [
-        check_routing(tokens, width, experts)
-        for tokens in (1, 16, 65, 2048)
-        for width, experts in ((100, 12), (768, 32), (2048, 32), (2048, 256))
-    ]
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for width, neurons, tokens in (
-            (100, 32 * 24, 1),
-            (100, 32 * 24, 33),
-            (768, 3072, 16),
-            (2048, 8192, 8),
-            (2048, 8192, 64),
-            (2048, 8192, 700),
-        ):
-            found += check_ffn(width, neurons, tokens, dtype)
-    return found
-
-
-# --- measurements --------------------------------------------------------------------------------
-
-
-def ceilings() -> list[Record]:
-    """What this device copies and multiplies at most, as PyTorch reaches it.
-
-    The copy is an elementwise kernel: replayed from a graph, `copy_` is slower than that.
-    """
-    source = torch.randn(2**28, device="cuda").bfloat16()
-    target = torch.empty_like(source)
-    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
-    copy_us, product_us = interleaved_us(
-        [lambda _: torch.neg(source, out=target), lambda _: torch.mm(a, b)], calls=4
-    )
-    bandwidth = 2 * source.numel() * 2 / copy_us / 1e6
-    rate = 2 * 8192**3 / product_us / 1e6
-    return [
-        Record("ceiling copy bandwidth", {"bytes": source.numel() * 2}, bandwidth, "TB/s"),
-        Record("ceiling dense product", {"n": 8192, "dtype": "bf16"}, rate, "TFLOP/s"),
-    ]
-
-
-def ffn_records(width: int, neurons: int) -> list[Record]:
-    """Both kernels against the dense FFN, at the token counts they are for."""
-    weights = weight_sets(width, neurons)
-    found = []
-    for kind in ("shared", "independent"):
-        for tokens in sorted({*FEW, *MANY, *CROSSOVER}):
-            case = problem(weights, tokens, kind)
-            rivals: dict[str, Call] = {"dense": case.dense, "grouped_ffn": case.grouped}
-            if tokens <= max(CROSSOVER):
-                rivals["expert_ffn"] = case.few
-            times = interleaved_us(list(rivals.values()), calls=len(weights))
-            of = dict(zip(rivals, times, strict=True))
-            params: dict[str, Any] = {
-                "D": width,
-                "F": neurons,
-                "E": EXPERTS,
-                "k": CHOSEN,
-                "tokens": tokens,
-            }
-            params |= {"routing": kind, "dtype": "bf16"}
-            found += [
-                Record(name, params, of[name], "us", of["dense"], of["dense"] / of[name])
-                for name in ("expert_ffn", "grouped_ffn")
-                if name in of
-            ]
-    return found
-
-
-def routing_records(width: int) -> list[Record]:
-    """The whole routing, and the part that few tokens need; the peer is scores and top-k alone."""
-    routers = [torch.randn(EXPERTS, width, device="cuda") / width**0.5 for _ in range(8)]
-    found = []
-    for tokens in (1, 16, *MANY):
-        x_TD = torch.randn(tokens, width, device="cuda").bfloat16()
-        k_T, mass_T = limits(tokens)
-
-        def select(i: int, x_TD: Tensor = x_TD, k_T: Tensor = k_T, m: Tensor = mass_T) -> object:
-            return routing.select(x_TD, routers[i % 8], k_T, m, CHOSEN)
-
-        def route(i: int, x_TD: Tensor = x_TD, k_T: Tensor = k_T, m: Tensor = mass_T) -> object:
-            return routing.route(x_TD, routers[i % 8], k_T, m, CHOSEN)
-
-        def top_k(i: int, x_TD: Tensor = x_TD) -> object:
-            return torch.topk(x_TD.float() @ routers[i % 8].T, CHOSEN)
-
-        select_us, route_us, peer_us = interleaved_us([select, route, top_k], calls=16)
-        params: dict[str, Any] = {
-            "D": width,
-            "E": EXPERTS,
-            "k": CHOSEN,
-            "tokens": tokens,
-            "router": "fp32",
-        }
-        found += [
-            Record("routing select", params, select_us, "us", peer_us, peer_us / select_us),
-            Record("routing route", params, route_us, "us", peer_us, peer_us / route_us),
-        ]
-    return found
-
-
-def crossovers(records: Sequence[Record]) -> list[Record]:
-    """The most measured tokens at which the few-token kernel is still the faster of the two."""
-    times = {(r.name, json.dumps(r.params)): r.value for r in records}
-    faster: dict[tuple[int, str], int] = {}
-    for record in records:
-        key = json.dumps(record.params)
-        if record.name == "expert_ffn" and record.value < times["grouped_ffn", key]:
-            group = (record.params["D"], record.params["routing"])
-            faster[group] = max(faster.get(group, 0), record.params["tokens"])
-    return [
-        Record("crossover: expert_ffn faster up to", {"D": d, "routing": kind}, tokens, "tokens")
-        for (d, kind), tokens in faster.items()
-    ]
-
-
-# --- the report ----------------------------------------------------------------------------------
-
-
-HEADER = f"{'measurement':<34} {'parameters':<44} {'value':>10} {'unit':<9}{'peer':>10}{'ratio':>8}"
+HEADER = f"{'measurement':<34} {'parameters':<60} {'value':>10} {'unit':<9}{'peer':>10}{'ratio':>8}"
+HIDDEN = ("dtype", "F")
 
 
 def row(record: Record) -> str:
-    params = " ".join(f"{k}={v}" for k, v in record.params.items() if k not in ("E", "k", "dtype"))
-    peer = "" if record.peer_value is None else f"{record.peer_value:10.2f}"
+    """One line of the table."""
+    params = " ".join(f"{k}={v}" for k, v in record.params.items() if k not in HIDDEN)
+    peer = "" if record.peer_value is None else f"{record.peer_value:10.4g}"
     ratio = "" if record.ratio is None else f"{record.ratio:6.2f}x"
     return (
-        f"{record.name:<34} {params:<44} {record.value:10.4g} {record.unit:<9}{peer:>10}{ratio:>8}"
+        f"{record.name:<34} {params:<60} {record.value:10.4g} {record.unit:<9}{peer:>10}{ratio:>8}"
     )
 
 
-def measurements() -> Iterator[list[Record]]:
-    """The section `kernels`, group by group, correctness first."""
-    yield correctness()
-    yield ceilings()
-    for width, neurons in SHAPES:
-        times = ffn_records(width, neurons)
-        yield times
-        yield crossovers(times)
-    for width, _ in SHAPES:
-        yield routing_records(width)
+def training_cases() -> Iterator[Case]:
+    """The section `training`, one case a group of its records."""
+    for number, found in enumerate(gpu_training.measurements()):
+        yield f"training {number}", partial(list, found)
 
 
-SECTIONS = {"kernels": measurements, "training": gpu_training.measurements}
+def sections(tiny: bool) -> dict[str, Callable[[], Iterator[Case]]]:
+    """The cases of each section, made as they are needed."""
+    sizes = gpu_kernels.TINY if tiny else gpu_kernels.FULL
+    shapes = gpu_model.TINY if tiny else gpu_model.FULL
+    return {
+        "check": partial(gpu_kernels.checks, sizes),
+        "decode": partial(gpu_model.decode_cases, shapes),
+        "prefill": partial(gpu_model.prefill_cases, shapes),
+        "kernels": partial(gpu_kernels.cases, sizes),
+        "tiles": partial(gpu_tiles.cases, sizes),
+        "training": training_cases,
+    }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Check and time the GPU kernels.")
-    parser.add_argument("--section", choices=[*SECTIONS, "all"], default="all")
-    parser.add_argument("--json", type=Path, help="write the records to this file")
-    arguments = parser.parse_args()
-    path: Path | None = arguments.json
-    chosen = [arguments.section] if arguments.section in SECTIONS else list(SECTIONS)
+USUAL = ("check", "decode", "prefill", "kernels", "tiles")
+
+
+@dataclass
+class Report:
+    """Runs cases one after another, prints and keeps what they find.
+
+    Attributes:
+        deadline: on `time.monotonic`; no case starts after it.
+        path: where the records go after every case, if anywhere.
+        records, failures, skipped: what came of the cases so far.
+    """
+
+    deadline: float
+    path: Path | None = None
+    records: list[Record] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def section(self, name: str, cases: Callable[[], Iterator[Case]]) -> None:
+        """All cases of a section. An error while a case is prepared ends the section alone."""
+        print(f"--- {name}, {self.deadline - time.monotonic():.0f} s left", flush=True)
+        remaining = cases()
+        while True:
+            if time.monotonic() > self.deadline:
+                self.skipped.append(name)
+                print(f"skipped: the rest of section {name}, no time is left", flush=True)
+                return
+            try:
+                label, case = next(remaining)
+            except StopIteration:
+                return
+            except Exception as error:
+                self._failed(f"section {name}", error)
+                return
+            self._run(label, case)
+
+    def _run(self, label: str, case: Callable[[], list[Record]]) -> None:
+        try:
+            found = case()
+        except (Exception, SystemExit) as error:
+            self._failed(label, error)
+            return
+        self.records += found
+        print("\n".join(row(record) for record in found), flush=True)
+        if self.path is not None:
+            write_records(self.path, self.records)
+
+    def _failed(self, label: str, error: BaseException) -> None:
+        self.failures.append(label)
+        last = traceback.extract_tb(error.__traceback__)[-1:]
+        where = "".join(f" ({frame.filename}:{frame.lineno})" for frame in last)
+        text = " ".join(str(error).split())[:400]
+        print(f"FAILED {label}: {type(error).__name__}: {text}{where}", flush=True)
+
+
+def device_is_lost() -> bool:
+    """Whether an error has left this process without its device, as an illegal access does."""
     if not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+        torch.ones(1, device="cuda").add_(1).tolist()
+    except Exception:
+        return True
+    return False
+
+
+def go_on_elsewhere(report: Report, rest: list[str], tiny: bool) -> None:
+    """Run the remaining sections in a process with a device of its own; takes its records over."""
+    print(f"the device is lost to this process; a new one runs {', '.join(rest)}", flush=True)
+    command = [sys.executable, __file__, "--sections", ",".join(rest)]
+    command += ["--seconds", str(max(1, round(report.deadline - time.monotonic())))]
+    command += ["--tiny"] if tiny else []
+    further = None if report.path is None else report.path.with_suffix(".rest.json")
+    command += [] if further is None else ["--json", str(further)]
+    if subprocess.run(command, check=False).returncode:
+        report.failures.append("a section in the new process")
+    if further is not None and report.path is not None and further.exists():
+        report.records += [Record(**values) for values in json.loads(further.read_text("utf-8"))]
+        further.unlink()
+        write_records(report.path, report.records)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Check and time the engine on a GPU.")
+    parser.add_argument("--sections", default=",".join(USUAL), help="comma-separated [%(default)s]")
+    parser.add_argument("--seconds", type=float, default=450.0, help="start no case after it [450]")
+    parser.add_argument("--json", type=Path, help="write the records to this file")
+    parser.add_argument(
+        "--tiny", action="store_true", help="try the code out; numbers mean nothing"
+    )
+    found = parser.parse_args(arguments)
+    found.sections = found.sections.split(",")
+    unknown = sorted(set(found.sections) - set(sections(False)))
+    if unknown:
+        parser.error(
+            f"unknown sections {', '.join(unknown)}; there are {', '.join(sections(False))}"
+        )
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    chosen = parse(arguments)
+    if not (torch.cuda.is_available() or chosen.tiny):
         raise SystemExit("benchmarks/gpu.py needs a CUDA device")
     torch.manual_seed(0)
     print(MACHINE, VERSIONS)
     print(HEADER)
-    records: list[Record] = []
-    for found in chain.from_iterable(SECTIONS[name]() for name in chosen):
-        records += found
-        print("\n".join(row(record) for record in found), flush=True)
-    if path is not None:
-        write_records(path, records)
+    report = Report(time.monotonic() + chosen.seconds, chosen.json)
+    available = sections(chosen.tiny)
+    names = [name for name in available if name in chosen.sections]
+    for number, name in enumerate(names):
+        report.section(name, available[name])
+        if report.failures and names[number + 1 :] and device_is_lost():
+            go_on_elsewhere(report, names[number + 1 :], chosen.tiny)
+            break
+    print(
+        f"{len(report.records)} records, {len(report.failures)} failures, "
+        f"sections cut short: {', '.join(report.skipped) or 'none'}"
+    )
+    if report.failures:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
-"""How the GPU benchmarks time and check: graph replay, rivals in turn, medians; errors that end."""
+"""How the GPU benchmarks time and check: graph replay, rivals in turn, medians; errors that end.
+
+Without a CUDA device everything runs once, by the host's clock: for trying a benchmark out at tiny
+sizes in Triton's interpreter before it costs a GPU's time. Such numbers mean nothing.
+"""
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +17,7 @@ from torch import Tensor
 from benchmarks.records import Record
 
 ROUNDS = 15
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # One call of what is timed; its argument counts calls, for those who alternate weights.
 Call = Callable[[int], object]
@@ -41,13 +47,24 @@ def replay_ms(graph: torch.cuda.CUDAGraph) -> float:
 
 def interleaved_us(rivals: Sequence[Call], calls: int) -> list[float]:
     """Median microseconds of one call of each rival, replayed in turn."""
+    if DEVICE == "cpu":
+        return [host_us(call) for call in rivals]
     graphs = [graph_of(call, calls) for call in rivals]
     rounds = [[replay_ms(graph) for graph in graphs] for _ in range(ROUNDS + 2)][2:]
     return [statistics.median(times) * 1e3 / calls for times in zip(*rounds, strict=True)]
 
 
+def host_us(call: Call) -> float:
+    """Microseconds of a single call on the host."""
+    start = time.perf_counter()
+    call(0)
+    return (time.perf_counter() - start) * 1e6
+
+
 def eager_us(call: Call) -> float:
     """Median microseconds of one call as Python launches it, the device idle before."""
+    if DEVICE == "cpu":
+        return host_us(call)
 
     def once() -> float:
         start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

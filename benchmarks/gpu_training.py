@@ -1,6 +1,6 @@
 """The section `training` of benchmarks/gpu.py: one FFN layer's forward and backward pass.
 
-    python -m benchmarks.gpu --section training [--json FILE]
+    python -m benchmarks.gpu --sections training [--json FILE]
 
 Every row is y and the gradients of x, up and down in bfloat16, for a routing that is given: each
 token has its own random experts, the case with the least reuse. `grouped` is

@@ -128,7 +128,7 @@ class PagedAttend:
             out_THd[self._decode_rows] = self._decode(q_THd[self._decode_rows], keys, values)
         for span, slots in self._chunks:
             rows = slice(span.start, span.start + span.length)
-            out_THd[rows] = self._chunk(q_THd[rows], keys[slots], values[slots])
+            out_THd[rows] = self.chunk(q_THd[rows], keys[slots], values[slots])
         return out_THd
 
     def _decode(self, q_BHd: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -145,11 +145,14 @@ class PagedAttend:
         return out[:, :, 0]
 
     @staticmethod
-    def _chunk(q_nHd: Tensor, k_LGd: Tensor, v_LGd: Tensor) -> Tensor:
+    def chunk(q_nHd: Tensor, k_LGd: Tensor, v_LGd: Tensor) -> Tensor:
         """A chunk of n queries at the end of a context of L tokens, causal among themselves."""
         n, length = q_nHd.shape[0], k_LGd.shape[0]
         q, k, v = (t.transpose(0, 1)[None] for t in (q_nHd, k_LGd, v_LGd))
-        mask = torch.ones((n, length), dtype=torch.bool, device=q.device).tril(length - n)
         gqa = q_nHd.shape[1] != k_LGd.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+        if n == length:  # a prompt's first chunk; no mask lets PyTorch take its fastest kernel
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        else:
+            mask = torch.ones((n, length), dtype=torch.bool, device=q.device).tril(length - n)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
         return out[0].transpose(0, 1)

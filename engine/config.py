@@ -208,6 +208,8 @@ class EngineConfig:
         prefix_caching: take keys and values of known prefixes from the cache.
         priority_age_seconds: waiting time that counts as much as one step of priority.
         num_threads: CPU threads of one step; 0 leaves torch's choice.
+        cuda_graphs: on CUDA, replay decoding steps from captured graphs, which costs some memory
+            and a pause whenever a new batch size is first seen.
     """
 
     device: str = "cpu"
@@ -222,6 +224,7 @@ class EngineConfig:
     prefix_caching: bool = True
     priority_age_seconds: float = 10.0
     num_threads: int = 0
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         check_choice("device", self.device, ("cpu", "cuda"))

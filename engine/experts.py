@@ -22,13 +22,17 @@ from torch import Tensor, nn
 
 from engine.config import ModelConfig
 from engine.errors import require
-from engine.kernels import expert_ffn, grouped_ffn, grouped_training, native, routing
+from engine.kernels import (
+    expert_ffn,
+    gpu_ways,
+    grouped_ffn,
+    grouped_training,
+    masked_ffn,
+    native,
+    routing,
+)
 from engine.kernels.sliced_ffn import sparse_ffn
 from engine.request import ExpertPolicy
-
-# The GPU's few-token kernel reads the weights of each token-expert pair anew; past this many weight
-# rows times width the grouped kernel's reuse wins (fitted to benchmarks/gpu.py on an H200).
-FEW_PAIR_WEIGHTS = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -238,13 +242,17 @@ class ExpertFFN(nn.Module):
     def prepare(self) -> None:
         """Switch to the inference paths; on the CPU the packed form replaces both."""
         if self.up.is_cuda:
-            self._use_kernels = True
+            self.use_kernels()
         elif self._packed is None:
             self._packed = native.PackedExpertFFN(
                 self.up, self.down, self.num_experts, self.activation
             )
             self.up = released(self.up)
             self.down = released(self.down)
+
+    def use_kernels(self) -> None:
+        """Run the GPU's kernels for inference; on the CPU that needs Triton's interpreter."""
+        self._use_kernels = True
 
     def forward(self, x_TD: Tensor, policy: PolicyBatch, trace: Trace | None = None) -> Tensor:
         """[T, D] -> [T, D], each token by its own policy; records the choice in `trace`."""
@@ -269,6 +277,10 @@ class ExpertFFN(nn.Module):
         assert policy.dense_rows is not None
         assert policy.sparse_rows is not None
         rows = policy.sparse_rows
+        if self._use_kernels and gpu_ways.mixed_is_masked(
+            self._gpu_layer, policy.dense_rows.numel(), rows.numel(), policy.max_k
+        ):
+            return self._masked(x_TD, policy.k_T, policy.mass_T, self.num_experts)
         sparse_nD, chosen_nE = self.sparse(
             x_TD[rows], policy.k_T[rows], policy.mass_T[rows], policy
         )
@@ -321,7 +333,10 @@ class ExpertFFN(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """`sparse` on CUDA: nothing here waits for the device."""
         size = self.up.shape[0] // self.num_experts
-        if x_TD.numel() * policy.max_k * size <= FEW_PAIR_WEIGHTS:
+        way = gpu_ways.sparse_way(self._gpu_layer, x_TD.shape[0], policy.max_k)
+        if way == "masked":
+            return self._masked(x_TD, k_T, mass_T, policy.max_k)
+        if way == "few":
             few = routing.select(x_TD, self.router, k_T, mass_T, policy.max_k)
             y_TD = expert_ffn.expert_ffn(
                 x_TD, self.up, self.down, few.ids_TK, size, self.activation
@@ -330,6 +345,19 @@ class ExpertFFN(nn.Module):
         many = routing.route(x_TD, self.router, k_T, mass_T, policy.max_k)
         y_TD = grouped_ffn.grouped_ffn(x_TD, self.up, self.down, many, self.activation)
         return y_TD, many.chosen_TE
+
+    def _masked(
+        self, x_TD: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int
+    ) -> tuple[Tensor, Tensor]:
+        chosen_TE = routing.select(x_TD, self.router, k_T, mass_T, max_k).chosen_TE
+        y_TD = masked_ffn.masked_ffn(x_TD, self.up, self.down, chosen_TE, self.activation)
+        return y_TD, chosen_TE
+
+    @property
+    def _gpu_layer(self) -> gpu_ways.Layer:
+        neurons, width = self.up.shape
+        size = neurons // self.num_experts
+        return gpu_ways.Layer(width, self.num_experts, size, self.up.element_size())
 
     def scores(self, x_TD: Tensor, *, oracle: bool = False) -> Tensor:
         """Scores [T, E] whose softmax is the (predicted or true) share of activation mass."""

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.attention import Attend, KVCache, PagedAttend, SequenceSpan
 from engine.config import EngineConfig, ModelConfig
+from engine.cuda_graphs import DecodeGraphs, GraphKey
 from engine.errors import ConfigError
 from engine.experts import PolicyBatch, Trace
+from engine.fused_forward import fused_forward
 from engine.kernels import native
 from engine.model import Decoder
 from engine.native_attention import NativeAttend
+from engine.paged_attention import KernelAttend, supports
 from engine.request import Request
 from engine.sampler import Sampled, token_logprobs
 from engine.scheduler import Plan
@@ -99,6 +103,7 @@ class Runner:
         self.block_size = config.block_size
         self.cache = self._make_cache(num_blocks)
         model.prepare()
+        self.graphs = self._make_graphs(config, num_blocks)
 
     def _make_cache(self, num_blocks: int) -> KVCache | native.PagedCache:
         shape, size, dtype = self.model.config, self.block_size, self.model.embedding.weight.dtype
@@ -107,21 +112,42 @@ class Runner:
             return native.PagedCache(layers, num_blocks * size, heads, dim, dtype)
         return KVCache(layers, num_blocks, size, heads, dim, dtype, self.device)
 
-    def _attend(self, spans: list[SequenceSpan]) -> Attend:
-        if isinstance(self.cache, native.PagedCache):
-            return NativeAttend(self.cache, self.block_size, spans)
-        return PagedAttend(self.cache, spans)
+    def _make_graphs(self, config: EngineConfig, num_blocks: int) -> DecodeGraphs | None:
+        if not config.cuda_graphs or isinstance(self.cache, native.PagedCache):
+            return None
+        if not supports(self.cache):
+            return None
+        longest = config.max_model_len or self.model.config.max_position_embeddings
+        longest = min(longest, num_blocks * config.block_size)
+        return DecodeGraphs(self.model, self.cache, config.max_num_seqs, longest)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> StepResult:
         """Compute the plan's tokens; `num_computed` of its requests is still that before it."""
+        if self.graphs is not None and all(n == r.num_uncomputed == 1 for r, n in plan):
+            requests = [r for r, _ in plan]
+            key = self.graphs.key(requests)
+            if key is not None:
+                return self._replay(self.graphs, requests, key)
+        return self._run(plan)
+
+    def _replay(self, graphs: DecodeGraphs, requests: list[Request], key: GraphKey) -> StepResult:
+        """One token of each request, which are all ready then and predict no prompt token."""
+        logits_BV, totals = graphs.run(requests, key)
+        n, layers = len(requests), self.model.config.num_hidden_layers
+        per_token = totals[:n]
+        per_layer, union = totals[n : n + layers], totals[n + layers :]
+        return StepResult(requests, logits_BV, [], per_token, per_token, per_layer, union)
+
+    def _run(self, plan: Plan) -> StepResult:
+        """Any plan, launched operator by operator."""
         spans = _spans(plan)
         ready_rows, prompt_rows = _rows(plan, spans)
         trace = Trace()
-        logits = self.model(
+        logits = self._forward(
+            spans,
             self._tensor([i for r, n in plan for i in _tokens(r, n)]),
             self._tensor([i for s in spans for i in range(s.context - s.length, s.context)]),
-            self._attend(spans),
             PolicyBatch.build([(r.policy, n) for r, n in plan], self.num_experts, self.device),
             trace,
             self._tensor(ready_rows + [row for rows in prompt_rows for row in rows]),
@@ -130,6 +156,21 @@ class Runner:
         prompts = _prompt_parts(plan, prompt_rows, logits[len(ready) :])
         counts = _count_experts(trace, spans, ready_rows)
         return StepResult(ready, logits[: len(ready)], prompts, *counts)
+
+    def _forward(
+        self, spans: list[SequenceSpan], ids_T: Tensor, positions_T: Tensor, *rest: Any
+    ) -> Tensor:
+        """The model over the cache; `rest` is what `Decoder.forward` takes after `attend`."""
+        attend: Attend
+        if isinstance(self.cache, native.PagedCache):
+            attend = NativeAttend(self.cache, self.block_size, spans)
+        elif supports(self.cache):
+            kernels = KernelAttend.of_spans(self.cache, spans)
+            return fused_forward(self.model, ids_T, positions_T, kernels, *rest)
+        else:
+            attend = PagedAttend(self.cache, spans)
+        logits: Tensor = self.model(ids_T, positions_T, attend, *rest)
+        return logits
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)

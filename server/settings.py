@@ -48,6 +48,9 @@ class Settings(BaseSettings):
     num_threads: int = Field(
         default=0, ge=0, le=1024, description="CPU threads; 0 leaves torch's choice"
     )
+    cuda_graphs: bool = Field(
+        default=True, description="on CUDA, replay decoding steps from captured graphs"
+    )
     max_num_seqs: int = Field(
         default=64, ge=1, le=4096, description="requests that run at the same time"
     )
@@ -139,6 +142,7 @@ class Settings(BaseSettings):
             prefix_caching=self.prefix_caching,
             priority_age_seconds=self.priority_age_seconds,
             num_threads=self.num_threads,
+            cuda_graphs=self.cuda_graphs,
         )
 
     def input_limit(self, max_model_len: int) -> int:

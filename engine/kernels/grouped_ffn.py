@@ -19,24 +19,36 @@ import torch
 from torch import Tensor
 
 from engine.kernels._triton import INTERPRETED, cdiv, jit, next_power_of_2, tl
-from engine.kernels.expert_ffn import ACTIVATIONS, activate, activate_reference
+from engine.kernels.expert_ffn import ACTIVATIONS, activate, hidden_reference
 from engine.kernels.routing import Routing
 
 
 def grouped_ffn_reference(
-    x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, routing: Routing, activation: str
+    x_TD: Tensor,
+    up_FD: Tensor,
+    down_FD: Tensor,
+    routing: Routing,
+    activation: str,
+    *,
+    gate_FD: Tensor | None = None,
+    up_bias_F: Tensor | None = None,
+    down_bias_D: Tensor | None = None,
 ) -> Tensor:
     """As `grouped_ffn`, expert by expert, in float32 or the inputs' float64."""
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     num_experts = routing.counts_E.numel()
+    size = up_FD.shape[0] // num_experts
     y_TD = torch.zeros_like(x_TD, dtype=wide)
+    if down_bias_D is not None:
+        y_TD += down_bias_D.to(wide)
     offsets = routing.offsets_E1.tolist()
-    up_ESD = up_FD.view(num_experts, -1, x_TD.shape[1])
-    down_ESD = down_FD.view(num_experts, -1, x_TD.shape[1])
     for expert in range(num_experts):
+        rows = slice(expert * size, (expert + 1) * size)
+        gate = None if gate_FD is None else gate_FD[rows]
+        bias = None if up_bias_F is None else up_bias_F[rows]
         tokens = routing.pair_token_P[offsets[expert] : offsets[expert + 1]].long()
-        h_nS = activate_reference(x_TD[tokens].to(wide) @ up_ESD[expert].to(wide).T, activation)
-        y_TD[tokens] += h_nS @ down_ESD[expert].to(wide)
+        h_nS = hidden_reference(x_TD[tokens].to(wide), up_FD[rows], activation, gate, bias)
+        y_TD[tokens] += h_nS @ down_FD[rows].to(wide)
     return y_TD.to(x_TD.dtype)
 
 
@@ -62,6 +74,8 @@ def _find_tile(tile, offsets_ptr, num_experts, BLOCK_E: tl.constexpr, BLOCK_P: t
 def _up_kernel(
     x_ptr,
     up_ptr,
+    gate_ptr,
+    up_bias_ptr,
     offsets_ptr,
     pair_token_ptr,
     h_ptr,
@@ -69,13 +83,15 @@ def _up_kernel(
     d_model,
     expert_size,
     SQUARE: tl.constexpr,
+    GATED: tl.constexpr,
+    BIASED: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One tile of h [P, S] = act(x[token] @ up_e.T)."""
+    """One tile of h [P, S] = act(x[token] @ up_e.T), or gated and biased."""
     tiles_s = tl.cdiv(expert_size, BLOCK_S)
     tile = tl.program_id(0) // tiles_s
     expert, first, end = _find_tile(tile, offsets_ptr, num_experts, BLOCK_E, BLOCK_P)
@@ -86,8 +102,12 @@ def _up_kernel(
     # Rows past the expert's pairs read token 0; nothing of them is stored.
     token = tl.load(pair_token_ptr + p, mask=p < end, other=0).to(tl.int64)
     x_rows = x_ptr + token[:, None] * d_model
-    up_rows = up_ptr + (expert.to(tl.int64) * expert_size + s)[:, None] * d_model
+    neuron = expert.to(tl.int64) * expert_size + s
+    up_rows = up_ptr + neuron[:, None] * d_model
+    gate_rows = gate_ptr + neuron[:, None] * d_model
     acc = tl.zeros((BLOCK_P, BLOCK_S), tl.float32)
+    if GATED:
+        gates = tl.zeros((BLOCK_P, BLOCK_S), tl.float32)
     for start in range(0, d_model, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)[None, :]
         x = tl.load(x_rows + d, mask=d < d_model, other=0.0)
@@ -95,7 +115,18 @@ def _up_kernel(
         if WIDEN:
             x, up = x.to(tl.float32), up.to(tl.float32)
         acc = tl.dot(x, tl.trans(up), acc, input_precision="ieee")
-    h = activate(acc, SQUARE).to(h_ptr.dtype.element_ty)
+        if GATED:
+            gate = tl.load(
+                gate_rows + d, mask=(s < expert_size)[:, None] & (d < d_model), other=0.0
+            )
+            if WIDEN:
+                gate = gate.to(tl.float32)
+            gates = tl.dot(x, tl.trans(gate), gates, input_precision="ieee")
+    if BIASED:
+        bias = tl.load(up_bias_ptr + neuron, mask=s < expert_size, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    acc = activate(gates, SQUARE) * acc if GATED else activate(acc, SQUARE)
+    h = acc.to(h_ptr.dtype.element_ty)
     at = h_ptr + p.to(tl.int64)[:, None] * expert_size + s[None, :]
     tl.store(at, h, mask=(p < end)[:, None] & (s < expert_size)[None, :])
 
@@ -156,9 +187,11 @@ def _down_kernel(
 def _combine_kernel(
     slots_ptr,
     ids_ptr,
+    down_bias_ptr,
     y_ptr,
     d_model,
     max_k,
+    BIASED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -172,33 +205,40 @@ def _combine_kernel(
         at = slots_ptr + (token * max_k + k)[:, None] * d_model + d[None, :]
         y += tl.load(at, mask=used[:, None] & (d < d_model)[None, :], other=0.0).to(tl.float32)
     total = tl.sum(y, axis=0)
+    if BIASED:
+        total += tl.load(down_bias_ptr + d, mask=d < d_model, other=0.0).to(tl.float32)
     tl.store(y_ptr + token * d_model + d, total.to(y_ptr.dtype.element_ty), mask=d < d_model)
 
 
-def _blocks(*sizes: int) -> dict[str, int]:
+def tile(*sizes: int) -> dict[str, int]:
+    """Block sizes of a product: pairs, neurons, columns, then warps and stages."""
     names = ("BLOCK_P", "BLOCK_S", "BLOCK_D", "num_warps", "num_stages")
     return dict(zip(names, sizes, strict=True))
 
 
-def up_blocks(mean_pairs: int, expert_size: int, itemsize: int) -> dict[str, int]:
+def up_blocks(
+    mean_pairs: int, expert_size: int, itemsize: int, *, gated: bool = False
+) -> dict[str, int]:
     """Block sizes of `_up_kernel` for this many pairs an expert; BLOCK_D is the sum's step.
 
     Few pairs are bound by memory and want many small tiles in flight, many pairs want large ones.
     """
     wide = itemsize // 2  # float32 takes half the step in the same shared memory
     if mean_pairs <= 16:
-        return _blocks(16, 64, 128 // wide, 4, 4)
+        return tile(16, 64, 128 // wide, 4, 4)
     if mean_pairs <= 32:
-        return _blocks(32, 64, 128 // wide, 4, 4)
+        return tile(32, 64, 128 // wide, 4, 4)
+    if gated:  # two sums in registers
+        return tile(64, 64 if itemsize > 2 else 128, 64 // wide, 8, 3)
     if mean_pairs <= 128 or expert_size < 256 or itemsize > 2:
-        return _blocks(64, 128, 64 // wide, 4, 4)
-    return _blocks(128, 256, 64, 8, 3)
+        return tile(64, 128, 64 // wide, 4, 4)
+    return tile(128, 256, 64, 8, 3)
 
 
 def down_blocks(mean_pairs: int) -> dict[str, int]:
     """Block sizes of `_down_kernel`; BLOCK_S is the sum's step, short as the sum itself is."""
     block_p = 16 if mean_pairs <= 16 else 32 if mean_pairs <= 32 else 64
-    return {**_blocks(block_p, 32, 128, 4, 4), "BLOCK_K": 8}
+    return {**tile(block_p, 32, 128, 4, 4), "BLOCK_K": 8}
 
 
 def combine_blocks(d_model: int) -> dict[str, int]:
@@ -211,16 +251,28 @@ def _most_tiles(capacity: int, num_experts: int, block_p: int) -> int:
     return min(cdiv(capacity, block_p) + num_experts, capacity)
 
 
-def _up(x_TD: Tensor, up_FD: Tensor, routing: Routing, activation: str) -> Tensor:
-    """act(x[token] @ up_e.T) of every pair: [P, S]; rows past the last pair are not written."""
+def up_product(
+    x_TD: Tensor,
+    up_FD: Tensor,
+    routing: Routing,
+    activation: str,
+    gate_FD: Tensor | None = None,
+    up_bias_F: Tensor | None = None,
+    blocks: dict[str, int] | None = None,
+) -> Tensor:
+    """The activations of every pair: [P, S]; rows past the last pair are not written."""
     d_model, max_k, num_experts = x_TD.shape[1], routing.ids_TK.shape[1], routing.counts_E.numel()
     expert_size, capacity = up_FD.shape[0] // num_experts, x_TD.shape[0] * max_k
-    blocks = up_blocks(cdiv(capacity, num_experts), expert_size, x_TD.element_size())
+    pairs = cdiv(capacity, num_experts)
+    blocks = blocks or up_blocks(pairs, expert_size, x_TD.element_size(), gated=gate_FD is not None)
     tiles = _most_tiles(capacity, num_experts, blocks["BLOCK_P"])
     h_PS = x_TD.new_empty((capacity, expert_size))
+    # What is absent is passed as another tensor, which the kernel then never reads.
     _up_kernel[(tiles * cdiv(expert_size, blocks["BLOCK_S"]),)](
         x_TD,
         up_FD,
+        up_FD if gate_FD is None else gate_FD,
+        up_FD if up_bias_F is None else up_bias_F,
         routing.offsets_E1,
         routing.pair_token_P,
         h_PS,
@@ -228,6 +280,8 @@ def _up(x_TD: Tensor, up_FD: Tensor, routing: Routing, activation: str) -> Tenso
         d_model,
         expert_size,
         SQUARE=activation == "relu2",
+        GATED=gate_FD is not None,
+        BIASED=up_bias_F is not None,
         WIDEN=INTERPRETED,
         BLOCK_E=next_power_of_2(num_experts),
         **blocks,
@@ -235,11 +289,13 @@ def _up(x_TD: Tensor, up_FD: Tensor, routing: Routing, activation: str) -> Tenso
     return h_PS
 
 
-def _down(h_PS: Tensor, down_FD: Tensor, routing: Routing) -> Tensor:
+def down_product(
+    h_PS: Tensor, down_FD: Tensor, routing: Routing, blocks: dict[str, int] | None = None
+) -> Tensor:
     """h @ down_e of every pair, in its token's slot: [T, K, D]; unused slots are not written."""
     (num_tokens, max_k), num_experts = routing.ids_TK.shape, routing.counts_E.numel()
     (capacity, expert_size), d_model = h_PS.shape, down_FD.shape[1]
-    blocks = down_blocks(cdiv(capacity, num_experts))
+    blocks = blocks or down_blocks(cdiv(capacity, num_experts))
     tiles = _most_tiles(capacity, num_experts, blocks["BLOCK_P"])
     slots_TKD = h_PS.new_empty((num_tokens, max_k, d_model))
     _down_kernel[(tiles * cdiv(d_model, blocks["BLOCK_D"]),)](
@@ -260,19 +316,34 @@ def _down(h_PS: Tensor, down_FD: Tensor, routing: Routing) -> Tensor:
     return slots_TKD
 
 
-def combine(slots_TKD: Tensor, ids_TK: Tensor) -> Tensor:
+def combine(slots_TKD: Tensor, ids_TK: Tensor, down_bias_D: Tensor | None = None) -> Tensor:
     """The sum of each token's used slots, ascending, in float32: [T, D], dtype of the slots."""
     num_tokens, max_k, d_model = slots_TKD.shape
     y_TD = slots_TKD.new_empty((num_tokens, d_model))
     blocks = combine_blocks(d_model)
     _combine_kernel[(num_tokens, cdiv(d_model, blocks["BLOCK_D"]))](
-        slots_TKD, ids_TK, y_TD, d_model, max_k, **blocks
+        slots_TKD,
+        ids_TK,
+        y_TD if down_bias_D is None else down_bias_D,
+        y_TD,
+        d_model,
+        max_k,
+        BIASED=down_bias_D is not None,
+        **blocks,
     )
     return y_TD
 
 
 def grouped_ffn(
-    x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, routing: Routing, activation: str
+    x_TD: Tensor,
+    up_FD: Tensor,
+    down_FD: Tensor,
+    routing: Routing,
+    activation: str,
+    *,
+    gate_FD: Tensor | None = None,
+    up_bias_F: Tensor | None = None,
+    down_bias_D: Tensor | None = None,
 ) -> Tensor:
     """y [T, D] of the chosen experts, accumulated in float32, in the dtype of x; no gradients.
 
@@ -285,9 +356,12 @@ def grouped_ffn(
         up_FD, down_FD: [F, D], contiguous, dtype of x; expert e owns rows e*S .. (e+1)*S.
         routing: from `routing.route`, of the same tokens.
         activation: one of ACTIVATIONS.
+        gate_FD: as `up_FD`, in gated models; see `expert_ffn` for the formula.
+        up_bias_F, down_bias_D: contiguous, any float type.
     """
     assert activation in ACTIVATIONS
     assert up_FD.is_contiguous()
     assert down_FD.is_contiguous()
-    h_PS = _up(x_TD.contiguous(), up_FD, routing, activation)
-    return combine(_down(h_PS, down_FD, routing), routing.ids_TK)
+    assert gate_FD is None or gate_FD.is_contiguous()
+    h_PS = up_product(x_TD.contiguous(), up_FD, routing, activation, gate_FD, up_bias_F)
+    return combine(down_product(h_PS, down_FD, routing), routing.ids_TK, down_bias_D)

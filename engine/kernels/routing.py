@@ -4,9 +4,10 @@
 
 One rule serves every policy. Order a token's experts by score, descending, ties to the lower index.
 The expert at rank r (from 0) is chosen iff r < k and the predicted shares of activation mass of the
-experts before it, softmax(scores), sum to less than `mass`. Rank 0 is always chosen. So top-k is
-(k, 2.0), a mass policy is (E, p) and dense is (E, 2.0). At most `max_k` experts are chosen: the
-caller knows that bound as a Python integer, and it sizes every output without asking the GPU.
+experts before it, softmax(scores), sum to less than `mass`. Rank 0 is always chosen, unless k is
+0: that is for rows which only fill a batch up and choose nothing. So top-k is (k, 2.0), a mass
+policy is (E, p) and dense is (E, 2.0). At most `max_k` experts are chosen: the caller knows that
+bound as a Python integer, and it sizes every output without asking the GPU.
 
 Nothing here waits for the device, and every run gives the same bits: ranks come from comparing all
 pairs of scores, positions from prefix sums, and no atomic operation takes part. A score that is NaN
@@ -82,7 +83,7 @@ def choose_reference(scores_TE: Tensor, k_T: Tensor, mass_T: Tensor) -> Tensor:
     before_TE = shares_TE.cumsum(dim=1).roll(1, dims=1)
     rank_E = torch.arange(scores_TE.shape[1], device=scores_TE.device)
     in_order_TE = (rank_E < k_T[:, None]) & (before_TE < mass_T[:, None])
-    in_order_TE[:, 0] = True
+    in_order_TE[:, 0] = k_T > 0
     return torch.zeros_like(in_order_TE).scatter(1, order_TE, in_order_TE)
 
 
@@ -221,7 +222,7 @@ def _choose_kernel(
         before += shares
     k = tl.minimum(tl.load(k_ptr + t), max_k)
     mass = tl.load(mass_ptr + t)
-    chosen = real & ((rank == 0) | ((rank < k) & (before < mass)))
+    chosen = real & (rank < k) & ((rank == 0) | (before < mass))
 
     tl.store(chosen_ptr + t * num_experts + e, chosen, mask=real)
     slot = tl.cumsum(chosen.to(tl.int32), axis=0) - 1

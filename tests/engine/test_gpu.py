@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -85,6 +87,59 @@ def test_sampling_waits_for_the_device_once() -> None:
         assert ours.token_id == theirs.token_id
         assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
         assert [token_id for token_id, _ in ours.top] == [token_id for token_id, _ in theirs.top]
+
+
+class TestGraphs:
+    """Greedy output in float32: replayed, launched one by one, alone, in company."""
+
+    PROMPTS: ClassVar[list[list[int]]] = [
+        [1 + (7 * i + j) % 290 for j in range(1 + 11 * i % 61)] for i in range(11)
+    ]
+
+    def engine(self, model: Decoder, **changes: Any) -> Engine:
+        own = copy.deepcopy(model)
+        checkpoint = Checkpoint(Path("t"), own.config, own, tiny_tokenizer(), {}, "0" * 64)
+        config = EngineConfig(device="cuda", block_size=4, max_num_batched_tokens=70, **changes)
+        return Engine(checkpoint, config)
+
+    def outputs(self, engine: Engine, chosen: Sequence[int]) -> dict[int, list[int]]:
+        sampling = SamplingParams(max_new_tokens=12, ignore_eos=True)
+        requests = {
+            i: engine.make_request(
+                self.PROMPTS[i], sampling, POLICIES[i % 4], request_id=f"request-{i}"
+            )
+            for i in chosen
+        }
+        found: dict[int, list[int]] = {i: [] for i in chosen}
+        for event in engine.run(list(requests.values())):
+            assert event.token is not None
+            found[int(event.request_id.removeprefix("request-"))].append(event.token.token_id)
+        return found
+
+    def test_replayed_equals_launched(self, model: Decoder) -> None:
+        everyone = range(len(self.PROMPTS))
+        replayed, launched = self.engine(model), self.engine(model, cuda_graphs=False)
+        assert self.outputs(replayed, everyone) == self.outputs(launched, everyone)
+        assert replayed.runner.graphs is not None
+        assert replayed.runner.graphs.captured
+        assert launched.runner.graphs is None
+        # Another round over the same graphs, with other blocks.
+        assert self.outputs(replayed, everyone) == self.outputs(launched, everyone)
+
+    def test_alone_and_in_company(self, model: Decoder) -> None:
+        engine = self.engine(model)
+        together = self.outputs(engine, range(len(self.PROMPTS)))
+        for i in (0, 1, 5, 6, 7):
+            assert self.outputs(engine, [i])[i] == together[i], POLICIES[i % 4]
+
+    def test_experts_are_counted_alike(self, model: Decoder) -> None:
+        counted = []
+        for graphs in (True, False):
+            engine = self.engine(model, cuda_graphs=graphs)
+            self.outputs(engine, range(5))
+            counted.append(engine.stats.snapshot())
+        assert counted[0].experts_activated == counted[1].experts_activated
+        assert counted[0].experts_loaded == counted[1].experts_loaded
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)

@@ -22,7 +22,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine.kernels import expert_ffn, grouped_ffn, grouped_pairs, routing, top_k
+from engine.kernels import (
+    add_norm,
+    expert_ffn,
+    grouped_ffn,
+    grouped_pairs,
+    masked_ffn,
+    paged_kv,
+    routing,
+    top_k,
+)
 
 D, S, E, K, T = 2048, 256, 32, 6, 2048
 N = 8
@@ -41,13 +50,25 @@ INTS = {
     "num_chunks": 8,
     "columns": D,
     "splits": 2,
+    "most_blocks": 128,
+    "most_splits": 8,
+    "block_size": 16,
+    "group": 4,
+    "head_dim": 64,
+    "q_heads": 32,
+    "kv_heads": 8,
+    "half": 32,
+    "neurons": E * S,
 }
 POINTERS = {
     "chosen_ptr": "i1",
     **dict.fromkeys(("pieces_ptr", "mass_ptr", "partial_ptr"), "fp32"),
     **dict.fromkeys(("k_ptr", "ids_ptr", "counts_ptr", "chunk_counts_ptr"), "i32"),
     **dict.fromkeys(("offsets_ptr", "pair_token_ptr", "tiles_ptr"), "i32"),
+    **dict.fromkeys(("table_ptr", "contexts_ptr", "slot_ptr"), "i32"),
+    **dict.fromkeys(("cos_ptr", "sin_ptr", "stats_ptr"), "fp32"),
 }
+FLOATS = ("scale", "epsilon")
 PATTERNS = {
     "wide_loads": r"ld\.global\.(?:\w+\.)*v4\.b32|cp\.async\.c[ag]\.shared\.global .*0x10",
     "loads": r"ld\.global|cp\.async\.c[ag]",
@@ -85,8 +106,37 @@ def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
                 (f"up {pairs}", grouped_ffn._up_kernel, {**up, "BLOCK_E": E}, dtype),
                 (f"down {pairs}", grouped_ffn._down_kernel, {**down, "BLOCK_E": E}, dtype),
             ]
+        full = {"GATED": True, "BIASED": True}
+        few = {**expert_ffn.ffn_blocks(D, S), **full, "EAGER": True}
+        many = {**grouped_ffn.up_blocks(384, S, itemsize, gated=True), **full, "BLOCK_E": E}
+        found += [
+            ("expert_ffn full", expert_ffn._expert_ffn_kernel, few, dtype),
+            ("up full", grouped_ffn._up_kernel, many, dtype),
+            ("add norm", add_norm._add_norm_kernel, add_norm.add_norm_blocks(D), dtype),
+            ("add norm 5120", add_norm._add_norm_kernel, add_norm.add_norm_blocks(5120), dtype),
+            ("activate", masked_ffn._activate_kernel, masked_ffn.activate_blocks(), dtype),
+        ]
+        found += [(name, *rest, dtype) for name, *rest in attention_cases(itemsize)]
         for size in TRAINED_SIZES:
             found += [(f"{n} {size}", *rest, dtype) for n, *rest in training_cases(size, itemsize)]
+    return found
+
+
+def attention_cases(itemsize: int) -> list[tuple[str, Any, dict[str, Any]]]:
+    """The paged cache's kernels, as (name, kernel, constants)."""
+    split = {"SPLIT": paged_kv.SPLIT}
+    found = [
+        ("rotate", paged_kv._rotate_store_kernel, paged_kv.rotate_blocks(48, 64)),
+        ("merge", paged_kv._merge_kernel, {**split, **paged_kv.merge_blocks(64)}),
+    ]
+    for group in (1, 4):
+        for width in (64, 128, 256):
+            blocks = {
+                **split,
+                "ONLY": width == 64,
+                **paged_kv.decode_blocks(group, width, itemsize),
+            }
+            found.append((f"decode {group}x{width}", paged_kv._decode_kernel, blocks))
     return found
 
 
@@ -110,7 +160,8 @@ def training_cases(size: int, itemsize: int) -> list[tuple[str, Any, dict[str, A
 def source(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[ASTSource, dict[str, int]]:
     """The kernel with a launch's signature and alignments, and its compile options."""
     options = {k: v for k, v in constants.items() if k in ("num_warps", "num_stages")}
-    constexprs = {"SQUARE": False, "WIDEN": False, **constants}
+    switches = ("SQUARE", "WIDEN", "GATED", "BIASED", "EAGER")
+    constexprs = {**dict.fromkeys(switches, False), **constants}
     constexprs = {k: v for k, v in constexprs.items() if k in kernel.arg_names}
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
@@ -118,9 +169,11 @@ def source(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[ASTSourc
             signature[name] = "constexpr"
         elif name in INTS:
             signature[name] = "i32"
+        elif name in FLOATS:
+            signature[name] = "fp32"
         else:
             signature[name] = "*" + POINTERS.get(name, dtype)
-        if name not in constexprs and INTS.get(name, 16) % 16 == 0:
+        if name not in constexprs and name not in FLOATS and INTS.get(name, 16) % 16 == 0:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constexprs, attributes), options
 

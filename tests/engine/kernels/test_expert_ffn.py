@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels.expert_ffn import activate_reference, expert_ffn, expert_ffn_reference
+from engine.kernels.expert_ffn import (
+    activate_reference,
+    expert_ffn,
+    expert_ffn_reference,
+    tile,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -110,3 +115,44 @@ def test_a_token_comes_out_alike_in_any_company(device: torch.device) -> None:
         ids_1K = ids_TK[t : t + 1, : int((ids_TK[t] >= 0).sum())]
         alone = expert_ffn(x_TD[t : t + 1], up_FD, down_FD, ids_1K, 24, "relu")
         assert torch.equal(alone, together[t : t + 1])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("options", ["gate", "biases", "gate and biases"])
+def test_gates_and_biases(
+    options: str,
+    eager: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    relative_error: RelativeError,
+) -> None:
+    width, experts, size = 100, 5, 24
+    x_TD, up_FD, down_FD = weights(3, width, experts * size, dtype, device)
+    ids_TK = torch.tensor([[1, 4], [0, -1], [-1, -1]], dtype=torch.int32, device=device)
+    extra: dict[str, Tensor] = {}
+    if "gate" in options:
+        extra["gate_FD"] = torch.randn_like(up_FD.float()).to(dtype)
+    if "biases" in options:
+        extra["up_bias_F"] = torch.randn(experts * size, device=device).to(dtype) * 5
+        extra["down_bias_D"] = torch.randn(width, device=device).to(dtype) * 5
+    blocks = tile(width, 4, eager=eager)
+    y_TD = expert_ffn(x_TD, up_FD, down_FD, ids_TK, size, "relu", blocks=blocks, **extra)
+    wide = {name: tensor.double() for name, tensor in extra.items()}
+    expected = expert_ffn_reference(
+        x_TD.double(), up_FD.double(), down_FD.double(), ids_TK, size, "relu", **wide
+    )
+    assert relative_error(y_TD, expected) < TOLERANCE[dtype]
+    bias = extra.get("down_bias_D", torch.zeros(width, device=device))
+    torch.testing.assert_close(y_TD[2], bias.to(dtype))
+
+
+def test_the_reference_with_every_expert_is_the_gated_dense_ffn(device: torch.device) -> None:
+    x_TD, up_FD, down_FD = weights(2, 20, 4 * 6, torch.float64, device)
+    gate_FD, up_bias_F = torch.randn_like(up_FD), torch.randn_like(up_FD[:, 0])
+    ids_TK = torch.arange(4, dtype=torch.int32, device=device).expand(2, 4)
+    found = expert_ffn_reference(
+        x_TD, up_FD, down_FD, ids_TK, 6, "relu2", gate_FD=gate_FD, up_bias_F=up_bias_F
+    )
+    h_TF = (x_TD @ gate_FD.T).relu().square() * (x_TD @ up_FD.T + up_bias_F)
+    torch.testing.assert_close(found, h_TF @ down_FD)

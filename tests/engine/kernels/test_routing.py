@@ -95,12 +95,24 @@ def test_policies_mean_what_they_say(experts: int, device: torch.device) -> None
     assert shares.sum() - shares.min() < 0.6
 
 
-def test_one_expert_is_chosen_whatever_the_limits(device: torch.device) -> None:
+def test_one_expert_is_chosen_whatever_the_mass(device: torch.device) -> None:
     scores_TE = torch.randn(2, 6, device=device)
-    k_T = torch.tensor([0, 3], dtype=torch.int32, device=device)
+    k_T = torch.tensor([1, 3], dtype=torch.int32, device=device)
     chosen_TE = routing.select_scores(scores_TE, k_T, torch.zeros(2, device=device), 3).chosen_TE
     assert chosen_TE.sum(1).tolist() == [1, 1]
     assert torch.equal(chosen_TE.int().argmax(1), scores_TE.argmax(1))
+
+
+def test_a_padding_row_chooses_nothing(device: torch.device) -> None:
+    scores_TE = torch.randn(3, 6, device=device)
+    k_T = torch.tensor([2, 0, 1], dtype=torch.int32, device=device)
+    mass_T = torch.full((3,), 2.0, device=device)
+    routed = routing.route_scores(scores_TE, k_T, mass_T, 3)
+    assert routed.chosen_TE.sum(1).tolist() == [2, 0, 1]
+    assert routed.ids_TK[1].tolist() == [-1, -1, -1]
+    assert 1 not in routed.pair_token_P.tolist()
+    expected = routing.route_scores_reference(scores_TE, k_T, mass_T, 3)
+    assert all(map(torch.equal, routed, expected))
 
 
 # The interpreter's NumPy warns of inf - inf, which is meant here.

@@ -1,0 +1,175 @@
+"""The section `tiles` of benchmarks/gpu.py: other tiles than those the kernels take, timed.
+
+One row a candidate, its peer the tile in use today; the fastest of a group is named in a last row.
+A candidate that does not compile or does not fit is reported and left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from benchmarks.gpu_kernels import CHOSEN, EXPERTS, Case, Problem, Sizes, problem, weight_sets
+from benchmarks.gpu_timing import Call, interleaved_us
+from benchmarks.records import Record
+from engine.kernels import expert_ffn, grouped_ffn
+
+Blocks = dict[str, int]
+
+
+def few_candidates(width: int, size: int) -> list[Blocks]:
+    """Tiles of `expert_ffn`: fewer or more neurons a program, `down` fetched late or ahead."""
+    usual = expert_ffn.ffn_blocks(width, size)
+    rows = usual["BLOCK_S"]
+    found = [usual]
+    for block_s in (max(1, rows // 4), max(1, rows // 2), rows, 2 * rows):
+        for eager in (False, True):
+            for elements in (1024, 2048):
+                candidate = expert_ffn.tile(width, block_s, elements, eager=eager)
+                if candidate not in found and block_s <= size:
+                    found.append(candidate)
+    return found
+
+
+def sum_candidates() -> list[Blocks]:
+    """Tiles of the few-token kernel's second launch."""
+    return [
+        expert_ffn.sum_blocks(),
+        *(
+            {"BLOCK_B": rows, "BLOCK_D": columns, "num_warps": warps}
+            for rows, columns, warps in ((64, 32, 4), (64, 64, 8), (128, 32, 8), (256, 16, 8))
+        ),
+    ]
+
+
+UP_FEW = ((16, 16, 128, 4, 4), (16, 16, 256, 4, 3), (16, 32, 128, 4, 5), (16, 32, 256, 4, 3))
+UP_MANY = (
+    (64, 128, 64, 4, 3),
+    (64, 256, 64, 8, 3),
+    (128, 128, 64, 4, 4),
+    (128, 128, 64, 8, 4),
+    (128, 256, 64, 8, 4),
+    (128, 256, 32, 8, 4),
+)
+DOWN_FEW = ((16, 32, 64, 4, 4), (16, 64, 64, 4, 4), (16, 64, 128, 4, 3), (16, 128, 64, 4, 3))
+DOWN_MANY = (
+    (64, 64, 128, 4, 3),
+    (64, 64, 256, 8, 3),
+    (128, 32, 128, 4, 4),
+    (128, 64, 128, 4, 3),
+    (128, 64, 128, 8, 4),
+    (128, 64, 256, 8, 3),
+)
+
+
+def compare(
+    name: str,
+    params: dict[str, Any],
+    candidates: list[Blocks],
+    run: Callable[[Blocks], Call],
+    n: int,
+) -> list[Record]:
+    """A record for each candidate against the first, which is in use, and the fastest."""
+    working: list[tuple[Blocks, Call]] = []
+    for blocks in candidates:
+        try:
+            call = run(blocks)
+            call(0)
+            working.append((blocks, call))
+        except Exception as error:  # whatever a compiler may raise; the others still count
+            print(f"left out {name} {blocks}: {type(error).__name__}: {str(error)[:120]}")
+    times = interleaved_us([call for _, call in working], calls=n)
+    found = [
+        Record(f"tile {name}", {**params, "tile": brief(blocks)}, us, "us", times[0], times[0] / us)
+        for (blocks, _), us in zip(working, times, strict=True)
+    ]
+    best = min(found, key=lambda record: record.value)
+    return [
+        *found,
+        Record(f"tile {name} best", best.params, best.value, "us", times[0], best.ratio),
+    ]
+
+
+def brief(blocks: Blocks) -> str:
+    """Like "S8 D2048 w8"."""
+    short = {"num_warps": "w", "num_stages": "s"}
+    parts = (
+        f"{short.get(key, key.removeprefix('BLOCK_'))}{int(value)}" for key, value in blocks.items()
+    )
+    return " ".join(parts)
+
+
+def few_case(case: Problem, candidates: list[Blocks], part: str) -> list[Record]:
+    """Tiles of the first or the last launch of `expert_ffn`."""
+
+    def run(blocks: Blocks) -> Call:
+        def call(i: int) -> object:
+            up_FD, down_FD = case.weights[i % len(case.weights)]
+            return expert_ffn.expert_ffn(
+                case.x_TD,
+                up_FD,
+                down_FD,
+                case.routing.ids_TK,
+                case.expert_size,
+                "relu",
+                blocks=blocks if part == "first" else None,
+                last=blocks if part == "last" else None,
+            )
+
+        return call
+
+    return compare(f"expert_ffn {part}", params_of(case), candidates, run, len(case.weights))
+
+
+def up_case(case: Problem, tiles: tuple[tuple[int, ...], ...]) -> list[Record]:
+    """Tiles of the grouped up product."""
+    pairs = -(-case.x_TD.shape[0] * CHOSEN // EXPERTS)
+    usual = grouped_ffn.up_blocks(pairs, case.expert_size, 2)
+
+    def run(blocks: Blocks) -> Call:
+        return lambda i: grouped_ffn.up_product(
+            case.x_TD, case.weights[i % len(case.weights)][0], case.routing, "relu", blocks=blocks
+        )
+
+    candidates = [usual, *(grouped_ffn.tile(*sizes) for sizes in tiles)]
+    return compare("up", params_of(case), candidates, run, len(case.weights))
+
+
+def down_case(case: Problem, tiles: tuple[tuple[int, ...], ...]) -> list[Record]:
+    """Tiles of the grouped down product."""
+    pairs = -(-case.x_TD.shape[0] * CHOSEN // EXPERTS)
+    usual = grouped_ffn.down_blocks(pairs)
+    h_PS = grouped_ffn.up_product(case.x_TD, case.weights[0][0], case.routing, "relu")
+
+    def run(blocks: Blocks) -> Call:
+        return lambda i: grouped_ffn.down_product(
+            h_PS, case.weights[i % len(case.weights)][1], case.routing, blocks
+        )
+
+    candidates = [usual, *({**grouped_ffn.tile(*s), "BLOCK_K": 8} for s in tiles)]
+    return compare("down", params_of(case), candidates, run, len(case.weights))
+
+
+def params_of(case: Problem) -> dict[str, Any]:
+    return {"D": case.x_TD.shape[1], "tokens": case.x_TD.shape[0]}
+
+
+def cases(sizes: Sizes) -> Iterator[Case]:
+    """The section `tiles`."""
+    for width, neurons in sizes.shapes[-2:]:
+        weights = weight_sets(width, neurons)
+        for tokens in (t for t in sizes.tokens if t in (1, 4)):
+            case = problem(weights, tokens, "independent")
+            first = few_candidates(width, case.expert_size)
+            label = f"tiles D={width} tokens={tokens}"
+            yield f"{label} few", partial(few_case, case, first, "first")
+            yield f"{label} sum", partial(few_case, case, sum_candidates(), "last")
+        for tokens in (t for t in sizes.tokens if t in (2, 8, 64)):
+            case = problem(weights, tokens, "independent")
+            yield f"tiles D={width} tokens={tokens} up", partial(up_case, case, UP_FEW)
+            yield f"tiles D={width} tokens={tokens} down", partial(down_case, case, DOWN_FEW)
+        for tokens in (t for t in sizes.tokens if t >= 512):
+            case = problem(weights, tokens, "independent")
+            yield f"tiles D={width} tokens={tokens} up", partial(up_case, case, UP_MANY)
+            yield f"tiles D={width} tokens={tokens} down", partial(down_case, case, DOWN_MANY)

@@ -1,0 +1,265 @@
+"""Decoding steps replayed from CUDA graphs, so that no launch waits for Python.
+
+A step whose requests all compute one token is padded to a batch of 1, 2, 4, 8, ... rows and to the
+next of a few bounds on experts and context; each such shape is captured once, when it is first
+needed, and replayed from then on. What changes from step to step lies in one `StaticBatch` per
+batch size, filled by one copy to the device. All graphs share one memory pool.
+
+A padding row has no slot (nothing of it is stored), an empty context (its attention reads nothing),
+and k = 0 (it chooses no expert, so sparse layers load nothing for it and count nothing). Rows of
+requests that run dense beside sparse ones choose all experts: such a batch is replayed with the
+bound "all", which computes the dense products and zeroes what was not chosen.
+
+Shapes: B rows of the graph, n requests, M blocks per request at most, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from engine.attention import KVCache
+from engine.experts import PolicyBatch, Trace
+from engine.fused_forward import fused_forward
+from engine.model import Decoder
+from engine.paged_attention import DecodeBatch, KernelAttend
+from engine.request import NO_MASS_LIMIT, ExpertPolicy, Request
+
+# Larger batches keep the device busy longer than Python needs to launch them.
+MAX_BATCH = 256
+# What does not get a graph any more runs without one.
+MAX_GRAPHS = 96
+FIRST_CONTEXT = 512
+
+
+class GraphKey(NamedTuple):
+    """The shape of one graph.
+
+    Attributes:
+        batch: rows.
+        max_k: most experts of a row; 0: every row is dense.
+        longest: most tokens of a context.
+    """
+
+    batch: int
+    max_k: int
+    longest: int
+
+
+def batch_bucket(requests: int, most: int) -> int:
+    """The least power of two that holds them, or `most`."""
+    return min(1 << (requests - 1).bit_length(), most)
+
+
+def k_bucket(k: int, num_experts: int) -> int:
+    """The least of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is not below k, or all experts."""
+    bucket = 1
+    while bucket < k:
+        bucket = bucket + max(1, bucket // 2) if bucket & (bucket - 1) == 0 else bucket // 3 * 4
+    return min(bucket, num_experts)
+
+
+def context_bucket(context: int, most: int) -> int:
+    """The least of 512, 2048, 8192, ... that holds it, or `most`."""
+    bucket = FIRST_CONTEXT
+    while bucket < context:
+        bucket *= 4
+    return min(bucket, most)
+
+
+def graph_key(
+    policies: Sequence[ExpertPolicy],
+    contexts: Sequence[int],
+    num_experts: int,
+    most_rows: int,
+    most_tokens: int,
+) -> GraphKey:
+    """The shape in which these requests decode."""
+    bounds = [_most_experts(policy, num_experts) for policy in policies]
+    max_k = k_bucket(max(bounds), num_experts)
+    return GraphKey(
+        batch_bucket(len(policies), most_rows),
+        0 if all(policy_is_dense(p, num_experts) for p in policies) else max_k,
+        context_bucket(max(contexts), most_tokens),
+    )
+
+
+def policy_is_dense(policy: ExpertPolicy, num_experts: int) -> bool:
+    """Whether the policy uses every expert of every token, by whatever name."""
+    return policy.kind == "dense" or (policy.kind == "top_k" and policy.value == num_experts)
+
+
+def _most_experts(policy: ExpertPolicy, num_experts: int) -> int:
+    return policy.limits(num_experts)[0]
+
+
+class StaticBatch:
+    """What a step feeds to the graphs of one batch size: tensors that stay where they are.
+
+    Attributes:
+        ids_B, positions_B, slots_B, contexts_B, k_B: int32.
+        mass_B: float32.
+        table_BM: int32.
+    """
+
+    ROWS = 6
+
+    def __init__(self, batch: int, most_blocks: int, device: torch.device) -> None:
+        numbers = batch * (self.ROWS + most_blocks)
+        pinned = device.type == "cuda"
+        self._host = torch.zeros(numbers, dtype=torch.int32, pin_memory=pinned)
+        self._device = torch.zeros(numbers, dtype=torch.int32, device=device)
+        split = self.ROWS * batch
+        rows = self._device[:split].view(self.ROWS, batch)
+        self.ids_B, self.positions_B, self.slots_B, self.contexts_B, self.k_B = rows[:5]
+        self.mass_B = rows[5].view(torch.float32)
+        self.table_BM = self._device[split:].view(batch, most_blocks)
+        host_rows = self._host[:split].view(self.ROWS, batch)
+        self._numbers = host_rows[:5].numpy()
+        self._mass = host_rows[5].view(torch.float32).numpy()
+        self._table = self._host[split:].view(batch, most_blocks).numpy()
+        self._blocks: list[list[int]] = [[] for _ in range(batch)]
+
+    def fill(self, requests: Sequence[Request], num_experts: int, block_size: int) -> None:
+        """The next token of each request, and padding behind. Does not wait for the device.
+
+        The step before must have ended: the host's side of the copy is written anew.
+        """
+        n = len(requests)
+        for row, request in enumerate(requests):
+            position = request.num_computed
+            block, offset = divmod(position, block_size)
+            k, self._mass[row] = request.policy.limits(num_experts)
+            slot = request.blocks[block] * block_size + offset
+            self._numbers[:, row] = (request.token_ids[position], position, slot, position + 1, k)
+            if self._blocks[row] != request.blocks:
+                self._blocks[row] = list(request.blocks)
+                self._table[row, : len(request.blocks)] = request.blocks
+        self._numbers[:, n:] = 0
+        self._numbers[2, n:] = -1
+        self._mass[n:] = NO_MASS_LIMIT
+        self._device.copy_(self._host, non_blocking=True)
+
+
+class Replay(Protocol):
+    """Runs a captured graph; `torch.cuda.CUDAGraph` does."""
+
+    def replay(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class DecodeGraph:
+    """A captured step and the tensors that it writes.
+
+    Attributes:
+        graph: replays it.
+        logits_BV: float32.
+        totals: how many experts ran, [B + 2 L], as `DecodeGraphs.run` returns it; None if all did.
+    """
+
+    graph: Replay
+    logits_BV: Tensor
+    totals: Tensor | None
+
+
+class DecodeGraphs:
+    """The captured decoding steps of one model and cache.
+
+    Args:
+        model: prepared for inference, on CUDA.
+        cache: its keys and values.
+        most_rows: requests that may run at the same time.
+        most_tokens: the longest request.
+    """
+
+    def __init__(self, model: Decoder, cache: KVCache, most_rows: int, most_tokens: int) -> None:
+        self.model = model
+        self.cache = cache
+        self.most_rows = min(most_rows, MAX_BATCH)
+        self.most_tokens = most_tokens
+        self.num_experts = model.config.experts.num_experts
+        self._batches: dict[int, StaticBatch] = {}
+        self._graphs: dict[GraphKey, DecodeGraph] = {}
+        self._pool: Any = None
+
+    @property
+    def captured(self) -> list[GraphKey]:
+        """The shapes that have a graph, in the order in which they were needed."""
+        return list(self._graphs)
+
+    def key(self, requests: Sequence[Request]) -> GraphKey | None:
+        """The shape for one token of each request; None if these must run without a graph."""
+        if not 1 <= len(requests) <= self.most_rows:
+            return None
+        policies = [request.policy for request in requests]
+        if any(policy.kind == "oracle" for policy in policies):
+            return None
+        contexts = [request.num_computed + 1 for request in requests]
+        key = graph_key(policies, contexts, self.num_experts, self.most_rows, self.most_tokens)
+        return key if key in self._graphs or len(self._graphs) < MAX_GRAPHS else None
+
+    def run(self, requests: Sequence[Request], key: GraphKey) -> tuple[Tensor, list[int]]:
+        """Compute one token of each request.
+
+        Returns:
+            Logits [n, V], which the next run overwrites; and how many experts ran: of each row over
+            all layers, of each layer over all rows, and the distinct ones of each layer.
+        """
+        batch = self._batch(key.batch)
+        batch.fill(requests, self.num_experts, self.cache.block_size)
+        found = self._graphs.get(key)
+        if found is None:
+            found = self._graphs[key] = self._capture(key, batch)
+        found.graph.replay()
+        n = len(requests)
+        return found.logits_BV[:n], self._totals(found, n)
+
+    def _batch(self, size: int) -> StaticBatch:
+        if size not in self._batches:
+            most_blocks = -(-self.most_tokens // self.cache.block_size)
+            self._batches[size] = StaticBatch(size, most_blocks, self.cache.slots.device)
+        return self._batches[size]
+
+    def _totals(self, found: DecodeGraph, n: int) -> list[int]:
+        layers = self.model.config.num_hidden_layers
+        if found.totals is None:
+            everything = self.num_experts
+            return [layers * everything] * n + [n * everything] * layers + [everything] * layers
+        totals: list[int] = found.totals.tolist()
+        return totals[:n] + totals[-2 * layers :]
+
+    def compute(self, key: GraphKey, batch: StaticBatch) -> tuple[Tensor, Tensor | None]:
+        """What a graph holds: the model over the batch's tensors, with nothing read by the host."""
+        decode = DecodeBatch(batch.table_BM, batch.contexts_B, key.longest)
+        attend = KernelAttend(self.cache, batch.slots_B, decode)
+        policy = PolicyBatch(batch.k_B, batch.mass_B, key.max_k, None, None)
+        trace = Trace()
+        logits_BV = fused_forward(self.model, batch.ids_B, batch.positions_B, attend, policy, trace)
+        if not key.max_k:
+            return logits_BV, None
+        counts_LB, union_L = trace.counts()
+        return logits_BV, torch.cat([counts_LB.sum(0), counts_LB.sum(1), union_L])
+
+    def _capture(self, key: GraphKey, batch: StaticBatch) -> DecodeGraph:
+        """Record `compute`; before, run it once on a side stream, which compiles its kernels.
+
+        That run writes the same keys and values as the replay that follows.
+        """
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        current = torch.cuda.current_stream()
+        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            self.compute(key, batch)
+        current.wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # Only this thread's calls must be capturable: others may use the device meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            logits_BV, totals = self.compute(key, batch)
+        return DecodeGraph(graph, logits_BV, totals)

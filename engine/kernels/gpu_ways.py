@@ -1,0 +1,99 @@
+"""Which of three ways computes a sparse FFN on a GPU, from shapes alone: nothing is asked of it.
+
+`few` reads the weights of each token-expert pair (`expert_ffn`), `grouped` those of each expert in
+use (`grouped_ffn`), `masked` all of them, through dense products (`masked_ffn`). The last one never
+costs much more than the dense FFN, so neither does the cheapest of the three.
+
+Which experts a batch uses together is known to the device alone. The rule takes what independent
+choices of k would give; real ones share experts, so a sparse way that is predicted to be as fast as
+the masked one is faster in truth, and wins ties.
+
+Shapes: T tokens, D model, E experts, S neurons per expert, k experts a token, P pairs.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What each way costs; times in microseconds, as replayed from a CUDA graph.
+
+    Fitted to benchmarks/results/h200-kernels.txt (H200, bfloat16). The rule compares ways on one
+    device, so only ratios matter.
+    """
+
+    weight_bytes: float = 4.3e6  # per microsecond, reading each expert once
+    pair_bytes: float = 4.7e6  # reading it again for each pair, in part from the cache
+    dense_flops: float = 7.3e8  # per microsecond
+    grouped_flops: float = 3.0e8
+    few_launches: float = 7.0
+    grouped_launches: float = 11.0
+    dense_launches: float = 10.5
+    select: float = 6.2  # scores and choice
+    sort: float = 2.8  # pairs by expert
+    mask: float = 2.0
+
+
+RATES = Rates()
+# Float32 products are exact here, hence without tensor cores, in each way alike.
+FLOAT32_SLOWER = 12.0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The shape of one FFN."""
+
+    width: int
+    experts: int
+    expert_size: int
+    itemsize: int
+
+    @property
+    def expert_bytes(self) -> int:
+        return 2 * self.width * self.expert_size * self.itemsize
+
+    @property
+    def pair_flops(self) -> float:
+        exact = FLOAT32_SLOWER if self.itemsize > 2 else 1.0
+        return 4.0 * self.width * self.expert_size * exact
+
+
+def expected_union(tokens: int, k: int, experts: int) -> float:
+    """Distinct experts that `tokens` independent choices of k use together."""
+    return experts * (1.0 - (1.0 - k / experts) ** tokens)
+
+
+def dense_us(layer: Layer, tokens: int, rates: Rates = RATES) -> float:
+    """The dense FFN."""
+    reading = layer.experts * layer.expert_bytes / rates.weight_bytes
+    computing = tokens * layer.experts * layer.pair_flops / rates.dense_flops
+    return rates.dense_launches + max(reading, computing)
+
+
+def sparse_us(layer: Layer, tokens: int, k: int, rates: Rates = RATES) -> dict[str, float]:
+    """Each way, routing included."""
+    pairs, union = tokens * k, expected_union(tokens, k, layer.experts)
+    few = rates.few_launches + pairs * layer.expert_bytes / rates.pair_bytes
+    reading = union * layer.expert_bytes / rates.weight_bytes
+    computing = pairs * layer.pair_flops / rates.grouped_flops
+    return {
+        "few": rates.select + few,
+        "grouped": rates.select + rates.sort + rates.grouped_launches + reading + computing,
+        "masked": rates.select + rates.mask + dense_us(layer, tokens, rates),
+    }
+
+
+@functools.lru_cache(maxsize=4096)
+def sparse_way(layer: Layer, tokens: int, k: int) -> str:
+    """The cheapest of few, grouped and masked for at most k experts a token."""
+    costs = sparse_us(layer, tokens, k)
+    return min(costs, key=lambda way: costs[way])  # the first of equals
+
+
+def mixed_is_masked(layer: Layer, dense: int, sparse: int, k: int) -> bool:
+    """Whether dense and sparse tokens of a batch are cheaper in one masked pass than apart."""
+    apart = dense_us(layer, dense) + min(sparse_us(layer, sparse, k).values())
+    return sparse_us(layer, dense + sparse, k)["masked"] <= apart

@@ -1,0 +1,136 @@
+"""Attention over the paged cache through the kernels of `engine.kernels.paged_kv`; for CUDA.
+
+One `KernelAttend` serves a flat batch: sequences that decode go through the paged kernel, each
+chunk of a prompt through PyTorch's attention over its gathered context. A batch that only decodes
+lies in tensors of one shape (`DecodeBatch`), so that `engine.cuda_graphs` can replay it.
+
+Shapes: T tokens, B decoding sequences, M blocks per sequence at most, L tokens of a context, H
+query heads, G key-value heads, d head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.attention import KVCache, PagedAttend, SequenceSpan
+from engine.kernels.paged_kv import MAX_HEAD_DIM, paged_decode, rotate_and_store
+
+
+def supports(cache: KVCache) -> bool:
+    """Whether the kernels serve this cache: on CUDA, with heads of a width that they take."""
+    return cache.slots.is_cuda and cache.slots.shape[-1] <= MAX_HEAD_DIM
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """The decoding sequences of a batch.
+
+    Attributes:
+        table_BM: int32, the blocks of each sequence, in order.
+        contexts_B: int32, tokens in the cache once this step's are written; 0 for a row that
+            belongs to nobody.
+        longest: no context is longer.
+    """
+
+    table_BM: Tensor
+    contexts_B: Tensor
+    longest: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of a prompt: its rows in the batch, and the slots of its context, itself included."""
+
+    rows: slice
+    slots_L: Tensor
+
+
+class KernelAttend:
+    """Attention of one flat batch.
+
+    Args:
+        cache: keys and values.
+        slots_T: int32 or int64, the slot of each token; negative for one that is not kept.
+        decode: the sequences that decode, if any.
+        decode_rows: their rows; None: they are the whole batch.
+        chunks: parts of prompts.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        slots_T: Tensor,
+        decode: DecodeBatch | None,
+        decode_rows: Tensor | None = None,
+        chunks: tuple[Chunk, ...] = (),
+    ) -> None:
+        self.cache = cache
+        self._slots_T = slots_T
+        self._decode = decode
+        self._decode_rows = decode_rows
+        self._chunks = chunks
+
+    @classmethod
+    def of_spans(cls, cache: KVCache, spans: list[SequenceSpan]) -> KernelAttend:
+        """Tables and slots on the cache's device, for any batch."""
+        device, size = cache.slots.device, cache.block_size
+        most = max(len(s.blocks) for s in spans)
+        table_BM = torch.tensor(
+            [s.blocks + [0] * (most - len(s.blocks)) for s in spans], dtype=torch.int32
+        )
+        row_T = torch.tensor([b for b, s in enumerate(spans) for _ in range(s.length)])
+        at_T = torch.tensor([c for s in spans for c in range(s.context - s.length, s.context)])
+        slots_T = (table_BM[row_T, at_T // size] * size + at_T % size).to(device)
+        inside = torch.arange(size)
+        chunks = tuple(
+            Chunk(
+                slice(s.start, s.start + s.length),
+                (table_BM[b][:, None] * size + inside).flatten()[: s.context].to(device),
+            )
+            for b, s in enumerate(spans)
+            if s.length > 1
+        )
+        decoding = [b for b, s in enumerate(spans) if s.length == 1]
+        if not decoding:
+            return cls(cache, slots_T, None, None, chunks)
+        contexts = [spans[b].context for b in decoding]
+        contexts_B = torch.tensor(contexts, dtype=torch.int32, device=device)
+        if not chunks:
+            return cls(cache, slots_T, DecodeBatch(table_BM.to(device), contexts_B, max(contexts)))
+        rows = torch.tensor([spans[b].start for b in decoding], device=device)
+        batch = DecodeBatch(table_BM[decoding].to(device), contexts_B, max(contexts))
+        return cls(cache, slots_T, batch, rows, chunks)
+
+    def __call__(self, layer: int, heads_TNd: Tensor, cos_Tc: Tensor, sin_Tc: Tensor) -> Tensor:
+        keys, values = self.cache.slots[layer]
+        """Attended values [T, H, d] of one layer.
+
+        Args:
+            layer: whose part of the cache to use.
+            heads_TNd: H query heads, G key heads and G value heads, not rotated yet.
+            cos_Tc, sin_Tc: of each token's position, c = d / 2.
+        """
+        q_THd = rotate_and_store(
+            heads_TNd, cos_Tc.float(), sin_Tc.float(), keys, values, self._slots_T
+        )
+        if not self._chunks:
+            return self._decoded(q_THd, keys, values)
+        out_THd = torch.empty_like(q_THd)
+        if self._decode_rows is not None:
+            rows = self._decode_rows
+            out_THd.index_copy_(0, rows, self._decoded(q_THd[rows], keys, values))
+        for chunk in self._chunks:
+            k_LGd, v_LGd = keys[chunk.slots_L], values[chunk.slots_L]
+            out_THd[chunk.rows] = PagedAttend.chunk(q_THd[chunk.rows], k_LGd, v_LGd)
+        return out_THd
+
+    def _decoded(self, q_BHd: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        batch = self._decode
+        assert batch is not None
+        size = self.cache.block_size
+        return paged_decode(
+            q_BHd, keys, values, batch.table_BM, batch.contexts_B, size, batch.longest
+        )
