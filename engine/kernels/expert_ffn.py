@@ -34,8 +34,8 @@ ACTIVATIONS = ("relu", "relu2")
 # A pair is cut into about this many programs: 6 experts then occupy a whole GPU with one token.
 BLOCKS_PER_PAIR = 24
 
-# Elements of `up` that one program holds at most: 64 a thread with 8 warps.
-TILE_ELEMENTS = 16384
+# Elements of `up` that one program holds at most: 128 a thread with 8 warps.
+TILE_ELEMENTS = 32768
 
 
 def activate_reference(x: Tensor, activation: str) -> Tensor:

@@ -230,6 +230,8 @@ def up_blocks(
         return tile(32, 64, 128 // wide, 4, 4)
     if gated:  # two sums in registers
         return tile(64, 64 if itemsize > 2 else 128, 64 // wide, 8, 3)
+    if itemsize == 2 and expert_size >= 512 and mean_pairs <= 128:
+        return tile(64, 256, 64, 8, 3)
     if mean_pairs <= 128 or expert_size < 256 or itemsize > 2:
         return tile(64, 128, 64 // wide, 4, 4)
     return tile(128, 256, 64, 8, 3)
@@ -238,6 +240,8 @@ def up_blocks(
 def down_blocks(mean_pairs: int) -> dict[str, int]:
     """Block sizes of `_down_kernel`; BLOCK_S is the sum's step, short as the sum itself is."""
     block_p = 16 if mean_pairs <= 16 else 32 if mean_pairs <= 32 else 64
+    if 64 < mean_pairs <= 128:
+        block_p = 128
     return {**tile(block_p, 32, 128, 4, 4), "BLOCK_K": 8}
 
 
