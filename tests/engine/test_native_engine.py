@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,6 @@ import torch
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig, ExpertConfig
 from engine.engine import Engine
-from engine.experts import PolicyBatch
 from engine.kernels import native
 from engine.kernels.native import build
 from engine.model import Decoder, generate
@@ -92,8 +91,8 @@ def check_against_generate(engine: Engine, oracle: Decoder) -> list[Request]:
             chance.randrange(25),
             engine.make_request(
                 common[: 40 * (number % 3 == 0)]
-                + prompt(chance, chance.choice([1, 2, 16, 17, 50])),
-                SamplingParams(max_new_tokens=chance.randrange(1, 21)),
+                + prompt(chance, chance.choice([1, 2, 16, 17, 30])),
+                SamplingParams(max_new_tokens=chance.randrange(1, 50)),
                 POLICIES[number % len(POLICIES)],
             ),
         )
@@ -114,7 +113,7 @@ def check_against_generate(engine: Engine, oracle: Decoder) -> list[Request]:
     [
         (0, {"max_num_batched_tokens": 512, "block_size": 32}),
         (60, {"max_num_batched_tokens": 13, "max_num_seqs": 8}),
-        (14, {"max_num_batched_tokens": 64, "max_num_seqs": 32}),
+        (10, {"max_num_batched_tokens": 64, "max_num_seqs": 32}),
         (0, {"block_size": 4}),
     ],
     ids=["roomy", "small chunks", "preempting", "blocks that are none of the kernels'"],
@@ -126,8 +125,8 @@ def test_equals_the_naive_generate(blocks: int, config: dict[str, int]) -> None:
     assert natively == (engine.config.block_size % native.KV_BLOCK == 0)
     requests = check_against_generate(engine, oracle)
     preempted = sum(request.preemptions for request in requests)
-    assert (preempted > 0) == (blocks == 14)
-    assert engine.stats.snapshot().prefix_cache_hit_tokens > 0
+    assert (preempted > 0) == (blocks == 10)
+    assert engine.stats.snapshot().prefix_hit_tokens > 0
 
 
 @pytest.fixture
@@ -173,9 +172,11 @@ def test_output_is_the_same_bits_in_any_company(dtype: torch.dtype, policy: Expe
         watched = engine.make_request(prompt(chance, 37), sampling, policy)
         others = [
             (
-                chance.randrange(6),
+                chance.randrange(3),
                 engine.make_request(
-                    prompt(chance, chance.randrange(1, 50)), sampling, POLICIES[number % 5]
+                    prompt(chance, chance.randrange(1, 17 if blocks else 50)),
+                    sampling,
+                    POLICIES[number % 5],
                 ),
             )
             for number in range(company)
@@ -188,7 +189,7 @@ def test_output_is_the_same_bits_in_any_company(dtype: torch.dtype, policy: Expe
     assert output(0, max_num_batched_tokens=7, max_num_seqs=4) == alone
     assert output(24) == alone
     assert output(11, max_num_batched_tokens=19, max_num_seqs=12) == alone
-    *pressed, preemptions = output(9, blocks=12)
+    *pressed, preemptions = output(3, blocks=11)
     assert preemptions > 0
     assert tuple(pressed) == alone[:2]
     threads = torch.get_num_threads()

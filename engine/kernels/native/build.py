@@ -53,7 +53,8 @@ def library() -> ctypes.CDLL | None:
 
 def _reason(error: Exception) -> str:
     output = getattr(error, "stderr", None) or b""
-    return f"{error} {output.decode(errors='replace')}".strip()[:500]
+    # The compiler's own words, if any: the command that failed is long and says little.
+    return (output.decode(errors="replace").strip() or str(error))[:500]
 
 
 def _built() -> Path:
