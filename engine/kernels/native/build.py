@@ -76,10 +76,12 @@ def _built() -> Path:
 
 def _compiler() -> list[str]:
     """The command that compiles: CC, which may have arguments, or what is installed."""
-    found = shlex.split(os.environ.get("CC", "")) or [shutil.which("gcc") or shutil.which("cc")]
-    if found[0] is None:
+    if chosen := shlex.split(os.environ.get("CC", "")):
+        return chosen
+    installed = shutil.which("gcc") or shutil.which("cc")
+    if installed is None:
         raise FileNotFoundError("no C compiler is installed")
-    return found
+    return [installed]
 
 
 def _flags() -> tuple[str, ...]:

@@ -448,7 +448,7 @@ def test_attention_of_large_scores(dtype: torch.dtype, large: float) -> None:
 def test_what_an_earlier_request_left_in_a_block_does_not_leak(
     dtype: torch.dtype, damage: float
 ) -> None:
-    """Damaged is every slot beyond the context: the next of a pair, the block's rest, the others."""
+    """Damaged: every slot beyond the context, the next of a pair and the block's rest included."""
     for context in (1, 2, 3, 15, 16, 17, 31, 33):
         for rows in {1, min(context, 5), context}:
             sequences = Sequences([(rows, context), (2, 47)], 2, 32, dtype)
