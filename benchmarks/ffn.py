@@ -70,7 +70,7 @@ def milliseconds(layer: ExpertFFN, x_TD: Tensor, policy: PolicyBatch) -> float:
 
 def measure(layers: Sequence[ExpertFFN], tokens: int, dtype: torch.dtype) -> dict[str, float]:
     """Median milliseconds of a layer: dense, and sparse under both routings."""
-    width = layers[0].up.shape[1]
+    width = layers[0].router.shape[1]  # `up` is packed by now
     batches = inputs(width, tokens, dtype)
     dense = PolicyBatch.uniform(ExpertPolicy.dense(), tokens, EXPERTS)
     sparse = PolicyBatch.uniform(ExpertPolicy.top_k(CHOSEN), tokens, EXPERTS)

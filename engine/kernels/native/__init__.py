@@ -94,8 +94,11 @@ def weight_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def panel_width(outputs: int) -> int:
-    """Columns of a panel: as many as fill registers, as few as pad little."""
-    return 64 if outputs % 64 == 0 else 32 if outputs % 32 == 0 or outputs > 64 else 16
+    """Columns of a panel, 1, 2 or 4 vectors: as many as fill registers, as few as pad little."""
+    one = lanes()
+    if outputs % (4 * one) == 0:
+        return 4 * one
+    return 2 * one if outputs % (2 * one) == 0 or outputs > 4 * one else one
 
 
 def pack(weight_NK: Tensor, width: int) -> Tensor:
@@ -226,7 +229,7 @@ def every_pair(T: int, E: int) -> Pairs:
         return Pairs(
             E,
             torch.arange(E, dtype=torch.int32),
-            torch.arange(0, E * T + 1, max(T, 1), dtype=torch.int32)[: E + 1],
+            torch.arange(E + 1, dtype=torch.int32) * T,
             torch.arange(T, dtype=torch.int32).repeat(E),
         )
 

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import stat
 import subprocess
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _HERE: Final = Path(__file__).parent
 _FLAGS: Final = (
-    *("-std=gnu11", "-O3", "-march=native", "-mprefer-vector-width=512"),
+    *("-std=gnu11", "-O3", "-march=native"),
     # Nothing that would reorder sums: a token's result must not depend on its company.
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
     *("-fopenmp", "-shared", "-fPIC"),
@@ -52,34 +53,47 @@ def library() -> ctypes.CDLL | None:
 
 def _reason(error: Exception) -> str:
     output = getattr(error, "stderr", None) or b""
-    return f"{error} {output.decode(errors='replace')}".strip()[:500]
+    # The compiler's own words, if any: the command that failed is long and says little.
+    return (output.decode(errors="replace").strip() or str(error))[:500]
 
 
 def _built() -> Path:
     """The shared library for these sources, this compiler and this processor."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        raise FileNotFoundError("no C compiler is installed")
+    compiler = _compiler()
     sources = sorted(_HERE.glob("*.c"))
-    flags = _flags(compiler)
+    flags, libraries = _flags(), _libraries()
     content = b"".join(file.read_bytes() for file in sorted(_HERE.glob("*.[ch]")))
     version = subprocess.run(
-        [compiler, "--version"], check=True, capture_output=True, timeout=_SECONDS
+        [*compiler, "--version"], check=True, capture_output=True, timeout=_SECONDS
     ).stdout
-    identity = repr((flags, version, _processor(), torch.__version__)).encode()
+    identity = repr((flags, libraries, version, _processor(), torch.__version__)).encode()
     name = f"cpu-{hashlib.sha256(content + identity).hexdigest()[:32]}.so"
     target = _cache_directory() / name
     if not target.exists():
-        _compile([compiler, *flags[:-1], *map(str, sources), flags[-1]], target)
+        _compile([*compiler, *flags, *map(str, sources), *libraries], target)
     return target
 
 
-def _flags(compiler: str) -> tuple[str, ...]:
-    """Flags; the last names the libraries, which come after the sources."""
+def _compiler() -> list[str]:
+    """The command that compiles: CC, which may have arguments, or what is installed."""
+    if chosen := shlex.split(os.environ.get("CC", "")):
+        return chosen
+    installed = shutil.which("gcc") or shutil.which("cc")
+    if installed is None:
+        raise FileNotFoundError("no C compiler is installed")
+    return [installed]
+
+
+def _flags() -> tuple[str, ...]:
+    wide = platform.machine() in ("x86_64", "AMD64")
+    return (*_FLAGS, "-mprefer-vector-width=512") if wide else _FLAGS
+
+
+def _libraries() -> tuple[str, ...]:
+    """What comes after the sources."""
     # Torch's own OpenMP: two of them would hold two sets of threads against each other.
     folder = Path(torch.__file__).parent / "lib"
-    del compiler
-    return (*_FLAGS, f"-L{folder}", f"-Wl,-rpath,{folder}", "-lm")
+    return (f"-L{folder}", f"-Wl,-rpath,{folder}", "-lm")
 
 
 def _compile(command: list[str], target: Path) -> None:
@@ -97,17 +111,23 @@ def _compile(command: list[str], target: Path) -> None:
 
 def _cache_directory() -> Path:
     """A directory that nobody else can write to: what lies there is executed."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(os.environ.get("AMBIDEX_CACHE") or Path(base) / "ambidex")
     try:
+        path = _wanted_directory()
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.stat()
         if found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             with tempfile.TemporaryFile(dir=path):
                 return path
-    except OSError:
+    except (OSError, RuntimeError):  # the latter from Path.home() of a user without one
         pass
     return _private_directory()
+
+
+def _wanted_directory() -> Path:
+    if chosen := os.environ.get("AMBIDEX_CACHE"):
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "ambidex"
 
 
 @functools.cache

@@ -121,6 +121,9 @@ INLINE void down_of_many(const ffn_call *call, ix u, ix c, ix columns, void *cop
     const ix D = call->D, S = call->S, row = S + S % 2;
     const ix first = call->offsets[u], last = call->offsets[u + 1];
     const void *down = at(call->down, call->expert[u] * S * D + c, half);
+    const void *next =
+        u + 1 < call->used ? at(call->down, call->expert[u + 1] * S * D + c, half) : NULL;
+    ix ahead = 0;
     for (ix s = 0; s < S; s += 2) /* row by row, as memory likes it */
         for (ix i = 0; i < columns;) {
             const int N = vectors_of(columns - i);
@@ -131,6 +134,9 @@ INLINE void down_of_many(const ffn_call *call, ix u, ix c, ix columns, void *cop
         }
     for (ix i = 0; i < columns;) {
         const int N = vectors_of(columns - i);
+        /* The next expert's rows come while this one's are multiplied. */
+        for (ix end = S * (i + N * LANES) / columns; next && ahead < end; ahead++)
+            prefetch(at(next, ahead * D, half), columns, half);
         for (ix p = first; p < last; p += TOKENS) {
             int M = last - p < TOKENS ? (int)(last - p) : TOKENS;
             const void *h[TOKENS];
@@ -164,6 +170,11 @@ INLINE void expert_ffn(const ffn_call *call, const int half, int threads) {
     const ix width = call->vectors * LANES, panels = (call->S + width - 1) / width;
     const ix groups = call->D / (2 * LANES), columns = (groups + threads - 1) / threads * 2 * LANES;
     const int few = call->offsets[call->used] <= 2 * call->used;
+    ix most = 0;
+    for (ix u = 0; u < call->used; u++) {
+        ix pairs = call->offsets[u + 1] - call->offsets[u];
+        most = pairs > most ? pairs : most;
+    }
 #pragma omp parallel num_threads(threads)
     {
         if (few) {
@@ -173,7 +184,7 @@ INLINE void expert_ffn(const ffn_call *call, const int half, int threads) {
 #pragma omp for schedule(dynamic, 1)
             for (ix i = 0; i < call->used * panels; i++) up_panel(call, i / panels, i % panels, half);
         }
-        void *copy = few ? NULL : malloc(bytes((call->S + 1) * columns, half));
+        void *copy = most < WORTH_A_COPY ? NULL : malloc(bytes((call->S + 1) * columns, half));
 #pragma omp for schedule(static)
         for (ix c = 0; c < call->D; c += columns)
             down_columns(call, c, call->D - c < columns ? call->D - c : columns, copy, half);

@@ -201,15 +201,23 @@ INLINE void pack_rows(const int N, const int half, const void *rows, ix stride, 
     }
 }
 
+/* sum + weight * row, of one row; in bfloat16 as one half of a pair, to the same bits as the pair. */
+INLINE vec add_scaled(vec sum, float weight, const void *row, ix c, const int half) {
+    if (!half) return sum + splat(weight) * load(row, c, 0);
+    uint32_t word;
+    memcpy(&word, &weight, 4);
+    bits low = __builtin_convertvector(*(const halves *)((const uint16_t *)row + c), bits);
+    return add_pairs(sum, low, word >> 16);
+}
+
 /* y += sum of weights[r] * rows[r], one row after another, to the same bits as `row_tile`. */
 INLINE void add_rows(int count, const float *weights, const void *const *rows, float *y, ix columns,
                      const int half) {
     for (ix c = 0; c < columns; c += 2 * LANES) {
         vec a = *(const vec *)(y + c), b = *(const vec *)(y + c + LANES);
         for (int r = 0; r < count; r++) {
-            vec weight = splat(weights[r]);
-            a += weight * load(rows[r], c, half);
-            b += weight * load(rows[r], c + LANES, half);
+            a = add_scaled(a, weights[r], rows[r], c, half);
+            b = add_scaled(b, weights[r], rows[r], c + LANES, half);
         }
         *(vec *)(y + c) = a;
         *(vec *)(y + c + LANES) = b;

@@ -1,0 +1,246 @@
+"""The engine on the CPU's kernels: the naive `generate`'s tokens, and bits that nothing changes."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.checkpoint import Checkpoint
+from engine.config import EngineConfig, ExpertConfig
+from engine.engine import Engine
+from engine.kernels import native
+from engine.kernels.native import build
+from engine.model import Decoder, generate
+from engine.request import ExpertPolicy, Request, SamplingParams
+from tests.engine.conftest import tiny_config, tiny_model, tiny_tokenizer
+
+POLICIES = [
+    ExpertPolicy.dense(),
+    ExpertPolicy.top_k(1),
+    ExpertPolicy.top_k(3),
+    ExpertPolicy.mass(0.5),
+    ExpertPolicy.mass(0.9),
+]
+needs_kernels = pytest.mark.skipif(not native.available(), reason="needs a C compiler")
+
+
+def wide_model(dtype: torch.dtype = torch.float32, heads: int = 4) -> Decoder:
+    """A model of the kernels' shape: 4 heads of 32, of which 2 hold keys and values."""
+    config = tiny_config(
+        hidden_size=128,
+        intermediate_size=8 * 24,
+        num_attention_heads=heads,
+        experts=ExpertConfig(num_experts=8, expert_size=24, default_policy="top_k:4"),
+        initializer_range=0.15,
+    )
+    model = tiny_model(config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def wide_checkpoint(model: Decoder) -> Checkpoint:
+    return Checkpoint(
+        Path("wide"), model.config, copy.deepcopy(model), tiny_tokenizer(), {}, "0" * 64
+    )
+
+
+def make_engine(model: Decoder, blocks: int = 0, **config: int) -> Engine:
+    """An engine over a copy of `model`; `blocks` bounds its KV cache."""
+    size, shape = config.setdefault("block_size", 16), model.config
+    if blocks:
+        each = shape.num_hidden_layers * 2 * shape.num_key_value_heads * shape.head_dim
+        config["kv_cache_bytes"] = blocks * size * each * model.embedding.weight.element_size()
+    return Engine(wide_checkpoint(model), EngineConfig(**config))  # type: ignore[arg-type]  # ints
+
+
+def prompt(chance: random.Random, length: int) -> list[int]:
+    return [chance.randrange(1, 300) for _ in range(length)]
+
+
+def serve(engine: Engine, arrivals: list[tuple[int, Request]]) -> dict[str, list[float]]:
+    """Run all, each request from its step on; the log-probabilities of each one's tokens."""
+    logprobs: dict[str, list[float]] = {r.request_id: [] for _, r in arrivals}
+    line, step = sorted(arrivals, key=lambda arrival: arrival[0]), 0
+    while line or engine.has_work():
+        while line and line[0][0] <= step:
+            engine.add(line.pop(0)[1])
+        for event in engine.step():
+            if event.token is not None:
+                logprobs[event.request_id].append(event.token.logprob)
+        engine.check_integrity()
+        step += 1
+        assert step < 5000, "no progress"
+    return logprobs
+
+
+# --- equal to the naive generate ------------------------------------------------------------------
+
+
+def check_against_generate(engine: Engine, oracle: Decoder) -> list[Request]:
+    """32 requests of every policy, some with a common beginning, arriving at different steps."""
+    chance = random.Random(7)
+    common = prompt(chance, 40)
+    arrivals = [
+        (
+            chance.randrange(25),
+            engine.make_request(
+                common[: 40 * (number % 3 == 0)]
+                + prompt(chance, chance.choice([1, 2, 16, 17, 30])),
+                SamplingParams(max_new_tokens=chance.randrange(1, 50)),
+                POLICIES[number % len(POLICIES)],
+            ),
+        )
+        for number in range(32)
+    ]
+    serve(engine, arrivals)
+    for _, request in arrivals:
+        expected = generate(
+            oracle, request.prompt_ids, request.sampling.max_new_tokens, request.policy
+        )
+        assert request.output_ids == expected
+    return [request for _, request in arrivals]
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("blocks", "config"),
+    [
+        (0, {"max_num_batched_tokens": 512, "block_size": 32}),
+        (60, {"max_num_batched_tokens": 13, "max_num_seqs": 8}),
+        (10, {"max_num_batched_tokens": 64, "max_num_seqs": 32}),
+        (0, {"block_size": 4}),
+    ],
+    ids=["roomy", "small chunks", "preempting", "blocks that are none of the kernels'"],
+)
+def test_equals_the_naive_generate(blocks: int, config: dict[str, int]) -> None:
+    oracle = wide_model()
+    engine = make_engine(oracle, blocks, **config)
+    natively = isinstance(engine.runner.cache, native.PagedCache)
+    assert natively == (engine.config.block_size % native.KV_BLOCK == 0)
+    requests = check_against_generate(engine, oracle)
+    preempted = sum(request.preemptions for request in requests)
+    assert (preempted > 0) == (blocks == 10)
+    assert engine.stats.snapshot().prefix_hit_tokens > 0
+
+
+@pytest.fixture
+def _no_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("AMBIDEX_NATIVE", "0")
+    build.library.cache_clear()
+    yield
+    monkeypatch.undo()
+    build.library.cache_clear()
+
+
+@pytest.mark.usefixtures("_no_kernels")
+def test_the_same_tokens_without_the_kernels() -> None:
+    oracle = wide_model()
+    engine = make_engine(oracle)
+    assert not isinstance(engine.runner.cache, native.PagedCache)
+    check_against_generate(engine, oracle)
+    assert engine.runner.model.embedding.weight.numel() > 0
+
+
+def test_the_same_tokens_on_a_shape_that_they_do_not_support() -> None:
+    oracle = wide_model(heads=16)
+    assert oracle.config.head_dim == 8
+    engine = make_engine(oracle)
+    assert not isinstance(engine.runner.cache, native.PagedCache)
+    check_against_generate(engine, oracle)
+
+
+# --- bits that nothing changes --------------------------------------------------------------------
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", native.DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("policy", [ExpertPolicy.dense(), ExpertPolicy.top_k(3), POLICIES[-1]])
+def test_output_is_the_same_bits_in_any_company(dtype: torch.dtype, policy: ExpertPolicy) -> None:
+    """Alone, in company, cut into other chunks, after preemption, with other threads."""
+    model = wide_model(dtype)
+
+    def output(company: int, blocks: int = 0, **config: int) -> tuple[list[int], list[float], int]:
+        chance = random.Random(5)
+        engine = make_engine(model, blocks, **config)
+        sampling = SamplingParams(max_new_tokens=40, ignore_eos=True)
+        watched = engine.make_request(prompt(chance, 37), sampling, policy)
+        others = [
+            (
+                chance.randrange(3),
+                engine.make_request(
+                    prompt(chance, chance.randrange(1, 17 if blocks else 50)),
+                    sampling,
+                    POLICIES[number % 5],
+                ),
+            )
+            for number in range(company)
+        ]
+        logprobs = serve(engine, [*others, (3, watched)])[watched.request_id]
+        return watched.output_ids, logprobs, watched.preemptions
+
+    alone = output(0)
+    assert len(alone[0]) == len(alone[1]) == 40
+    assert output(0, max_num_batched_tokens=7, max_num_seqs=4) == alone
+    assert output(24) == alone
+    assert output(11, max_num_batched_tokens=19, max_num_seqs=12) == alone
+    *pressed, preemptions = output(3, blocks=11)
+    assert preemptions > 0
+    assert tuple(pressed) == alone[:2]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert output(3) == alone
+    finally:
+        torch.set_num_threads(threads)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+@needs_kernels
+def test_packed_weights_replace_the_parameters() -> None:
+    engine = make_engine(wide_model(torch.bfloat16))
+    model = engine.runner.model
+    kept = {n.rsplit(".", 1)[-1] for n, p in model.named_parameters() if p.dim() > 1}
+    assert kept == {"down"}  # whose rows are used as they are
+    assert model.embedding.weight.numel() == 0
+    assert model.embedding.weight.dtype == torch.bfloat16
+
+
+@needs_kernels
+def test_preparing_again_changes_nothing() -> None:
+    model, ids_BL = wide_model(), torch.arange(1, 9).view(2, 4)
+    model.prepare()
+    with torch.inference_mode():
+        before = model.logits(ids_BL, POLICIES[2])
+        model.prepare()
+        assert torch.equal(model.logits(ids_BL, POLICIES[2]), before)
+
+
+@needs_kernels
+def test_two_engines_share_one_checkpoint() -> None:
+    oracle = wide_model()
+    checkpoint = wide_checkpoint(oracle)
+    engines = [Engine(checkpoint, EngineConfig(block_size=size)) for size in (16, 32)]
+    for engine in engines:
+        request = engine.make_request([5, 6, 7], SamplingParams(max_new_tokens=8), POLICIES[2])
+        serve(engine, [(0, request)])
+        assert request.output_ids == generate(oracle, [5, 6, 7], 8, POLICIES[2])
+
+
+@needs_kernels
+def test_oracle_policy_after_preparation() -> None:
+    """It needs the true activations, so the first matrix is unpacked for it."""
+    prepared, plain = wide_model(), wide_model()
+    prepared.prepare()
+    ids_BL, policy = torch.arange(1, 13).view(2, 6), ExpertPolicy.oracle(3)
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            prepared.logits(ids_BL, policy), plain.logits(ids_BL, policy), rtol=1e-4, atol=1e-3
+        )
