@@ -21,6 +21,7 @@ INLINE void choose(float *scores, ix E, int k, float mass, uint8_t *chosen) {
     for (ix e = 0; e < E; e++) top = scores[e] > top ? scores[e] : top;
     for (ix e = 0; mass <= 1 && e < E; e++) sum += expf(scores[e] - top);
     for (ix e = 0; e < E; e++) chosen[e] = 0;
+    if (top == -INFINITY && k > 1) k = 1; /* no score is a number: shares mean nothing */
     int taken = 0;
     while (taken < k && taken < E && (taken == 0 || before < mass)) {
         ix best = -1;
