@@ -243,7 +243,7 @@ class ExpertFFN(nn.Module):
         """Switch to the inference paths; on the CPU the packed form replaces both."""
         if self.up.is_cuda:
             self.use_kernels()
-        elif self._packed is None:
+        elif self._packed is None and native.supports(self.up.dtype, self.up.shape[1]):
             self._packed = native.PackedExpertFFN(
                 self.up, self.down, self.num_experts, self.activation
             )

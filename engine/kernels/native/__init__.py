@@ -32,6 +32,7 @@ DTYPES: Final = (torch.float32, torch.bfloat16)
 KV_BLOCK: Final = 16  # tokens of one block of keys and values
 _ACTIVATIONS: Final = {"relu": 1, "relu2": 2}
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+_KEPT_PAIRS: Final = 1 << 14  # what is decoded over and over is worth keeping
 _local = threading.local()
 
 
@@ -40,8 +41,11 @@ def available() -> bool:
     return library() is not None
 
 
-def supports(dtype: torch.dtype, hidden_size: int, head_dim: int) -> bool:
-    """Whether a model of this type and shape runs on them: full vectors in every row."""
+def supports(dtype: torch.dtype, hidden_size: int, head_dim: int = 32) -> bool:
+    """Whether a model of this type and shape runs on them: full vectors in every row.
+
+    `head_dim` is attention's; an FFN alone has none.
+    """
     return available() and dtype in DTYPES and hidden_size % 32 == 0 and head_dim % 32 == 0
 
 
@@ -222,16 +226,22 @@ def sort_pairs(chosen_TE: Tensor) -> Pairs:
     return Pairs(used, expert, offsets, token)
 
 
-@functools.lru_cache(maxsize=64)
 def every_pair(T: int, E: int) -> Pairs:
     """All experts for every token: the dense FFN."""
-    with torch.inference_mode(False):  # cached, so usable in any mode afterwards
+    return _few_pairs(T, E) if T * E <= _KEPT_PAIRS else _every_pair(T, E)
+
+
+def _every_pair(T: int, E: int) -> Pairs:
+    with torch.inference_mode(False):  # may be kept, so usable in any mode afterwards
         return Pairs(
             E,
             torch.arange(E, dtype=torch.int32),
             torch.arange(E + 1, dtype=torch.int32) * T,
             torch.arange(T, dtype=torch.int32).repeat(E),
         )
+
+
+_few_pairs = functools.lru_cache(maxsize=64)(_every_pair)
 
 
 class PackedExpertFFN:

@@ -1,4 +1,4 @@
-/* Attention of a flat batch over the paged cache. Contract: native/ops.py.
+/* Attention of a flat batch over the paged cache. Contract: native/__init__.py.
  *
  * A block holds BLOCK tokens of every key-value head: keys packed as `packed_product` wants its
  * weights, values row by row. So scores and values are the two products of products.h, and a query's
@@ -14,7 +14,7 @@
 typedef struct {
     const void *q;                                 /* [T, H, d], rows q_stride apart */
     const void *keys, *values;                     /* one layer's cache */
-    const int32_t *table, *first, *rows, *context; /* per sequence: see ops.py */
+    const int32_t *table, *first, *rows, *context; /* per sequence: see __init__.py */
     void *out;                                     /* [T, H, d] */
     ix B, H, G, d, q_stride, table_stride;
     float scale;
@@ -69,6 +69,18 @@ INLINE float weigh(float *scores, ix context, ix length) {
     return total(sum);
 }
 
+/* y[m] += weights[m] @ values, of one block's first `count` tokens. */
+INLINE void add_values(int M, const void *const *weights, const void *values, ix count, ix d,
+                       float *const *y, const int half) {
+    for (ix c = 0; c < d;) {
+        int N = d - c >= MOST_VECTORS * LANES ? MOST_VECTORS : 2;
+        float *to[TOKENS];
+        for (int m = 0; m < M; m++) to[m] = y[m] + c;
+        row_product(M, N, half, weights, at(values, c, half), d, count, to);
+        c += N * LANES;
+    }
+}
+
 /* M rows of queries that share a key-value head: (token, head) of each, into `out`. */
 INLINE void attend_rows(const attend_call *call, ix sequence, ix g, int M, const ix *token,
                         const ix *head, float *scratch, ix stride, const int half) {
@@ -79,11 +91,12 @@ INLINE void attend_rows(const attend_call *call, ix sequence, ix g, int M, const
     float sums[TOKENS], *y[TOKENS], *scores = scratch;
     uint16_t *rounded = (uint16_t *)(scratch + TOKENS * stride);
     float *values = scratch + 2 * TOKENS * stride;
-    ix longest = 0, context[TOKENS];
+    ix longest = 0, least = INT64_MAX, context[TOKENS];
     for (int m = 0; m < M; m++) {
         q[m] = at(call->q, token[m] * call->q_stride + head[m] * d, half);
         context[m] = call->context[sequence] - (first + rows - 1 - token[m]);
         longest = context[m] > longest ? context[m] : longest;
+        least = context[m] < least ? context[m] : least;
         y[m] = values + m * d;
         memset(y[m], 0, d * sizeof(float));
     }
@@ -96,16 +109,18 @@ INLINE void attend_rows(const attend_call *call, ix sequence, ix g, int M, const
             store(rounded, m * stride + j, *(vec *)(scores + m * stride + j), 1);
     }
     for (ix b = 0; b < blocks; b++) {
-        ix left = longest - b * BLOCK, block = ((ix)table[b] * call->G + g) * BLOCK * d;
-        const void *now[TOKENS];
-        for (int m = 0; m < M; m++) now[m] = at(weights[m], b * BLOCK, half);
-        for (ix c = 0; c < d;) {
-            int N = d - c >= MOST_VECTORS * LANES ? MOST_VECTORS : 2;
-            float *to[TOKENS];
-            for (int m = 0; m < M; m++) to[m] = y[m] + c;
-            row_product(M, N, half, now, at(call->values, block + c, half), d,
-                        left < BLOCK ? left : BLOCK, to);
-            c += N * LANES;
+        const ix start = b * BLOCK, block = ((ix)table[b] * call->G + g) * BLOCK * d;
+        const void *now[TOKENS], *rows_of_values = at(call->values, block, half);
+        for (int m = 0; m < M; m++) now[m] = at(weights[m], start, half);
+        if (start + BLOCK <= least || least == longest) {
+            ix left = longest - start;
+            add_values(M, now, rows_of_values, left < BLOCK ? left : BLOCK, d, y, half);
+            continue;
+        }
+        for (int m = 0; m < M; m++) { /* a later token must not show, not even times zero */
+            ix left = context[m] - start;
+            if (left > 0)
+                add_values(1, now + m, rows_of_values, left < BLOCK ? left : BLOCK, d, y + m, half);
         }
     }
     for (int m = 0; m < M; m++)

@@ -1,4 +1,4 @@
-/* The small steps between the products. Contract: native/ops.py. */
+/* The small steps between the products. Contract: native/__init__.py. */
 #include "vectors.h"
 
 /* x += delta (unless NULL), then out = x / sqrt(mean(x^2) + eps) * weight, row by row. */

@@ -1,4 +1,4 @@
-/* y = sum over a token's experts of act(x @ up_e.T) @ down_e. Contract: native/ops.py.
+/* y = sum over a token's experts of act(x @ up_e.T) @ down_e. Contract: native/__init__.py.
  *
  * `up` is packed expert by expert, `down` stays row by row. Pairs (token, expert) come sorted by
  * expert: those of the u-th expert in use are offsets[u] .. offsets[u + 1].

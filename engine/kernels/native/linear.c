@@ -1,4 +1,4 @@
-/* y = x @ W.T from packed weights. Contract: native/ops.py. */
+/* y = x @ W.T from packed weights. Contract: native/__init__.py. */
 #include "products.h"
 
 /* Tokens x[0 .. T) times one panel of N vectors, `real` of its columns, to y + m * y_stride. */

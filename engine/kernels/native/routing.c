@@ -1,4 +1,4 @@
-/* Which experts each token uses: the rule of kernels/routing.py. Contract: native/ops.py. */
+/* Which experts each token uses: the rule of kernels/routing.py. Contract: native/__init__.py. */
 #include <stdlib.h>
 
 #include "vectors.h"
