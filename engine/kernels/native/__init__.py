@@ -19,6 +19,7 @@ import functools
 import math
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -247,8 +248,8 @@ _few_pairs = functools.lru_cache(maxsize=64)(_every_pair)
 class PackedExpertFFN:
     """``act(x @ up.T) @ down`` over chosen experts, from one copy of the weights.
 
-    `up` is packed, `down` stays row by row: rows of neurons that are silent are not even read where
-    tokens are few. Both are copied; the caller may free its own.
+    Both matrices are packed; the caller may free its own. Where an expert has one token and most of
+    its neurons are silent, their weights in `down` are not even read.
 
     Args:
         up_FD, down_FD: [F, D], float32 or bfloat16; expert e owns rows e*S .. (e+1)*S.
@@ -260,13 +261,20 @@ class PackedExpertFFN:
         (self.neurons, self.model), self.dtype = up_FD.shape, up_FD.dtype
         self.num_experts, self.activation = num_experts, _ACTIVATIONS[activation]
         self.expert_size = self.neurons // num_experts
-        self.width = panel_width(self.expert_size)
-        ups = up_FD.detach().view(num_experts, self.expert_size, self.model)
-        first = pack(ups[0], self.width)
-        self.up = weight_memory((num_experts, *first.shape), self.dtype)
-        for packed, up_SD in zip(self.up, ups, strict=True):
-            packed.copy_(pack(up_SD, self.width))
-        self.down_FD = weight_memory(tuple(down_FD.shape), self.dtype).copy_(down_FD.detach())
+        self.width, self.down_width = panel_width(self.expert_size), panel_width(self.model)
+        shape = (num_experts, self.expert_size, self.model)
+        ups, downs = up_FD.detach().view(shape), down_FD.detach().view(shape)
+        self.up = self._packed(ups.unbind(0), self.width)
+        odd = self.expert_size % 2  # inputs come in pairs
+        self.down = self._packed([F.pad(d, (0, 0, 0, odd)).T for d in downs], self.down_width)
+
+    def _packed(self, weights: Sequence[Tensor], width: int) -> Tensor:
+        """One matrix [outputs, inputs] an expert, packed one after another."""
+        first = pack(weights[0], width)
+        packed = weight_memory((len(weights), *first.shape), self.dtype)
+        for to, weight in zip(packed, weights, strict=True):
+            to.copy_(pack(weight, width))
+        return packed
 
     def __call__(self, x_TD: Tensor, pairs: Pairs) -> Tensor:
         """[T, D] and the pairs of its tokens -> [T, D], in the weights' type."""
@@ -276,10 +284,11 @@ class PackedExpertFFN:
         h = _scratch("h", pairs.count * (S + S % 2), self.dtype)
         y_TD = _scratch("y", T * D, torch.float32)
         _call(
-            "expert_ffn", self.dtype, _pointer(x_TD), _pointer(self.up), _pointer(self.down_FD),
+            "expert_ffn", self.dtype, _pointer(x_TD), _pointer(self.up), _pointer(self.down),
             _pointer(pairs.expert_U), _pointer(pairs.offsets), _pointer(pairs.token_P),
             _LONG(pairs.used), _LONG(T), _LONG(D), _LONG(S), _INT(self.width // lanes()),
-            _INT(self.activation), _pointer(h), _pointer(y_TD), _pointer(out_TD),
+            _INT(self.down_width // lanes()), _INT(self.activation), _pointer(h), _pointer(y_TD),
+            _pointer(out_TD),
         )  # fmt: skip
         return out_TD
 

@@ -1,11 +1,9 @@
 /* The two products that everything is made of, each of a few tokens with weights that are read once.
  *
  * `packed_product`: weights packed in panels of N vectors of outputs, input by input (pairs of inputs
- * in bfloat16): y = x @ W.T. The way of the linear layers, of an FFN's first matrix and of attention
- * scores.
+ * in bfloat16): y = x @ W.T. The way of the linear layers, of an FFN's matrices and of attention scores.
  *
- * `row_product`: weights row by row as they are, y += h @ W: the way of an FFN's second matrix and of
- * attention's values.
+ * `row_product`: weights row by row as they are, y += h @ W: the way of attention's values.
  *
  * Both add a token's numbers one after another, in the order of the inputs, whatever else is in the
  * batch: an output depends on its own token alone, to the last bit.
@@ -80,6 +78,31 @@ INLINE void packed_product(int M, int N, const int half, const void *const *x, c
         TILES_OF(5) TILES_OF(6)
 #endif
     }
+}
+
+/* `packed_tile` of one token with many zeros among its inputs: their weights are not read. */
+INLINE void thin_product(const int N, const int half, const void *x, const void *panel, ix K, vec *sums) {
+    vec sum[MOST_VECTORS];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) sum[n] = sums[n];
+    for (ix k = 0; k < (half ? K / 2 : K); k++) {
+        uint32_t value = ((const uint32_t *)x)[k]; /* a pair in bfloat16, one input in float32 */
+        if (!(value & (half ? 0x7fff7fffu : 0x7fffffffu))) continue;
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++) {
+            const uint32_t *w = (const uint32_t *)panel + (k * N + n) * LANES;
+            if (half) sum[n] = add_pairs(sum[n], *(const bits *)w, value);
+            else sum[n] += *(const vec *)w * splat(((const float *)x)[k]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) sums[n] = sum[n];
+}
+
+INLINE void thin_product_of(int N, const int half, const void *x, const void *panel, ix K, vec *sums) {
+    if (N == 4) thin_product(4, half, x, panel, K, sums);
+    else if (N == 2) thin_product(2, half, x, panel, K, sums);
+    else thin_product(1, half, x, panel, K, sums);
 }
 
 /* Two rows of weights, N vectors of columns, as operands of `add_pairs`: with AVX512, each 32 columns
@@ -183,44 +206,6 @@ INLINE void row_product(int M, int N, const int half, const void *const *h, cons
 #if TOKENS >= 6
         ROW_TILES_OF(5) ROW_TILES_OF(6)
 #endif
-    }
-}
-
-/* A panel for `packed_tile` out of N vectors of columns of S rows; float32 has no pairs to make. */
-INLINE void pack_rows(const int N, const int half, const void *rows, ix stride, ix S, void *panel) {
-    for (ix s = 0; s < S; s += half ? 2 : 1) {
-        const void *even = at(rows, s * stride, half);
-        if (half) {
-            bits column[MOST_VECTORS];
-            unpack_rows(N, even, s + 1 < S ? at(even, stride, half) : even, column);
-            for (int n = 0; n < N; n++)
-                *(bits *)((uint32_t *)panel + (s / 2 * N + n) * LANES) = column[n];
-        } else {
-            memcpy((float *)panel + s * N * LANES, even, N * LANES * sizeof(float));
-        }
-    }
-}
-
-/* sum + weight * row, of one row; in bfloat16 as one half of a pair, to the same bits as the pair. */
-INLINE vec add_scaled(vec sum, float weight, const void *row, ix c, const int half) {
-    if (!half) return sum + splat(weight) * load(row, c, 0);
-    uint32_t word;
-    memcpy(&word, &weight, 4);
-    bits low = __builtin_convertvector(*(const halves *)((const uint16_t *)row + c), bits);
-    return add_pairs(sum, low, word >> 16);
-}
-
-/* y += sum of weights[r] * rows[r], one row after another, to the same bits as `row_tile`. */
-INLINE void add_rows(int count, const float *weights, const void *const *rows, float *y, ix columns,
-                     const int half) {
-    for (ix c = 0; c < columns; c += 2 * LANES) {
-        vec a = *(const vec *)(y + c), b = *(const vec *)(y + c + LANES);
-        for (int r = 0; r < count; r++) {
-            a = add_scaled(a, weights[r], rows[r], c, half);
-            b = add_scaled(b, weights[r], rows[r], c + LANES, half);
-        }
-        *(vec *)(y + c) = a;
-        *(vec *)(y + c + LANES) = b;
     }
 }
 
