@@ -1,7 +1,7 @@
 /* y = sum over a token's experts of act(x @ up_e.T) @ down_e. Contract: native/__init__.py.
  *
- * Both matrices are packed expert by expert, as y = h @ (down_e transposed).T. Pairs (token, expert) come sorted by
- * expert: those of the u-th expert in use are offsets[u] .. offsets[u + 1].
+ * Both matrices are packed expert by expert; to be packed, down_e is turned. Pairs (token, expert)
+ * come sorted by expert: those of the u-th expert in use are offsets[u] .. offsets[u + 1].
  */
 #include "products.h"
 
