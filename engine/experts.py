@@ -31,6 +31,7 @@ from engine.kernels import (
     native,
     routing,
 )
+from engine.kernels.expert_ffn import activate_reference
 from engine.kernels.sliced_ffn import sparse_ffn
 from engine.request import ExpertPolicy
 
@@ -86,15 +87,9 @@ def centroid_router(up_FD: Tensor, num_experts: int, norm: float = 1.0) -> Tenso
     return nn.functional.normalize(mean_ED, dim=1) * norm
 
 
-def activate(hidden: Tensor, activation: str) -> Tensor:
-    """`relu` or `relu2` (its square), elementwise."""
-    rectified = torch.relu(hidden)
-    return rectified.square() if activation == "relu2" else rectified
-
-
 def true_mass(x_TD: Tensor, up_FD: Tensor, num_experts: int, activation: str) -> Tensor:
     """Activation mass of each expert, [T, E]: the sum of its neurons' activations."""
-    hidden_TF = activate(x_TD @ up_FD.T, activation)
+    hidden_TF = activate_reference(x_TD @ up_FD.T, activation)
     return hidden_TF.view(x_TD.shape[0], num_experts, -1).sum(-1)
 
 
@@ -294,7 +289,7 @@ class ExpertFFN(nn.Module):
         """Every neuron: act(x @ up.T) @ down; leaves the experts' mass in `trace` if wanted."""
         if self._packed is not None:
             return self._packed(x_TD, native.every_pair(x_TD.shape[0], self.num_experts))
-        hidden_TF = activate(x_TD @ self.up.T, self.activation)
+        hidden_TF = activate_reference(x_TD @ self.up.T, self.activation)
         if trace is not None and trace.mass_every:
             sampled_nF = hidden_TF[:: trace.mass_every]
             trace.masses.append(sampled_nF.view(sampled_nF.shape[0], self.num_experts, -1).sum(-1))

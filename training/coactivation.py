@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from engine.experts import activate
+from engine.kernels.expert_ffn import activate_reference
 
 COLUMNS: Final = 512
 _CHUNK: Final = 4096  # tokens whose activations are in memory at once
@@ -51,4 +51,4 @@ def coactivation_rows(
 
 
 def _firing(x_TD: Tensor, up_FD: Tensor, activation: str) -> Tensor:
-    return activate(x_TD.to(up_FD.dtype) @ up_FD.T, activation).float().sqrt().T
+    return activate_reference(x_TD.to(up_FD.dtype) @ up_FD.T, activation).float().sqrt().T

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from engine.config import check_range, known_fields
 from engine.errors import ConfigError, require
-from engine.experts import ExpertFFN, activate
+from engine.experts import ExpertFFN
+from engine.kernels.expert_ffn import activate_reference
 from engine.model import Decoder
 from engine.tokenizer import Tokenizer
 from training import data
@@ -181,7 +182,7 @@ def study(model: Decoder, probe_BL: Tensor, top_k: int) -> ActivationStudy:
 
 
 def _study_layer(ffn: ExpertFFN, x_TD: Tensor, top_k: int) -> LayerStudy:
-    hidden_TF = activate(x_TD @ whole(ffn.up).T, ffn.activation).float()
+    hidden_TF = activate_reference(x_TD @ whole(ffn.up).T, ffn.activation).float()
     mass_TE = hidden_TF.view(x_TD.shape[0], ffn.num_experts, -1).sum(-1)
     active_TF = (hidden_TF > 0).float()
     best_TE = mass_TE.sort(dim=1, descending=True).values.sum(0).cumsum(0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from engine.config import EngineConfig, ExpertConfig, ModelConfig
 from engine.engine import Engine
 from engine.experts import centroid_router
 from engine.model import Decoder
+from engine.request import Request, TokenEvent
 from engine.tokenizer import END_OF_TEXT, Tokenizer
 
 VOCABULARY = 300
@@ -91,3 +93,25 @@ def make_engine(checkpoint: Checkpoint) -> MakeEngine:
         return Engine(checkpoint, EngineConfig(**config))  # type: ignore[arg-type]  # ints alone
 
     return make
+
+
+def serve(
+    engine: Engine, arrivals: Iterable[tuple[int, Request]], aborts: dict[str, int] | None = None
+) -> dict[str, list[TokenEvent]]:
+    """Add each request before its step, abort by step; checks the engine after every step."""
+    line = sorted(arrivals, key=lambda arrival: arrival[0])
+    events: defaultdict[str, list[TokenEvent]] = defaultdict(list)
+    step = 0
+    while line or engine.has_work():
+        while line and line[0][0] <= step:
+            engine.add(line.pop(0)[1])
+        for request_id, at in (aborts or {}).items():
+            if at == step:
+                engine.abort(request_id)
+        for event in engine.step():
+            events[event.request_id].append(event)
+        engine.check_integrity()
+        step += 1
+        assert step < 5000, "no progress"
+    assert engine.allocator.num_used == 0
+    return events

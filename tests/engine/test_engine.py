@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from engine.errors import ConfigError, InvalidRequest, Overloaded
 from engine.model import Decoder, generate
 from engine.output import StopMatcher
 from engine.request import ExpertPolicy, Request, SamplingParams, TokenEvent
+from tests.engine.conftest import serve
 
 MakeEngine = Callable[..., Engine]
 
@@ -32,28 +32,6 @@ POLICIES = [
     ExpertPolicy.mass(0.9),
 ]
 DENSE = ExpertPolicy.dense()
-
-
-def serve(
-    engine: Engine, arrivals: Iterable[tuple[int, Request]], aborts: dict[str, int] | None = None
-) -> dict[str, list[TokenEvent]]:
-    """Add each request before its step, abort by step; checks the engine after every step."""
-    line = sorted(arrivals, key=lambda arrival: arrival[0])
-    events: defaultdict[str, list[TokenEvent]] = defaultdict(list)
-    step = 0
-    while line or engine.has_work():
-        while line and line[0][0] <= step:
-            engine.add(line.pop(0)[1])
-        for request_id, at in (aborts or {}).items():
-            if at == step:
-                engine.abort(request_id)
-        for event in engine.step():
-            events[event.request_id].append(event)
-        engine.check_integrity()
-        step += 1
-        assert step < 5000, "no progress"
-    assert engine.allocator.num_used == 0
-    return events
 
 
 def check_events(request: Request, events: Sequence[TokenEvent]) -> None:

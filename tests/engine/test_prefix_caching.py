@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -13,7 +12,8 @@ from hypothesis import strategies as st
 from engine.engine import Engine
 from engine.errors import ConfigError, InvalidRequest
 from engine.model import Decoder, generate
-from engine.request import ExpertPolicy, Request, SamplingParams, TokenEvent, Usage
+from engine.request import ExpertPolicy, Request, SamplingParams, Usage
+from tests.engine.conftest import serve
 
 MakeEngine = Callable[..., Engine]
 Oracle = Callable[[Request], list[int]]
@@ -37,28 +37,16 @@ def oracle(reference: Decoder) -> Oracle:
     return continuation
 
 
-def serve(
+def usages(
     engine: Engine, arrivals: Iterable[tuple[int, Request]], aborts: dict[str, int] | None = None
 ) -> dict[str, Usage]:
-    """Add each request before its step, abort by step; the usage of each, reported exactly once."""
-    line = sorted(arrivals, key=lambda arrival: arrival[0])
-    events: defaultdict[str, list[TokenEvent]] = defaultdict(list)
-    step = 0
-    while line or engine.has_work():
-        while line and line[0][0] <= step:
-            engine.add(line.pop(0)[1])
-        for request_id, at in (aborts or {}).items():
-            if at == step:
-                engine.abort(request_id)
-        for event in engine.step():
-            events[event.request_id].append(event)
-        engine.check_integrity()
-        step += 1
-        assert step < 5000, "no progress"
-    assert engine.allocator.num_used == 0
-    usages = {name: [e.usage for e in mine if e.usage] for name, mine in events.items()}
-    assert all(len(usage) == 1 for usage in usages.values())
-    return {name: usage for name, [usage] in usages.items()}
+    """`serve`; the usage of each request, reported exactly once."""
+    found = {
+        name: [event.usage for event in events if event.usage]
+        for name, events in serve(engine, arrivals, aborts).items()
+    }
+    assert all(len(usage) == 1 for usage in found.values())
+    return {name: usage for name, [usage] in found.items()}
 
 
 def test_a_conversation_computes_each_turn_once(make_engine: MakeEngine, oracle: Oracle) -> None:
@@ -69,7 +57,7 @@ def test_a_conversation_computes_each_turn_once(make_engine: MakeEngine, oracle:
         computed = 0
         for turn in range(4):
             request = engine.make_request(said, SamplingParams(max_new_tokens=6), policy)
-            usage = serve(engine, [(0, request)])[request.request_id]
+            usage = usages(engine, [(0, request)])[request.request_id]
             assert request.output_ids == oracle(request)
             # All computed tokens so far, in whole blocks: the last drawn one never was.
             assert usage.cached_prompt_tokens == computed // 4 * 4
@@ -110,7 +98,7 @@ def test_priorities_reach_the_scheduler(make_engine: MakeEngine) -> None:
         engine.make_request("the cat", sampling, DENSE, request_id=str(priority), priority=priority)
         for priority in (127, 0, -128)
     ]
-    assert list(serve(engine, [(0, request) for request in requests])) == ["-128", "0", "127"]
+    assert list(usages(engine, [(0, request) for request in requests])) == ["-128", "0", "127"]
     with pytest.raises(InvalidRequest, match="priority must be from -128 to 127, got 128"):
         engine.make_request("the cat", sampling, DENSE, priority=128)
     assert engine.stats.snapshot().rejected["invalid"] == 1
@@ -123,7 +111,7 @@ def test_an_important_request_interrupts_without_a_trace(
     sampling = SamplingParams(max_new_tokens=12)
     low = engine.make_request("the cat sat on the mat", sampling, DENSE, priority=1)
     high = engine.make_request("the dog", sampling, DENSE)
-    serve(engine, [(0, low), (5, high)])
+    usages(engine, [(0, low), (5, high)])
     assert (low.preemptions, high.preemptions) == (1, 0)
     assert high.last_token is not None
     assert low.last_token is not None
@@ -185,13 +173,13 @@ def test_any_traffic_equals_the_naive_generate(
         arrivals.append((at, request))
         if abort_at is not None:
             aborts[request.request_id] = abort_at
-    usages = serve(engine, arrivals, aborts)
-    assert len(usages) == len(traffic)
+    found = usages(engine, arrivals, aborts)
+    assert len(found) == len(traffic)
     for _, request in arrivals:
         expected = oracle(request)
         if request.finish_reason == "abort":
             assert request.output_ids == expected[: request.num_output]
         else:
             assert request.output_ids == expected
-    first = sum(usage.cached_prompt_tokens for usage in usages.values())
+    first = sum(usage.cached_prompt_tokens for usage in found.values())
     assert engine.stats.snapshot().prefix_hit_tokens == first

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.experts import activate
+from engine.kernels.expert_ffn import activate_reference
 from training.clustering import balanced_kmeans
 from training.coactivation import coactivation_rows
 
@@ -48,13 +48,13 @@ def test_the_weights_alone_do_not_know() -> None:
 @pytest.mark.parametrize("activation", ["relu", "relu2"])
 def test_few_tokens_are_taken_as_they_are(activation: str) -> None:
     x, up = torch.randn(9, 6, generator=generator(6)), torch.randn(12, 6, generator=generator(7))
-    expected = activate(x @ up.T, activation).sqrt().T
+    expected = activate_reference(x @ up.T, activation).sqrt().T
     torch.testing.assert_close(coactivation_rows(x, up, activation, generator()), expected)
 
 
 def test_projection_keeps_the_angles_over_several_chunks() -> None:
     x = torch.randn(9000, 16, generator=generator(8))
     up = torch.randn(20, 16, generator=generator(9))
-    exact = F.normalize(activate(x @ up.T, "relu").sqrt().T, dim=1)
+    exact = F.normalize(activate_reference(x @ up.T, "relu").sqrt().T, dim=1)
     near = F.normalize(coactivation_rows(x, up, "relu", generator(10), columns=512), dim=1)
     assert float((near @ near.T - exact @ exact.T).abs().max()) < 0.15  # 3.4 standard errors

@@ -2,7 +2,8 @@
 
 torch's operators read a weight at half the memory's bandwidth when tokens are few, and cost tens of
 microseconds each. These are C, compiled on first use (build.py), and called with pointers. Each
-function here states its contract; `*_reference` is the same in torch, obviously right and slow.
+function here states its contract. Their references are torch's operators,
+`sliced_ffn.sparse_ffn_reference` for the experts, and `routing.choose_reference` for the choice.
 
 A token's result does not depend on the batch: every sum is taken in an order that the token's own
 data decide, whatever the company, the number of threads or the path (few tokens, many).
@@ -107,7 +108,13 @@ def panel_width(outputs: int) -> int:
 
 
 def pack(weight_NK: Tensor, width: int) -> Tensor:
-    """[N, K] -> panels of `width` outputs, input by input; in bfloat16, pairs of inputs.
+    """`in_panels` in memory of its own."""
+    panels = in_panels(weight_NK, width)
+    return weight_memory(tuple(panels.shape), weight_NK.dtype).copy_(panels)
+
+
+def in_panels(weight_NK: Tensor, width: int) -> Tensor:
+    """[N, K] as panels of `width` outputs, input by input; in bfloat16, pairs of inputs. A view.
 
     Returns [panels, K, width] in float32, [panels, K / 2, width, 2] in bfloat16; the last panel is
     padded with zeros.
@@ -116,10 +123,8 @@ def pack(weight_NK: Tensor, width: int) -> Tensor:
     panels = -(-N // width)
     padded = F.pad(weight_NK, (0, 0, 0, panels * width - N)) if N % width else weight_NK
     if weight_NK.dtype == torch.bfloat16:
-        turned = padded.view(panels, width, K // 2, 2).permute(0, 2, 1, 3)
-    else:
-        turned = padded.view(panels, width, K).transpose(1, 2)
-    return weight_memory(tuple(turned.shape), weight_NK.dtype).copy_(turned)
+        return padded.view(panels, width, K // 2, 2).permute(0, 2, 1, 3)
+    return padded.view(panels, width, K).transpose(1, 2)
 
 
 def unpack(packed: Tensor, outputs: int) -> Tensor:
@@ -146,6 +151,7 @@ class PackedLinear:
 
     def __call__(self, x_TK: Tensor) -> Tensor:
         """[T, K] -> [T, N], both in the weight's type."""
+        assert x_TK.dtype == self.dtype
         x_TK = x_TK.contiguous()
         T = x_TK.shape[0]
         y_TN = torch.empty(T, self.outputs, dtype=self.dtype)
@@ -270,14 +276,15 @@ class PackedExpertFFN:
 
     def _packed(self, weights: Sequence[Tensor], width: int) -> Tensor:
         """One matrix [outputs, inputs] an expert, packed one after another."""
-        first = pack(weights[0], width)
-        packed = weight_memory((len(weights), *first.shape), self.dtype)
+        shape = (len(weights), *in_panels(weights[0], width).shape)
+        packed = weight_memory(shape, self.dtype)
         for to, weight in zip(packed, weights, strict=True):
-            to.copy_(pack(weight, width))
+            to.copy_(in_panels(weight, width))
         return packed
 
     def __call__(self, x_TD: Tensor, pairs: Pairs) -> Tensor:
         """[T, D] and the pairs of its tokens -> [T, D], in the weights' type."""
+        assert x_TD.dtype == self.dtype
         x_TD = x_TD.contiguous()
         T, D, S = x_TD.shape[0], self.model, self.expert_size
         out_TD = torch.empty_like(x_TD)
@@ -295,17 +302,6 @@ class PackedExpertFFN:
     def up_FD(self) -> Tensor:
         """The first matrix, unpacked: [F, D]."""
         return torch.cat([unpack(packed, self.expert_size) for packed in self.up])
-
-
-def expert_ffn_reference(
-    x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, chosen_TE: Tensor, activation: str = "relu"
-) -> Tensor:
-    """The dense FFN with the activations of unchosen experts set to zero: right by inspection."""
-    h_TF = torch.relu(x_TD @ up_FD.t())
-    if activation == "relu2":
-        h_TF = h_TF.square()
-    h_TES = h_TF.view(*chosen_TE.shape, -1) * chosen_TE.unsqueeze(-1)
-    return h_TES.flatten(1) @ down_FD
 
 
 # --- the steps between ---------------------------------------------------------------------------

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.experts import ExpertFFN, PolicyBatch, Trace, activate, sparse_ffn
+from engine.experts import ExpertFFN, PolicyBatch, Trace, sparse_ffn
 from engine.kernels import grouped_pairs, grouped_training
+from engine.kernels.expert_ffn import activate_reference
 from engine.kernels.grouped_training import grouped_ffn
 from engine.kernels.routing import Routing, route_scores_reference
 from engine.request import ExpertPolicy
@@ -120,7 +121,7 @@ def test_all_experts_have_the_dense_gradients(
     )
     doubles = tuple(tensor.detach().double().requires_grad_() for tensor in inputs)
     dense = with_gradients(
-        lambda x, up, down: activate(x @ up.T, activation) @ down, doubles, dy_TD
+        lambda x, up, down: activate_reference(x @ up.T, activation) @ down, doubles, dy_TD
     )
     assert_near(actual, dense, TOLERANCE[torch.float32], relative_error)
 

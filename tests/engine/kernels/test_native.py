@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.attention import rope_table, rotate
 from engine.kernels import native, routing
+from engine.kernels.sliced_ffn import sparse_ffn_reference
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="needs a C compiler")
 
@@ -116,7 +117,7 @@ def expected_ffn(
     x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, chosen_TE: Tensor, activation: str
 ) -> Tensor:
     x_TD, up_FD, down_FD = x_TD.double(), up_FD.double(), down_FD.double()
-    return native.expert_ffn_reference(x_TD, up_FD, down_FD, chosen_TE, activation)
+    return sparse_ffn_reference(x_TD, up_FD, down_FD, chosen_TE, activation)
 
 
 def every_expert(T: int, E: int) -> Tensor:
