@@ -24,7 +24,7 @@ from torch import Tensor
 
 from engine.attention import KVCache
 from engine.experts import PolicyBatch, Trace
-from engine.fused_forward import fused_forward, runs_thin, thin_forward
+from engine.fused_forward import fused_forward, thin_forward
 from engine.kernels.arrivals import Arrivals
 from engine.kernels.count_chosen import count_chosen
 from engine.model import Decoder
@@ -242,14 +242,17 @@ class DecodeGraphs:
         tables = model.cos, model.sin
         attend = StepAttend(self.cache, tables, batch.slots_B, decode, arrivals)
         policy = PolicyBatch(batch.k_B, batch.mass_B, key.max_k, None, None)
-        if not runs_thin(key.batch, key.max_k, self.num_experts):
+        chosen_LBE: Tensor | None = None
+        if key.batch == 1:
+            if key.max_k:
+                shape = len(model.layers), 1, self.num_experts
+                chosen_LBE = batch.ids_B.new_empty(shape, dtype=torch.bool)
+            logits_BV = thin_forward(model, batch.ids_B, attend, policy, arrivals, chosen_LBE)
+        else:
             trace = Trace()
             logits_BV = fused_forward(model, batch.ids_B, attend, policy, trace)
-            chosen_LBE = torch.stack(trace.choices()) if key.max_k else None
-        else:
-            shape = (len(model.layers), key.batch, self.num_experts)
-            chosen_LBE = batch.ids_B.new_empty(shape, dtype=torch.bool) if key.max_k else None
-            logits_BV = thin_forward(model, batch.ids_B, attend, policy, arrivals, chosen_LBE)
+            if key.max_k:
+                chosen_LBE = torch.stack(trace.choices())
         return logits_BV, None if chosen_LBE is None else count_chosen(chosen_LBE)
 
     def _capture(self, key: GraphKey, batch: StaticBatch) -> DecodeGraph:
