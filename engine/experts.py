@@ -311,7 +311,7 @@ class ExpertFFN(nn.Module):
         """
         if chosen_1E is None:
             h_1F = thin_linear.thin_linear(x_1D, self.up, norm=norm, activation=self.activation)
-            return thin_linear.thin_down(h_1F, self.down, x_1D, arrivals)
+            return torch.addmm(x_1D, h_1F, self.down)
         size = self.up.shape[0] // self.num_experts
         limits = policy.k_T, policy.mass_T, policy.max_k
         choice = route_step.route_step(x_1D, self.router, *limits, arrivals, norm, chosen_1E)

@@ -37,9 +37,9 @@ from engine.kernels.arrivals import Arrivals
 from engine.kernels.paged_kv import MAX_HEAD_DIM, paged_decode_reference, rotate_and_store_reference
 
 # Tokens of one split: short ones keep a lone request's heads busy, long ones are cheaper to add up.
-SHORT_SPLIT = 64
-LONG_SPLIT = 256
-SHORT_CONTEXT = 1024  # the longest context that is cut into short splits
+SHORT_SPLIT = 32
+LONG_SPLIT = 128
+SHORT_CONTEXT = 512  # the longest context that is cut into short splits
 
 
 def attend_step_reference(
@@ -227,14 +227,15 @@ def attend_blocks(group: int, head_dim: int, itemsize: int) -> dict[str, int]:
     block_d = max(16, next_power_of_2(head_dim))
     head_bytes = block_d * itemsize
     found = {"SHORT": SHORT_SPLIT, "LONG": LONG_SPLIT, "SHORT_TO": SHORT_CONTEXT}
+    # Few warps: each exchange between them costs more than the arithmetic of a small tile.
     if group == 1:
-        tokens = max(16, min(64, 16384 // head_bytes))
-        shape = {"BLOCK_H": 1, "BLOCK_N": tokens, "BLOCK_D": block_d, "BLOCK_S": 8}
-        return {**found, **shape, "num_warps": 4, "num_stages": 2}
-    # The widest float32 heads fit into registers only without stages.
-    warps = 4 if head_bytes <= 128 else 8 if head_bytes <= 512 else 16
-    tokens, heads = max(16, min(64, 8192 // head_bytes)), max(16, next_power_of_2(group))
+        tokens = max(16, min(SHORT_SPLIT, 16384 // head_bytes))
+        shape = {"BLOCK_H": 1, "BLOCK_N": tokens, "BLOCK_D": block_d, "BLOCK_S": 16}
+        return {**found, **shape, "num_warps": 2, "num_stages": 2}
+    warps = 16 if head_bytes > 512 else max(2, block_d // 32) if itemsize == 2 else 8
+    tokens, heads = max(16, min(SHORT_SPLIT, 8192 // head_bytes)), max(16, next_power_of_2(group))
     shape = {"BLOCK_H": heads, "BLOCK_N": tokens, "BLOCK_D": block_d, "BLOCK_S": 1}
+    # The widest float32 heads fit into registers only without stages.
     return {**found, **shape, "num_warps": warps, "num_stages": 1 if warps == 16 else 3}
 
 

@@ -207,7 +207,7 @@ def _expert_up_kernel(
 
 
 @jit
-def down_kernel(
+def _expert_down_kernel(
     h_ptr,
     down_ptr,
     ids_ptr,
@@ -220,7 +220,6 @@ def down_kernel(
     expert_size,
     max_k,
     pieces_per_slot,
-    ROUTED: tl.constexpr,
     ADDED: tl.constexpr,
     BIASED: tl.constexpr,
     CHAINED: tl.constexpr,
@@ -228,10 +227,7 @@ def down_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Program (j, c, t): piece c of the sum of columns j of token t.
-
-    Not ROUTED, the only slot has the whole matrix: its rows are known, and come before the wait.
-    """
+    """Program (j, c, t): piece c of the sum of columns j of token t."""
     j = tl.program_id(0)
     piece = tl.program_id(1)
     token = tl.program_id(2).to(tl.int64)
@@ -240,22 +236,19 @@ def down_kernel(
     in_d = d < d_model
     slot = piece // pieces_per_slot
     s = (piece % pieces_per_slot) * BLOCK_S + tl.arange(0, BLOCK_S)
-    real = s < expert_size
-    if not ROUTED:
-        at = down_ptr + s.to(tl.int64)[:, None] * d_model + d[None, :]
-        down = tl.load(at, mask=real[:, None] & in_d[None, :], other=0.0)
     if CHAINED:
         gdc_launch_dependents()
         gdc_wait()
+    expert = tl.load(ids_ptr + token * max_k + slot)
     h_at = h_ptr + (token * max_k + slot) * expert_size + s
-    if ROUTED:
-        expert = tl.load(ids_ptr + token * max_k + slot)
-        h = tl.load(h_at, mask=real & (expert >= 0), other=0.0).to(tl.float32)
-        neuron = tl.maximum(expert, 0).to(tl.int64) * expert_size + s
-        at = down_ptr + neuron[:, None] * d_model + d[None, :]
-        down = tl.load(at, mask=(h != 0.0)[:, None] & in_d[None, :], other=0.0)
-    else:
-        h = tl.load(h_at, mask=real, other=0.0).to(tl.float32)
+    h = tl.load(h_at, mask=s < expert_size, other=0.0).to(tl.float32)
+    h = tl.where(expert >= 0, h, 0.0)  # an unused slot holds anything
+    neuron = tl.maximum(expert, 0).to(tl.int64) * expert_size + s
+    down = tl.load(
+        down_ptr + neuron[:, None] * d_model + d[None, :],
+        mask=(h != 0.0)[:, None] & in_d[None, :],
+        other=0.0,
+    )
     y = tl.sum(down.to(tl.float32) * h[:, None], axis=0)
     partial_ptr += token * pieces * d_model
     tl.store(partial_ptr + piece.to(tl.int64) * d_model + d, y, mask=in_d)
@@ -289,10 +282,12 @@ def up_blocks(inputs: int) -> dict[str, int]:
     return {"BLOCK_N": rows, "BLOCK_D": block_d, "num_warps": warps}
 
 
-def down_blocks(rows: int) -> dict[str, int]:
-    """Block sizes of `down_kernel` for slots of so many rows."""
-    block_s = min(64, next_power_of_2(rows))
-    return {"BLOCK_S": block_s, "BLOCK_D": 128, "BLOCK_C": PIECES_AT_ONCE, "num_warps": 4}
+def down_blocks(expert_size: int) -> dict[str, int]:
+    """Block sizes of `_expert_down_kernel`: few warps, for they exchange sums."""
+    if expert_size >= 512:
+        return {"BLOCK_S": 128, "BLOCK_D": 64, "BLOCK_C": PIECES_AT_ONCE, "num_warps": 4}
+    rows = min(64, next_power_of_2(expert_size))
+    return {"BLOCK_S": rows, "BLOCK_D": 64, "BLOCK_C": PIECES_AT_ONCE, "num_warps": 2}
 
 
 def expert_up(
@@ -370,19 +365,6 @@ def expert_down(
         down_bias_D: contiguous, any float type: is added.
         blocks: the tile, for measurements.
     """
-    return down_product(h_TKS, down_FD, ids_TK, arrivals, add_to, down_bias_D, blocks)
-
-
-def down_product(
-    h_TKS: Tensor,
-    down_FD: Tensor,
-    ids_TK: Tensor | None,
-    arrivals: Arrivals,
-    add_to: Tensor | None,
-    down_bias_D: Tensor | None,
-    blocks: dict[str, int] | None,
-) -> Tensor:
-    """`expert_down`; without ids, of one slot that has all rows, none of them passed over."""
     assert h_TKS.is_contiguous()
     assert down_FD.is_contiguous()
     assert down_FD.dtype == h_TKS.dtype
@@ -395,10 +377,10 @@ def down_product(
         (num_tokens, pieces, d_model), dtype=torch.float32, device=h_TKS.device
     )
     y_TD = torch.empty((num_tokens, d_model), dtype=h_TKS.dtype, device=h_TKS.device)
-    down_kernel[(columns, pieces, num_tokens)](
+    _expert_down_kernel[(columns, pieces, num_tokens)](
         h_TKS,
         down_FD,
-        h_TKS if ids_TK is None else ids_TK,
+        ids_TK,
         h_TKS if add_to is None else add_to,
         h_TKS if down_bias_D is None else down_bias_D,
         partial_TCD,
@@ -408,7 +390,6 @@ def down_product(
         size,
         max_k,
         per_slot,
-        ROUTED=ids_TK is not None,
         ADDED=add_to is not None,
         BIASED=down_bias_D is not None,
         **blocks,

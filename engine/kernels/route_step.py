@@ -63,6 +63,7 @@ def _route_kernel(
     k_ptr,
     mass_ptr,
     pieces_ptr,
+    scores_ptr,
     arrived_ptr,
     chosen_ptr,
     ids_ptr,
@@ -114,6 +115,7 @@ def _route_kernel(
         choose_token(
             t,
             pieces_ptr,
+            scores_ptr,
             factor,
             k_ptr,
             mass_ptr,
@@ -183,6 +185,7 @@ def route_step(
         k_T.contiguous(),
         mass_T.contiguous(),
         pieces_TNE,
+        torch.empty((num_tokens, num_experts), dtype=torch.float32, device=device),
         arrivals.of("route", num_tokens),
         chosen_TE,
         ids_TK,

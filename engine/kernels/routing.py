@@ -169,13 +169,21 @@ def _scores_kernel(
 
 
 @jit
-def _load_scores(pieces_ptr, e, num_experts, pieces, factor, BLOCK_N: tl.constexpr):
-    """Scores of experts e, summed over pieces, times `factor`; -inf for NaN and past the end."""
+def _sum_pieces(
+    pieces_ptr, scores_ptr, num_experts, pieces, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    """Write each expert's score, the sum of its pieces; -inf for NaN.
+
+    Every comparison reads what is written here: a sum that is taken twice, by other threads in
+    another order, could differ in its last bit, and an expert would stand before itself.
+    """
+    e = tl.arange(0, BLOCK_E)
     n = tl.arange(0, BLOCK_N)
     mask = (n < pieces)[:, None] & (e < num_experts)[None, :]
     at = pieces_ptr + n[:, None] * num_experts + e[None, :]
-    score = tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float32), axis=0) * factor
-    return tl.where((e < num_experts) & (score == score), score, float("-inf"))
+    score = tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float32), axis=0)
+    tl.store(scores_ptr + e, tl.where(score == score, score, float("-inf")), mask=e < num_experts)
+    tl.debug_barrier()
 
 
 @jit
@@ -191,6 +199,7 @@ def _standing(score, e, other, other_share, other_e, num_experts):
 def choose_token(
     t,
     pieces_ptr,
+    scores_ptr,
     factor,
     k_ptr,
     mass_ptr,
@@ -204,21 +213,25 @@ def choose_token(
     BLOCK_J: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The choice of token t, from the pieces of its scores times `factor`."""
+    """The choice of token t, from the pieces of its scores times `factor`, which is positive."""
     e = tl.arange(0, BLOCK_E)
     real = e < num_experts
-    pieces_ptr += t * pieces * num_experts
-    score = _load_scores(pieces_ptr, e, num_experts, pieces, factor, BLOCK_N)
+    scores_ptr += t * num_experts
+    _sum_pieces(
+        pieces_ptr + t * pieces * num_experts, scores_ptr, num_experts, pieces, BLOCK_N, BLOCK_E
+    )
+    score = tl.load(scores_ptr + e, mask=real, other=float("-inf"))
     top = tl.max(score, axis=0)
-    total = tl.sum(tl.where(real, tl.exp(score - top), 0.0), axis=0)
+    total = tl.sum(tl.where(real, tl.exp((score - top) * factor), 0.0), axis=0)
 
     # All pairs of many experts do not fit into registers, so one side comes in blocks.
     rank = tl.zeros((BLOCK_E,), tl.int32)
     before = tl.zeros((BLOCK_E,), tl.float32)
     for start in range(0, num_experts, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
-        other = _load_scores(pieces_ptr, j, num_experts, pieces, factor, BLOCK_N)
-        ranks, shares = _standing(score, e, other, tl.exp(other - top) / total, j, num_experts)
+        other = tl.load(scores_ptr + j, mask=j < num_experts, other=float("-inf"))
+        share = tl.exp((other - top) * factor) / total
+        ranks, shares = _standing(score, e, other, share, j, num_experts)
         rank += ranks
         before += shares
     k = tl.minimum(tl.load(k_ptr + t), max_k)
@@ -236,6 +249,7 @@ def choose_token(
 @jit
 def _choose_kernel(
     pieces_ptr,
+    scores_ptr,
     k_ptr,
     mass_ptr,
     chosen_ptr,
@@ -252,6 +266,7 @@ def _choose_kernel(
     choose_token(
         tl.program_id(0).to(tl.int64),
         pieces_ptr,
+        scores_ptr,
         1.0,
         k_ptr,
         mass_ptr,
@@ -374,8 +389,10 @@ def _choose(pieces_TNE: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int) -> Choi
     device = pieces_TNE.device
     chosen_TE = torch.empty((num_tokens, num_experts), dtype=torch.bool, device=device)
     ids_TK = torch.empty((num_tokens, max_k), dtype=torch.int32, device=device)
+    scores_TE = torch.empty((num_tokens, num_experts), dtype=torch.float32, device=device)
     _choose_kernel[(num_tokens,)](
         pieces_TNE.contiguous(),
+        scores_TE,
         k_T.contiguous(),
         mass_T.contiguous(),
         chosen_TE,

@@ -1,16 +1,12 @@
 # Triton types a kernel's arguments by itself, at each launch.
 # mypy: disable-error-code="no-untyped-def"
-"""Products of one token with whole matrices, with the norm before and the sum behind in one launch.
+"""A product of one token with a whole matrix, norm before and sum behind, in one launch.
 
 With one token a product is the time that its weights take to arrive. Every program holds one tile
-of weights in registers, fetched in a single burst. On Hopper the launches are chained: a program
+of weights in registers, fetched in a single burst. On Hopper launches are chained: a program
 fetches its weights while the kernel before still runs.
 
-`thin_linear` multiplies with rows of outputs, W [N, D]: y = x @ W.T. `thin_down` multiplies with
-rows of inputs, W [F, D]: y = h @ W; it is the last launch of `expert_ffn` for one expert that has
-every neuron, silent ones included.
-
-Shapes: D inputs of a row (and outputs of `down`), N outputs, F neurons.
+Shapes: D inputs, N outputs.
 """
 
 from __future__ import annotations
@@ -20,12 +16,10 @@ from torch import Tensor
 
 from engine.kernels._triton import cdiv, chain, gdc_launch_dependents, gdc_wait, jit, tl
 from engine.kernels.add_norm import Norm, normed_reference
-from engine.kernels.arrivals import Arrivals
 from engine.kernels.expert_ffn import (
     ACTIVATIONS,
     activate,
     activate_reference,
-    down_product,
     up_blocks,
 )
 
@@ -138,30 +132,3 @@ def thin_linear(
         **chain(x_1D.device),
     )
     return y_1N
-
-
-def thin_down(
-    h_1F: Tensor,
-    down_FD: Tensor,
-    add_to: Tensor,
-    arrivals: Arrivals,
-    blocks: dict[str, int] | None = None,
-) -> Tensor:
-    """h @ down + add_to, summed in float32: [1, D] in the dtype of h.
-
-    Args:
-        h_1F: [1, F], contiguous; float32, bfloat16 or float16.
-        down_FD: contiguous, dtype of h.
-        add_to: [1, D], contiguous, any float type.
-        arrivals: counters that no kernel of another stream uses at the same time.
-        blocks: the tile, for measurements.
-    """
-    assert h_1F.shape[0] == 1
-    blocks = blocks or down_all_blocks(h_1F.shape[1])
-    return down_product(h_1F[:, None], down_FD, None, arrivals, add_to, None, blocks)
-
-
-def down_all_blocks(rows: int) -> dict[str, int]:
-    """Block sizes of `thin_down`: few pieces to add, for there are many rows."""
-    block_s = 128 if rows >= 128 else 16
-    return {"BLOCK_S": block_s, "BLOCK_D": 128, "BLOCK_C": 64, "num_warps": 4}

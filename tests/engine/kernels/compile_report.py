@@ -70,7 +70,7 @@ INTS = {
 }
 POINTERS = {
     "chosen_ptr": "i1",
-    **dict.fromkeys(("pieces_ptr", "mass_ptr", "partial_ptr"), "fp32"),
+    **dict.fromkeys(("pieces_ptr", "scores_ptr", "mass_ptr", "partial_ptr"), "fp32"),
     **dict.fromkeys(("k_ptr", "ids_ptr", "counts_ptr", "chunk_counts_ptr"), "i32"),
     **dict.fromkeys(("offsets_ptr", "pair_token_ptr", "tiles_ptr"), "i32"),
     **dict.fromkeys(("table_ptr", "contexts_ptr", "slot_ptr"), "i32"),
@@ -154,14 +154,14 @@ def step_cases(itemsize: int) -> list[tuple[str, Any, dict[str, Any]]]:
     """The kernels of a decoding step, as (name, kernel, constants)."""
     chained = {"CHAINED": CHAINED}
     rows, normed = {**expert_ffn.up_blocks(D), **chained}, {"NORMED": True}
-    down, every = expert_ffn.down_blocks(S), thin_linear.down_all_blocks(E * S)
+    down = {**expert_ffn.down_blocks(S), **chained}
     full = {"GATED": True, "BIASED": True}
     found = [
         ("thin", thin_linear._thin_linear_kernel, {**rows, **normed}),
         ("expert_up", expert_ffn._expert_up_kernel, {**rows, **normed}),
         ("expert_up full", expert_ffn._expert_up_kernel, {**rows, **full}),
-        ("expert_down", expert_ffn.down_kernel, {**down, **chained, "ROUTED": True}),
-        ("thin_down", expert_ffn.down_kernel, {**every, **chained, "ADDED": True}),
+        ("expert_down", expert_ffn._expert_down_kernel, down),
+        ("expert_down full", expert_ffn._expert_down_kernel, {**down, "ADDED": True, **full}),
         ("sum", union_ffn._sum_shares_kernel, {**union_ffn.sum_blocks(16), **chained}),
     ]
     for experts in (E, 64, 512):

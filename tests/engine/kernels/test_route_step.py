@@ -60,3 +60,4 @@ def test_company_changes_no_choice(device: torch.device) -> None:
         row = slice(t, t + 1)
         alone = route_step(x[row], router, k[row], mass[row], 5, Arrivals(device), norm)
         assert torch.equal(alone.ids_TK, together.ids_TK[row])
+    assert (together.ids_TK >= 0).all(), "close scores lose no expert"

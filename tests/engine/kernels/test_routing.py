@@ -144,3 +144,17 @@ def test_a_token_is_routed_alike_in_any_company(device: torch.device) -> None:
         alone = routing.select(x_TD[one], router_ED, k_T[one], mass_T[one], 8)
         assert torch.equal(alone.ids_TK, together.ids_TK[one])
         assert torch.equal(routing._score_pieces(x_TD[one], router_ED), scores_TNE[one])
+
+
+def test_close_scores_lose_no_expert(device: torch.device) -> None:
+    """Every rank is taken once, though many scores differ in their last bits alone."""
+    tokens, experts, width, k = 64, 64, 1024, 8
+    x_TD = torch.randn(tokens, width, device=device)
+    router_ED = torch.randn(1, width, device=device) + 1e-6 * torch.randn(
+        experts, width, device=device
+    )
+    k_T = torch.full((tokens,), k, dtype=torch.int32, device=device)
+    mass_T = torch.full((tokens,), 2.0, device=device)
+    choice = routing.select(x_TD, router_ED, k_T, mass_T, k)
+    assert (choice.chosen_TE.sum(1) == k).all()
+    assert (choice.ids_TK >= 0).all()

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from engine.kernels import thin_linear as thin
 from engine.kernels.add_norm import Norm
-from engine.kernels.arrivals import Arrivals
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -51,23 +50,6 @@ def test_linear_equals_its_reference(
     assert actual.dtype == dtype
     assert relative_error(actual, expected) < TOLERANCE[dtype]
     assert thin.thin_linear(x, weight, dtype=torch.float32).dtype == torch.float32
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("neurons", "width"), [(300, 140), (5, 33)])
-def test_down_equals_the_plain_product(
-    neurons: int,
-    width: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    relative_error: RelativeError,
-) -> None:
-    h = made(1, neurons, dtype=dtype, device=device)
-    down = made(neurons, width, dtype=dtype, device=device)
-    add_to = made(1, width, dtype=dtype, device=device)
-    y = thin.thin_down(h, down, add_to, Arrivals(device))
-    expected = h.double() @ down.double() + add_to.double()
-    assert relative_error(y, expected) < TOLERANCE[dtype]
 
 
 def test_nan_inputs_stay_nan(device: torch.device) -> None:
