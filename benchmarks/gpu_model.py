@@ -38,6 +38,8 @@ from engine.paged_attention import KernelAttend
 from engine.request import ExpertPolicy, Request, SamplingParams
 
 BLOCK = 16
+# Rounds in which graphs are captured, and in which they learn what a batch uses.
+WARM = 20
 DENSE = ExpertPolicy.dense()
 
 
@@ -154,22 +156,22 @@ def decode_case(
 ) -> list[Record]:
     """One batch size: the dense mode and one sparse one in turn."""
     set_experts(model, experts)
-    graphs = BenchmarkGraphs(model, cache, max(shape.batches), shape.context + BLOCK, experts)
     sparse = ExpertPolicy.top_k(chosen)
     found = []
     for kind in ("alike", "independent") if batch > 1 else ("alone",):
+        graphs = BenchmarkGraphs(model, cache, max(shape.batches), shape.context + BLOCK, experts)
         rivals = [
             requests_of(batch, shape.context, shape.vocabulary, policy)
             for policy in (DENSE, sparse)
         ]
         if kind == "alike":
             rivals = [copies(requests) for requests in rivals]
-        keys = [graphs.key(requests) for requests in rivals]
         device: list[list[float]] = [[], []]
         step: list[list[float]] = [[], []]
         union = 0.0
-        for _ in range(ROUNDS + 2 if DEVICE == "cuda" else 1):
-            for which, (requests, key) in enumerate(zip(rivals, keys, strict=True)):
+        for _ in range(ROUNDS + WARM if DEVICE == "cuda" else 1):
+            for which, requests in enumerate(rivals):
+                key = graphs.key(requests)  # follows what the steps before used
                 assert key is not None
                 start = time.perf_counter()
                 _, totals = graphs.run(requests, key)
@@ -181,8 +183,7 @@ def decode_case(
         params: dict[str, Any] = {"model": shape.name, "batch": batch, "E": experts, "k": chosen}
         params |= {"requests": kind, "context": shape.context, "dtype": "bf16"}
         for name, times in (("device", device), ("step", step)):
-            # The first two rounds compile and capture.
-            dense_ms, sparse_ms = (statistics.median(t[2:] or t) for t in times)
+            dense_ms, sparse_ms = (statistics.median(t[WARM:] or t) for t in times)
             ratio = dense_ms / sparse_ms
             found.append(Record(f"decode {name}", params, sparse_ms, "ms", dense_ms, ratio))
         found.append(Record("decode experts in use", params, union, "experts"))

@@ -165,7 +165,7 @@ def few_case(case: Problem, candidates: list[Blocks], part: str) -> list[Record]
 def union_case(case: Problem, part: str) -> list[Record]:
     """Tiles of the products over a union of experts; the other product keeps its own."""
     tokens = case.x_TD.shape[0]
-    shape = union_ffn.up_blocks(tokens, 2) if part == "up" else union_ffn.down_blocks(tokens, 2)
+    shape = union_ffn.up_blocks(tokens) if part == "up" else union_ffn.down_blocks(tokens)
     names = (
         "BLOCK_N" if part == "up" else "BLOCK_S",
         "BLOCK_D",

@@ -15,6 +15,7 @@ Shapes: B rows of the graph, n requests, M blocks per request at most, L layers,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +28,7 @@ from engine.experts import PolicyBatch, Trace
 from engine.fused_forward import fused_forward, thin_forward
 from engine.kernels.arrivals import Arrivals
 from engine.kernels.count_chosen import count_chosen
+from engine.kernels.gpu_ways import expected_union
 from engine.model import Decoder
 from engine.paged_attention import DecodeBatch, StepAttend
 from engine.request import NO_MASS_LIMIT, ExpertPolicy, Request
@@ -36,6 +38,8 @@ MAX_BATCH = 256
 # What does not get a graph any more runs without one.
 MAX_GRAPHS = 96
 FIRST_CONTEXT = 512
+# Of a step's union of experts in what the next steps expect.
+UNION_WEIGHT = 0.1
 
 
 class GraphKey(NamedTuple):
@@ -45,11 +49,13 @@ class GraphKey(NamedTuple):
         batch: rows.
         max_k: most experts of a row; 0: every row is dense.
         longest: most tokens of a context.
+        quarters: of the experts that such batches used of late, rounded up; 0: does not matter.
     """
 
     batch: int
     max_k: int
     longest: int
+    quarters: int = 0
 
 
 def batch_bucket(requests: int, most: int) -> int:
@@ -188,6 +194,7 @@ class DecodeGraphs:
         self._graphs: dict[GraphKey, DecodeGraph] = {}
         self._pool: Any = None
         self._arrivals = Arrivals(cache.slots.device)
+        self._used: dict[tuple[int, int], float] = {}
 
     @property
     def captured(self) -> list[GraphKey]:
@@ -203,6 +210,7 @@ class DecodeGraphs:
             return None
         contexts = [request.num_computed + 1 for request in requests]
         key = graph_key(policies, contexts, self.num_experts, self.most_rows, self.most_tokens)
+        key = key._replace(quarters=math.ceil(4 * self._share_used(key)))
         return key if key in self._graphs or len(self._graphs) < MAX_GRAPHS else None
 
     def run(self, requests: Sequence[Request], key: GraphKey) -> tuple[Tensor, list[int]]:
@@ -219,7 +227,21 @@ class DecodeGraphs:
             found = self._graphs[key] = self._capture(key, batch)
         found.graph.replay()
         n = len(requests)
-        return found.logits_BV[:n], self._totals(found, n)
+        totals = self._totals(found, n)
+        self._note_union(key, totals[-self.model.config.num_hidden_layers :])
+        return found.logits_BV[:n], totals
+
+    def _share_used(self, key: GraphKey) -> float:
+        """The share of the experts that such a batch uses, from the steps before."""
+        if key.batch == 1 or not key.max_k:  # these read what they must, whatever is expected
+            return 0.0
+        expected = expected_union(key.batch, key.max_k, self.num_experts) / self.num_experts
+        return self._used.get((key.batch, key.max_k), expected)
+
+    def _note_union(self, key: GraphKey, union_L: list[int]) -> None:
+        found = sum(union_L) / len(union_L) / self.num_experts
+        before = self._share_used(key)
+        self._used[key.batch, key.max_k] = before + UNION_WEIGHT * (found - before)
 
     def _batch(self, size: int) -> StaticBatch:
         if size not in self._batches:
@@ -241,7 +263,7 @@ class DecodeGraphs:
         decode = DecodeBatch(batch.table_BM, batch.contexts_B, key.longest)
         tables = model.cos, model.sin
         attend = StepAttend(self.cache, tables, batch.slots_B, decode, arrivals)
-        policy = PolicyBatch(batch.k_B, batch.mass_B, key.max_k, None, None)
+        policy = PolicyBatch(batch.k_B, batch.mass_B, key.max_k, None, None, quarters=key.quarters)
         chosen_LBE: Tensor | None = None
         if key.batch == 1:
             if key.max_k:

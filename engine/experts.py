@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +110,7 @@ class PolicyBatch:
         sparse_rows: indices of the other tokens; None if there are no dense ones.
         same_k: the k of all those tokens, if it is one k and mass never binds; else None.
         oracle: choose by true activation mass instead of the router (evaluation).
+        quarters: of the experts that such batches use together, rounded up; 0: unknown.
     """
 
     k_T: Tensor
@@ -119,6 +120,7 @@ class PolicyBatch:
     sparse_rows: Tensor | None
     same_k: int | None = None
     oracle: bool = False
+    quarters: int = 0
 
     @classmethod
     def build(
@@ -221,7 +223,13 @@ def released(weight: Tensor) -> nn.Parameter:
     return nn.Parameter(weight.new_empty(0), requires_grad=False)
 
 
-def side_by_side(beside: Callable[[], Tensor], main: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+_First = TypeVar("_First")
+_Second = TypeVar("_Second")
+
+
+def side_by_side(
+    beside: Callable[[], _First], main: Callable[[], _Second]
+) -> tuple[_First, _Second]:
     """Both results; while a CUDA graph is captured, as two branches that run at the same time."""
     if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return beside(), main()
@@ -380,7 +388,7 @@ class ExpertFFN(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """`sparse` on CUDA: nothing here waits for the device."""
         size = self.up.shape[0] // self.num_experts
-        way = gpu_ways.sparse_way(self._gpu_layer, x_TD.shape[0], policy.max_k)
+        way = gpu_ways.sparse_way(self._gpu_layer, x_TD.shape[0], policy.max_k, policy.quarters)
         if way == "masked":
             return self._masked(x_TD, k_T, mass_T, policy.max_k)
         if way == "few":

@@ -8,8 +8,8 @@ the new key and value to their slot, and attends over the whole context, the new
 Program (g, b, s) takes the query heads that share key-value head g, and split s of the context of
 sequence b. The new token never travels through memory: the program that owns the last split puts it
 into its tile. The last program of (g, b) to arrive adds the splits in a fixed order. Where a
-context is cut depends on its own length alone, so the result is the same, bit for bit, in any run,
-in any company and with any bound on the length.
+context is cut depends on its own length, and on whether the batch has more than FEW_ROWS rows; not
+on the company otherwise, nor on the bound on the length.
 
 Nothing here knows a length on the host: a batch of one shape is replayed from a CUDA graph while
 its contexts grow.
@@ -36,10 +36,8 @@ from engine.kernels._triton import (
 from engine.kernels.arrivals import Arrivals
 from engine.kernels.paged_kv import MAX_HEAD_DIM, paged_decode_reference, rotate_and_store_reference
 
-# Tokens of one split: short ones keep a lone request's heads busy, long ones are cheaper to add up.
-SHORT_SPLIT = 32
-LONG_SPLIT = 128
 SHORT_CONTEXT = 512  # the longest context that is cut into short splits
+FEW_ROWS = 4  # batches that need short splits to occupy the device
 
 
 def attend_step_reference(
@@ -216,25 +214,37 @@ def _attend_kernel(
         tl.store(out_ptr + row[:, None] * head_dim + d[None, :], y, mask=in_q)
 
 
-def most_splits(longest: int) -> int:
+def split_lengths(batch: int, group: int) -> tuple[int, int]:
+    """Tokens of one split of a context up to SHORT_CONTEXT, and of a longer one.
+
+    Short ones keep the heads of few requests busy, long ones are cheaper to add up.
+    """
+    if group > 1:
+        return 64, 512
+    return (16, 128) if batch <= FEW_ROWS else (64, 256)
+
+
+def most_splits(longest: int, short: int, long: int) -> int:
     """Splits of any context up to so many tokens."""
-    short = cdiv(min(longest, SHORT_CONTEXT), SHORT_SPLIT)
-    return max(1, short, cdiv(longest, LONG_SPLIT) if longest > SHORT_CONTEXT else 1)
+    most = max(1, cdiv(min(longest, SHORT_CONTEXT), short))
+    return max(most, cdiv(longest, long)) if longest > SHORT_CONTEXT else most
 
 
-def attend_blocks(group: int, head_dim: int, itemsize: int) -> dict[str, int]:
+def attend_blocks(batch: int, group: int, head_dim: int, itemsize: int) -> dict[str, int]:
     """Block sizes of `_attend_kernel` for `group` query heads a key-value head."""
     block_d = max(16, next_power_of_2(head_dim))
     head_bytes = block_d * itemsize
-    found = {"SHORT": SHORT_SPLIT, "LONG": LONG_SPLIT, "SHORT_TO": SHORT_CONTEXT}
+    short, long = split_lengths(batch, group)
+    found = {"SHORT": short, "LONG": long, "SHORT_TO": SHORT_CONTEXT, "BLOCK_D": block_d}
     # Few warps: each exchange between them costs more than the arithmetic of a small tile.
     if group == 1:
-        tokens = max(16, min(SHORT_SPLIT, 16384 // head_bytes))
-        shape = {"BLOCK_H": 1, "BLOCK_N": tokens, "BLOCK_D": block_d, "BLOCK_S": 16}
-        return {**found, **shape, "num_warps": 2, "num_stages": 2}
+        tokens = max(16, min(short, 32, 16384 // head_bytes))
+        shape = {"BLOCK_H": 1, "BLOCK_N": tokens, "BLOCK_S": 16 if block_d <= 64 else 8}
+        warps = 1 if short == 16 and head_bytes <= 128 else 4 if block_d > 128 else 2
+        return {**found, **shape, "num_warps": warps, "num_stages": 2}
     warps = 16 if head_bytes > 512 else max(2, block_d // 32) if itemsize == 2 else 8
-    tokens, heads = max(16, min(SHORT_SPLIT, 8192 // head_bytes)), max(16, next_power_of_2(group))
-    shape = {"BLOCK_H": heads, "BLOCK_N": tokens, "BLOCK_D": block_d, "BLOCK_S": 1}
+    tokens, heads = max(16, min(32, 8192 // head_bytes)), max(16, next_power_of_2(group))
+    shape = {"BLOCK_H": heads, "BLOCK_N": tokens, "BLOCK_S": 1}
     # The widest float32 heads fit into registers only without stages.
     return {**found, **shape, "num_warps": warps, "num_stages": 1 if warps == 16 else 3}
 
@@ -276,7 +286,8 @@ def attend_step(
     assert head_dim <= MAX_HEAD_DIM
     for tensor in (heads_BNd, cos_Pc, sin_Pc, keys, values, table_BM):
         assert tensor.is_contiguous()
-    splits = most_splits(longest)
+    blocks = blocks or attend_blocks(batch, group, head_dim, heads_BNd.element_size())
+    splits = most_splits(longest, blocks["SHORT"], blocks["LONG"])
     device = heads_BNd.device
     out_BHd = heads_BNd.new_empty((batch, q_heads, head_dim))
     partial = torch.empty((batch, q_heads, splits, head_dim), dtype=torch.float32, device=device)
@@ -300,7 +311,7 @@ def attend_step(
         group,
         head_dim,
         WIDEN=INTERPRETED,
-        **(blocks or attend_blocks(group, head_dim, heads_BNd.element_size())),
+        **blocks,
         **chain(device),
     )
     return out_BHd

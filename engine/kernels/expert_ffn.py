@@ -285,9 +285,9 @@ def up_blocks(inputs: int) -> dict[str, int]:
 def down_blocks(expert_size: int) -> dict[str, int]:
     """Block sizes of `_expert_down_kernel`: few warps, for they exchange sums."""
     if expert_size >= 512:
-        return {"BLOCK_S": 128, "BLOCK_D": 64, "BLOCK_C": PIECES_AT_ONCE, "num_warps": 4}
+        return {"BLOCK_S": 128, "BLOCK_D": 32, "BLOCK_C": PIECES_AT_ONCE, "num_warps": 2}
     rows = min(64, next_power_of_2(expert_size))
-    return {"BLOCK_S": rows, "BLOCK_D": 64, "BLOCK_C": PIECES_AT_ONCE, "num_warps": 2}
+    return {"BLOCK_S": rows, "BLOCK_D": 32, "BLOCK_C": PIECES_AT_ONCE, "num_warps": 1}
 
 
 def expert_up(

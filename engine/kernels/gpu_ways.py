@@ -1,14 +1,17 @@
-"""Which of four ways computes a sparse FFN on a GPU, from shapes alone: nothing is asked of it.
+"""Which way computes a sparse FFN on a GPU, from shapes alone: nothing is asked of it.
 
-`few` reads the weights of each token-expert pair (`expert_ffn`), `union` those of each expert in
-use and multiplies every token with them (`union_ffn`), `grouped` reads as much and multiplies each
-token with its own experts (`grouped_ffn`), `masked` reads all, through dense products
-(`masked_ffn`). The last one never costs much more than the dense FFN, so neither does the cheapest
-of the four.
+- `few` reads the weights of each token-expert pair (`expert_ffn`);
+- `union` reads those of each expert in use, and multiplies every token with them (`union_ffn`);
+- `grouped` reads as much as `union`, and multiplies each token with its own experts
+  (`grouped_ffn`);
+- `masked` reads all, through dense products, and makes the choice meanwhile (`masked_ffn`).
+
+The last never costs much more than the dense FFN, so neither does the cheapest of them.
 
 Which experts a batch uses together is known to the device alone. The rule takes what independent
-choices of k would give; real ones share experts, so a sparse way that is predicted to be as fast as
-the masked one is faster in truth, and wins ties.
+choices of k would give, unless the caller knows better from the steps before. Real choices share
+experts, so a way that is predicted to be as fast as one that reads all is faster in truth, and wins
+ties.
 
 Shapes: T tokens, D model, E experts, S neurons per expert, k experts a token, P pairs.
 """
@@ -25,21 +28,21 @@ from engine.kernels.union_ffn import MOST_TOKENS as UNION_TOKENS
 class Rates:
     """What each way costs; times in microseconds, as replayed from a CUDA graph.
 
-    Fitted to benchmarks/results/h200-kernels.txt (H200, bfloat16). The rule compares ways on one
+    Fitted to benchmarks/results/h100-kernels.txt (H100, bfloat16). The rule compares ways on one
     device, so only ratios matter.
     """
 
-    weight_bytes: float = 4.3e6  # per microsecond, reading each expert once
-    pair_bytes: float = 4.7e6  # reading it again for each pair, in part from the cache
-    dense_flops: float = 7.3e8  # per microsecond
+    weight_bytes: float = 2.9e6  # per microsecond, reading each expert once
+    pair_bytes: float = 3.4e6  # reading it again for each pair, in part from the cache
+    dense_flops: float = 7.0e8  # per microsecond
     grouped_flops: float = 3.0e8
-    few_launches: float = 7.0
-    union_launches: float = 8.0
-    grouped_launches: float = 11.0
-    dense_launches: float = 10.5
-    select: float = 6.2  # scores and choice
+    few_launches: float = 6.5
+    union_launches: float = 8.5
+    grouped_launches: float = 9.0
+    dense_launches: float = 8.0
+    select: float = 4.0  # scores and choice
+    beside: float = 1.0  # the same beside a product that does not wait for it
     sort: float = 2.8  # pairs by expert
-    mask: float = 2.0
 
 
 RATES = Rates()
@@ -78,9 +81,13 @@ def dense_us(layer: Layer, tokens: int, rates: Rates = RATES) -> float:
     return rates.dense_launches + max(reading, computing)
 
 
-def sparse_us(layer: Layer, tokens: int, k: int, rates: Rates = RATES) -> dict[str, float]:
-    """Each way, routing included."""
+def sparse_us(
+    layer: Layer, tokens: int, k: int, quarters: int = 0, rates: Rates = RATES
+) -> dict[str, float]:
+    """Each way, routing included; `quarters` as for `sparse_way`."""
     pairs, union = tokens * k, expected_union(tokens, k, layer.experts)
+    if quarters:
+        union = layer.experts * quarters / 4
     few = rates.few_launches + pairs * layer.expert_bytes / rates.pair_bytes
     reading = union * layer.expert_bytes / rates.weight_bytes
     computing = pairs * layer.pair_flops / rates.grouped_flops
@@ -89,14 +96,22 @@ def sparse_us(layer: Layer, tokens: int, k: int, rates: Rates = RATES) -> dict[s
         costs["union"] = rates.select + rates.union_launches + reading
     return costs | {
         "grouped": rates.select + rates.sort + rates.grouped_launches + reading + computing,
-        "masked": rates.select + rates.mask + dense_us(layer, tokens, rates),
+        "masked": rates.beside + dense_us(layer, tokens, rates),
     }
 
 
 @functools.lru_cache(maxsize=4096)
-def sparse_way(layer: Layer, tokens: int, k: int) -> str:
-    """The cheapest of few, union, grouped and masked for at most k experts a token."""
-    costs = sparse_us(layer, tokens, k)
+def sparse_way(layer: Layer, tokens: int, k: int, quarters: int = 0) -> str:
+    """The cheapest way for at most k experts a token.
+
+    Args:
+        layer: its shape.
+        tokens: of the batch.
+        k: most experts of a token.
+        quarters: of the experts that such batches used of late, rounded up; 0: unknown, so take
+            what independent choices would use.
+    """
+    costs = sparse_us(layer, tokens, k, quarters)
     return min(costs, key=lambda way: costs[way])  # the first of equals
 
 

@@ -190,28 +190,27 @@ def _sum_shares_kernel(
     tl.store(y_ptr + i, y.to(y_ptr.dtype.element_ty), mask=i < elements)
 
 
-def up_blocks(num_tokens: int, itemsize: int) -> dict[str, int]:
+def up_blocks(num_tokens: int) -> dict[str, int]:
     """Block sizes of `_union_up_kernel`."""
-    wide = itemsize // 2
-    block_t = max(16, next_power_of_2(num_tokens))
+    few = num_tokens <= 8
     return {
-        "BLOCK_T": block_t,
+        "BLOCK_T": max(16, next_power_of_2(num_tokens)),
         "BLOCK_N": 64,
-        "BLOCK_D": 128 // wide,
+        "BLOCK_D": 256 if few else 64,
         "num_warps": 4,
-        "num_stages": 4,
+        "num_stages": 3 if few else 5,
     }
 
 
-def down_blocks(num_tokens: int, itemsize: int) -> dict[str, int]:
+def down_blocks(num_tokens: int) -> dict[str, int]:
     """Block sizes of `_union_down_kernel`."""
-    block_t = max(16, next_power_of_2(num_tokens))
+    few = num_tokens <= 8
     return {
-        "BLOCK_T": block_t,
-        "BLOCK_S": 64,
-        "BLOCK_D": 128 if itemsize == 2 else 64,
+        "BLOCK_T": max(16, next_power_of_2(num_tokens)),
+        "BLOCK_S": 64 if few else 128,
+        "BLOCK_D": 64,
         "num_warps": 4,
-        "num_stages": 6,
+        "num_stages": 8 if few else 6,
     }
 
 
@@ -253,8 +252,8 @@ def union_ffn(
     for tensor in (x_TD, up_FD, down_FD, chosen_TE):
         assert tensor.is_contiguous()
     size, device = up_FD.shape[0] // num_experts, x_TD.device
-    up_tile = up_tile or up_blocks(num_tokens, x_TD.element_size())
-    down_tile = down_tile or down_blocks(num_tokens, x_TD.element_size())
+    up_tile = up_tile or up_blocks(num_tokens)
+    down_tile = down_tile or down_blocks(num_tokens)
     h_TF = torch.empty((num_tokens, up_FD.shape[0]), dtype=x_TD.dtype, device=device)
     used_E1 = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
     _union_up_kernel[(num_experts * cdiv(size, up_tile["BLOCK_N"]),)](

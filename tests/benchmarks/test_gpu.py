@@ -27,7 +27,6 @@ def test_every_usual_section_runs_at_tiny_sizes(
         "ceiling copy bandwidth",
         "expert_ffn",
         "expert_ffn share of copy",
-        "way few",
         "routing select",
         "routing step",
         "union_ffn",

@@ -194,9 +194,25 @@ def test_a_moved_or_shrunk_request_leaves_no_old_blocks() -> None:
     assert batch.k_B.tolist() == [2, 0]
 
 
+@torch.inference_mode()
+def test_the_way_follows_what_batches_used(kernels: Decoder) -> None:
+    """Two that choose alone may use half of the experts together; copies never do."""
+    graphs = ComputedGraphs(kernels, new_cache(), 8, 20)
+    requests = requests_of([FIVE, FIVE, FIVE])
+    first = graphs.key(requests)
+    assert first is not None
+    assert first.quarters == 4, "independent choices of 5 of 8"
+    same = [requests[0]] * 3
+    for _ in range(12):
+        key = graphs.key(same)
+        assert key is not None
+        graphs.run(same, key)
+    assert graphs.key(same) == first._replace(quarters=3)
+
+
 def test_what_has_no_graph(kernels: Decoder) -> None:
     graphs = ComputedGraphs(kernels, new_cache(), 2, 20)
-    assert graphs.key(requests_of([TWO, TWO])) == GraphKey(2, 2, 20)
+    assert graphs.key(requests_of([TWO, TWO])) == GraphKey(2, 2, 20, 2)
     assert graphs.key(requests_of([TWO, TWO, TWO])) is None
     assert graphs.key(requests_of([ExpertPolicy.oracle(2)])) is None
 

@@ -145,8 +145,10 @@ def attention_cases(itemsize: int) -> list[tuple[str, Any, dict[str, Any]]]:
                 **paged_kv.decode_blocks(group, width, itemsize),
             }
             found.append((f"decode {group}x{width}", paged_kv._decode_kernel, blocks))
-            step = {**attend_step.attend_blocks(group, width, itemsize), "CHAINED": CHAINED}
-            found.append((f"attend {group}x{width}", attend_step._attend_kernel, step))
+            for batch in (1, 16):
+                step = attend_step.attend_blocks(batch, group, width, itemsize)
+                name = f"attend {batch} {group}x{width}"
+                found.append((name, attend_step._attend_kernel, {**step, "CHAINED": CHAINED}))
     return found
 
 
@@ -169,11 +171,11 @@ def step_cases(itemsize: int) -> list[tuple[str, Any, dict[str, Any]]]:
         found.append(
             (f"route {experts}", route_step._route_kernel, {**blocks, **normed, **chained})
         )
-    for tokens in (16, union_ffn.MOST_TOKENS) if itemsize == 2 else ():  # what gpu_ways takes
+    for tokens in (8, 16, union_ffn.MOST_TOKENS) if itemsize == 2 else ():  # what gpu_ways takes
         lists = {"BLOCK_L": 8, "BLOCK_E": 512}
-        tiles = {**union_ffn.up_blocks(tokens, itemsize), **lists, **chained}
+        tiles = {**union_ffn.up_blocks(tokens), **lists, **chained}
         found.append((f"union_up {tokens}", union_ffn._union_up_kernel, tiles))
-        tiles = {**union_ffn.down_blocks(tokens, itemsize), **chained}
+        tiles = {**union_ffn.down_blocks(tokens), **chained}
         found.append((f"union_down {tokens}", union_ffn._union_down_kernel, tiles))
     return found
 

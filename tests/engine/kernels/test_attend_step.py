@@ -11,12 +11,12 @@ from torch import Tensor
 from engine.attention import rope_table
 from engine.kernels.arrivals import Arrivals
 from engine.kernels.attend_step import (
-    LONG_SPLIT,
+    FEW_ROWS,
     SHORT_CONTEXT,
-    SHORT_SPLIT,
     attend_step,
     attend_step_reference,
     most_splits,
+    split_lengths,
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -94,7 +94,8 @@ class Case:
 @pytest.mark.parametrize(
     ("contexts", "heads", "size"),
     [
-        ([1, 33, NOBODY, SHORT_SPLIT, SHORT_SPLIT + 1, 300], (3, 3, 20), 5),
+        ([1, 33, NOBODY, 64, 65, 300], (3, 3, 20), 5),
+        ([16, 17, NOBODY, 129], (3, 3, 20), 5),
         ([70, 5], (6, 2, 64), 16),
         ([40], (5, 1, 12), 7),
         ([SHORT_CONTEXT, SHORT_CONTEXT + 1, 2], (2, 1, 16), 16),
@@ -120,6 +121,7 @@ def test_step_equals_its_reference(
 
 def test_company_and_bounds_change_no_bit(device: torch.device) -> None:
     contexts = [200, 1, 65, 90]
+    assert len(contexts) == FEW_ROWS
     case = Case(contexts, (4, 2, 16), 16, torch.bfloat16, device)
     arrivals = Arrivals(device)
     together, _ = case.run(2048, arrivals)
@@ -128,10 +130,11 @@ def test_company_and_bounds_change_no_bit(device: torch.device) -> None:
         assert torch.equal(alone[0], together[b])
 
 
-def test_splits_bound_every_context() -> None:
-    for longest in (1, SHORT_SPLIT, SHORT_SPLIT + 1, SHORT_CONTEXT, SHORT_CONTEXT + 1, 10_000):
+@pytest.mark.parametrize(("batch", "group"), [(1, 1), (9, 1), (1, 4)])
+def test_splits_bound_every_context(batch: int, group: int) -> None:
+    short, long = split_lengths(batch, group)
+    for longest in (1, short, short + 1, SHORT_CONTEXT, SHORT_CONTEXT + 1, 10_000):
         needed = max(
-            -(-c // (SHORT_SPLIT if c <= SHORT_CONTEXT else LONG_SPLIT))
-            for c in range(1, longest + 1)
+            -(-c // (short if c <= SHORT_CONTEXT else long)) for c in range(1, longest + 1)
         )
-        assert most_splits(longest) == needed
+        assert most_splits(longest, short, long) == needed

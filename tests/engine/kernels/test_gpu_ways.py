@@ -25,7 +25,13 @@ def test_one_token_reads_its_experts_and_many_are_grouped() -> None:
 
 
 def test_some_tokens_read_their_union_once() -> None:
-    assert sparse_way(WIDE, 16, 6) == "union"
+    assert sparse_way(WIDE, 8, 6) == "union"
+
+
+def test_what_is_known_of_the_union_decides() -> None:
+    for tokens in (8, 16, 64):
+        assert sparse_way(WIDE, tokens, 6, quarters=4) == "masked"
+        assert sparse_way(WIDE, tokens, 6, quarters=3) == "union"
 
 
 def test_all_experts_of_many_tokens_are_the_masked_dense_products() -> None:
@@ -49,7 +55,7 @@ def test_no_batch_costs_more_than_dense_and_its_routing(
     k = data.draw(st.integers(1, experts))
     cost = sparse_us(layer, tokens, k)[sparse_way(layer, tokens, k)]
     rates = gpu_ways.RATES
-    assert cost <= dense_us(layer, tokens) + rates.select + rates.mask
+    assert cost <= dense_us(layer, tokens) + rates.select
 
 
 def test_a_few_dense_tokens_among_sparse_ones() -> None:
