@@ -25,6 +25,7 @@ from torch import Tensor
 from engine.attention import KVCache
 from engine.experts import PolicyBatch, Trace
 from engine.fused_forward import fused_forward
+from engine.kernels import sharing
 from engine.model import Decoder
 from engine.paged_attention import DecodeBatch, KernelAttend
 from engine.request import NO_MASS_LIMIT, ExpertPolicy, Request
@@ -43,11 +44,13 @@ class GraphKey(NamedTuple):
         batch: rows.
         max_k: most experts of a row; 0: every row is dense.
         longest: most tokens of a context.
+        shares: whether rows may share experts; a graph that can is launched for these alone.
     """
 
     batch: int
     max_k: int
     longest: int
+    shares: bool = False
 
 
 def batch_bucket(requests: int, most: int) -> int:
@@ -81,10 +84,12 @@ def graph_key(
     """The shape in which these requests decode."""
     bounds = [_most_experts(policy, num_experts) for policy in policies]
     max_k = k_bucket(max(bounds), num_experts)
+    shares = any(policy.kind == "shared" for policy in policies)
     return GraphKey(
         batch_bucket(len(policies), most_rows),
         0 if all(policy_is_dense(p, num_experts) for p in policies) else max_k,
         context_bucket(max(contexts), most_tokens),
+        shares,
     )
 
 
@@ -94,19 +99,20 @@ def policy_is_dense(policy: ExpertPolicy, num_experts: int) -> bool:
 
 
 def _most_experts(policy: ExpertPolicy, num_experts: int) -> int:
-    return policy.limits(num_experts)[0]
+    k = policy.limits(num_experts)[0]
+    return min(sharing.most(k), num_experts) if policy.kind == "shared" else k
 
 
 class StaticBatch:
     """What a step feeds to the graphs of one batch size: tensors that stay where they are.
 
     Attributes:
-        ids_B, positions_B, slots_B, contexts_B, k_B: int32.
+        ids_B, positions_B, slots_B, contexts_B, k_B, shared_B: int32.
         mass_B: float32.
         table_BM: int32.
     """
 
-    ROWS = 6
+    ROWS = 7
 
     def __init__(self, batch: int, most_blocks: int, device: torch.device) -> None:
         numbers = batch * (self.ROWS + most_blocks)
@@ -116,11 +122,12 @@ class StaticBatch:
         split = self.ROWS * batch
         rows = self._device[:split].view(self.ROWS, batch)
         self.ids_B, self.positions_B, self.slots_B, self.contexts_B, self.k_B = rows[:5]
-        self.mass_B = rows[5].view(torch.float32)
+        self.shared_B = rows[5]
+        self.mass_B = rows[6].view(torch.float32)
         self.table_BM = self._device[split:].view(batch, most_blocks)
         host_rows = self._host[:split].view(self.ROWS, batch)
-        self._numbers = host_rows[:5].numpy()
-        self._mass = host_rows[5].view(torch.float32).numpy()
+        self._numbers = host_rows[:6].numpy()
+        self._mass = host_rows[6].view(torch.float32).numpy()
         self._table = self._host[split:].view(batch, most_blocks).numpy()
         self._blocks: list[list[int]] = [[] for _ in range(batch)]
 
@@ -133,9 +140,12 @@ class StaticBatch:
         for row, request in enumerate(requests):
             position = request.num_computed
             block, offset = divmod(position, block_size)
-            k, self._mass[row] = request.policy.limits(num_experts)
+            policy = request.next_policy
+            k, self._mass[row] = policy.limits(num_experts)
+            k, shared = (sharing.kept(k), k) if policy.kind == "shared" else (k, 0)
             slot = request.blocks[block] * block_size + offset
-            self._numbers[:, row] = (request.token_ids[position], position, slot, position + 1, k)
+            token_id = request.token_ids[position]
+            self._numbers[:, row] = (token_id, position, slot, position + 1, k, shared)
             if self._blocks[row] != request.blocks:
                 self._blocks[row] = list(request.blocks)
                 self._table[row, : len(request.blocks)] = request.blocks
@@ -195,7 +205,7 @@ class DecodeGraphs:
         """The shape for one token of each request; None if these must run without a graph."""
         if not 1 <= len(requests) <= self.most_rows:
             return None
-        policies = [request.policy for request in requests]
+        policies = [request.next_policy for request in requests]
         if any(policy.kind == "oracle" for policy in policies):
             return None
         contexts = [request.num_computed + 1 for request in requests]
@@ -236,7 +246,8 @@ class DecodeGraphs:
         """What a graph holds: the model over the batch's tensors, with nothing read by the host."""
         decode = DecodeBatch(batch.table_BM, batch.contexts_B, key.longest)
         attend = KernelAttend(self.cache, batch.slots_B, decode)
-        policy = PolicyBatch(batch.k_B, batch.mass_B, key.max_k, None, None)
+        shared_B = batch.shared_B if key.shares else None
+        policy = PolicyBatch(batch.k_B, batch.mass_B, key.max_k, None, None, shared_T=shared_B)
         trace = Trace()
         logits_BV = fused_forward(self.model, batch.ids_B, batch.positions_B, attend, policy, trace)
         if not key.max_k:

@@ -13,7 +13,8 @@ Nothing here waits for the device, and every run gives the same bits: ranks come
 pairs of scores, positions from prefix sums, and no atomic operation takes part. A score that is NaN
 ranks below all others, so a damaged input cannot write past the end of an output.
 
-A token's choice does not depend on the rest of the batch, not even in the last bit of a score.
+A token's choice does not depend on the rest of the batch, not even in the last bit of a score
+(`sharing` has the choice that does).
 
 Launches: two for `select` (scores, choice), two more to sort the pairs.
 
@@ -169,7 +170,7 @@ def _scores_kernel(
 
 
 @jit
-def _load_scores(pieces_ptr, e, num_experts, pieces, BLOCK_N: tl.constexpr):
+def load_scores(pieces_ptr, e, num_experts, pieces, BLOCK_N: tl.constexpr):
     """Scores of experts e, summed over their pieces; -inf past the last expert and for NaN."""
     n = tl.arange(0, BLOCK_N)
     mask = (n < pieces)[:, None] & (e < num_experts)[None, :]
@@ -207,7 +208,7 @@ def _choose_kernel(
     e = tl.arange(0, BLOCK_E)
     real = e < num_experts
     pieces_ptr += t * pieces * num_experts
-    score = _load_scores(pieces_ptr, e, num_experts, pieces, BLOCK_N)
+    score = load_scores(pieces_ptr, e, num_experts, pieces, BLOCK_N)
     top = tl.max(score, axis=0)
     total = tl.sum(tl.where(real, tl.exp(score - top), 0.0), axis=0)
 
@@ -216,7 +217,7 @@ def _choose_kernel(
     before = tl.zeros((BLOCK_E,), tl.float32)
     for start in range(0, num_experts, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
-        other = _load_scores(pieces_ptr, j, num_experts, pieces, BLOCK_N)
+        other = load_scores(pieces_ptr, j, num_experts, pieces, BLOCK_N)
         ranks, shares = _standing(score, e, other, tl.exp(other - top) / total, j, num_experts)
         rank += ranks
         before += shares
@@ -309,7 +310,7 @@ def sort_blocks(num_tokens: int) -> dict[str, int]:
     return {"BLOCK_T": min(SORT_TOKENS, next_power_of_2(num_tokens)), "num_warps": 4}
 
 
-def _score_pieces(x_TD: Tensor, router_ED: Tensor) -> Tensor:
+def score_pieces(x_TD: Tensor, router_ED: Tensor) -> Tensor:
     """x @ router.T in pieces along D: float32 [T, pieces, E]."""
     (num_tokens, d_model), num_experts = x_TD.shape, router_ED.shape[0]
     pieces = cdiv(d_model, PIECE_D)
@@ -329,7 +330,8 @@ def _score_pieces(x_TD: Tensor, router_ED: Tensor) -> Tensor:
     return pieces_TNE
 
 
-def _choose(pieces_TNE: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int) -> Choice:
+def choose(pieces_TNE: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int) -> Choice:
+    """`select_scores` from scores that are the sums of pieces."""
     num_tokens, pieces, num_experts = pieces_TNE.shape
     assert num_tokens >= 1
     assert 1 <= max_k <= num_experts <= MAX_EXPERTS
@@ -362,7 +364,7 @@ def select_scores(scores_TE: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int) ->
         mass_T: float32 [T], the share of predicted mass at which a token has enough.
         max_k: the width of `ids_TK`, 1 .. E.
     """
-    return _choose(scores_TE[:, None], k_T, mass_T, max_k)
+    return choose(scores_TE[:, None], k_T, mass_T, max_k)
 
 
 def select(x_TD: Tensor, router_ED: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int) -> Choice:
@@ -374,7 +376,7 @@ def select(x_TD: Tensor, router_ED: Tensor, k_T: Tensor, mass_T: Tensor, max_k: 
         k_T, mass_T, max_k: as for `select_scores`.
     """
     assert x_TD.shape[1] == router_ED.shape[1]
-    return _choose(_score_pieces(x_TD, router_ED), k_T, mass_T, max_k)
+    return choose(score_pieces(x_TD, router_ED), k_T, mass_T, max_k)
 
 
 def sort_pairs(choice: Choice) -> Routing:

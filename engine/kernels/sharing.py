@@ -1,0 +1,255 @@
+# Triton types a kernel's arguments by itself, at each launch.
+# mypy: disable-error-code="no-untyped-def"
+"""Shared choice: what a batch reads anyway takes the place of what only one token asks for.
+
+The rule, for a token that shares at k. Its *own* experts are its top k by score.
+
+1. The better half of its own, `kept(k)`, it takes whatever the company. What all tokens of the
+   batch take so far, those that do not share included, is *read*.
+2. Of what is read it could use the best `most(k)`; those that are not its own are *riders*. Of its
+   own that are not read it gives up the worst, as many as have together no more predicted
+   activation mass, exp(score), than the riders. The rest it takes: they are read too now.
+3. It uses the best `most(k)` of all that is read.
+
+So it holds about the predicted mass of its own top k or more, in at most `most(k)` experts. A token
+alone in its batch has no riders, gives nothing up and uses its own top k. Tokens that do not share
+keep their choice. docs/engine.md says what it saves and what it costs.
+
+Two more passes over the choice, each of two launches; none waits for the device. All ties go to the
+lower index, NaN ranks last, and a token without any score that is a number shares nothing.
+
+Shapes: T tokens, D model, E experts, N pieces of a score, K = max_k slots.
+"""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from engine.kernels import routing
+from engine.kernels._triton import jit, next_power_of_2, tl
+from engine.kernels.routing import Choice, load_scores
+
+
+def kept(k: int) -> int:
+    """How many of its own k experts a token takes whatever the company."""
+    return (k + 1) // 2
+
+
+@overload
+def most(k: int) -> int: ...
+@overload
+def most(k: Tensor) -> Tensor: ...
+def most(k: int | Tensor) -> int | Tensor:
+    """How many experts a token uses at most, as far as there are so many."""
+    return k + k // 2
+
+
+# --- reference -----------------------------------------------------------------------------------
+
+
+def share_reference(scores_TE: Tensor, chosen_TE: Tensor, k_T: Tensor) -> Tensor:
+    """As `share`, by sorting; any number of batches may stand in front: [..., T, E], [..., T]."""
+    scores_TE = scores_TE.float()
+    scores_TE = scores_TE.masked_fill(scores_TE.isnan(), -torch.inf)
+    top_T1 = scores_TE.amax(-1, keepdim=True)
+    k_T1 = k_T[..., None].masked_fill(top_T1 == -torch.inf, 0)
+    order_TE = scores_TE.sort(dim=-1, descending=True, stable=True).indices
+    mass_TE = (scores_TE - top_T1).exp().gather(-1, order_TE)
+    own_TE = torch.arange(scores_TE.shape[-1], device=scores_TE.device) < k_T1
+
+    def best(read_1E: Tensor) -> tuple[Tensor, Tensor]:
+        """What is read, and of it the best `most(k)`, in each token's order."""
+        read_TE = read_1E.expand_as(chosen_TE).gather(-1, order_TE)
+        return read_TE, read_TE & (read_TE.cumsum(-1) <= most(k_T1))
+
+    def in_place(ordered_TE: Tensor) -> Tensor:
+        return torch.zeros_like(chosen_TE).scatter(-1, order_TE, ordered_TE)
+
+    read_1E = chosen_TE.any(-2, keepdim=True)
+    read_TE, used_TE = best(read_1E)
+    riders_T1 = (mass_TE * (used_TE & ~own_TE)).sum(-1, keepdim=True)
+    missing_TE = own_TE & ~read_TE
+    missed_TE = mass_TE * missing_TE
+    from_here_TE = missed_TE.sum(-1, keepdim=True) - (missed_TE.cumsum(-1) - missed_TE)
+    taken_TE = missing_TE & ((from_here_TE > riders_T1) | (riders_T1 == 0))
+    _, used_TE = best(read_1E | in_place(taken_TE).any(-2, keepdim=True))
+    return torch.where(k_T1 > 0, in_place(used_TE), chosen_TE)
+
+
+# --- kernels -------------------------------------------------------------------------------------
+
+
+@jit
+def _standing(
+    pieces_ptr,
+    read_ptr,
+    score,
+    e,
+    top,
+    num_experts,
+    pieces,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    """How many experts stand before each expert, how many read ones, and the others' mass."""
+    rank = tl.zeros((BLOCK_E,), tl.int32)
+    read_rank = tl.zeros((BLOCK_E,), tl.int32)
+    missed = tl.zeros((BLOCK_E,), tl.float32)
+    for start in range(0, num_experts, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        other = load_scores(pieces_ptr, j, num_experts, pieces, BLOCK_N)
+        other_read = tl.load(read_ptr + j, mask=j < num_experts, other=0) != 0
+        mass = tl.where(other_read, 0.0, tl.exp(other - top))
+        tie = (other[None, :] == score[:, None]) & (j[None, :] < e[:, None])
+        ahead = ((other[None, :] > score[:, None]) | tie) & (j < num_experts)[None, :]
+        rank += tl.sum(ahead.to(tl.int32), axis=1)
+        read_rank += tl.sum((ahead & other_read[None, :]).to(tl.int32), axis=1)
+        missed += tl.sum(tl.where(ahead, mass[None, :], 0.0), axis=1)
+    return rank, read_rank, missed
+
+
+@jit
+def _take_kernel(
+    pieces_ptr,
+    read_ptr,
+    k_ptr,
+    chosen_ptr,
+    taken_ptr,
+    num_experts,
+    pieces,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    """Program t: step 2 of token t; `taken` is its choice with those of its own that it needs."""
+    t = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, BLOCK_E)
+    real = e < num_experts
+    pieces_ptr += t * pieces * num_experts
+    score = load_scores(pieces_ptr, e, num_experts, pieces, BLOCK_N)
+    top = tl.max(score, axis=0)
+    k = tl.where(top > float("-inf"), tl.load(k_ptr + t), 0)
+    read = tl.load(read_ptr + e, mask=real, other=0) != 0
+    rank, read_rank, missed = _standing(
+        pieces_ptr, read_ptr, score, e, top, num_experts, pieces, BLOCK_N, BLOCK_E, BLOCK_J
+    )
+    mass = tl.exp(score - top)
+    rides = real & read & (read_rank < k + k // 2) & (rank >= k)
+    riders = tl.sum(tl.where(rides, mass, 0.0), axis=0)
+    missing = real & (read == 0) & (rank < k)
+    from_here = tl.sum(tl.where(missing, mass, 0.0), axis=0) - missed
+    # Without riders nothing is given up, however the sums are rounded.
+    taken = missing & (from_here > tl.where(riders > 0.0, riders, -1.0))
+    at = t * num_experts + e
+    chosen = tl.load(chosen_ptr + at, mask=real, other=0) != 0
+    tl.store(taken_ptr + at, chosen | taken, mask=real)
+
+
+@jit
+def _use_kernel(
+    pieces_ptr,
+    read_ptr,
+    k_ptr,
+    chosen_ptr,
+    used_ptr,
+    ids_ptr,
+    num_experts,
+    pieces,
+    max_k,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Program t: step 3 of token t, and its ids; one that does not share keeps its choice."""
+    t = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, BLOCK_E)
+    real = e < num_experts
+    pieces_ptr += t * pieces * num_experts
+    score = load_scores(pieces_ptr, e, num_experts, pieces, BLOCK_N)
+    top = tl.max(score, axis=0)
+    k = tl.where(top > float("-inf"), tl.load(k_ptr + t), 0)
+    read = tl.load(read_ptr + e, mask=real, other=0) != 0
+    _, read_rank, _ = _standing(
+        pieces_ptr, read_ptr, score, e, top, num_experts, pieces, BLOCK_N, BLOCK_E, BLOCK_J
+    )
+    at = t * num_experts + e
+    chosen = tl.load(chosen_ptr + at, mask=real, other=0) != 0
+    used = tl.where(k > 0, read & (read_rank < k + k // 2), chosen) & real
+    tl.store(used_ptr + at, used, mask=real)
+    slot = tl.cumsum(used.to(tl.int32), axis=0) - 1
+    tl.store(ids_ptr + t * max_k + slot, e, mask=used)
+    unused = tl.arange(0, BLOCK_K)
+    count = tl.sum(used.to(tl.int32), axis=0)
+    tl.store(ids_ptr + t * max_k + unused, -1, mask=(unused >= count) & (unused < max_k))
+
+
+# --- launchers -----------------------------------------------------------------------------------
+
+
+def _share(pieces_TNE: Tensor, choice: Choice, k_T: Tensor) -> Choice:
+    num_tokens, pieces, num_experts = pieces_TNE.shape
+    max_k = choice.ids_TK.shape[1]
+    assert k_T.shape == (num_tokens,)
+    assert k_T.dtype == torch.int32
+    blocks = routing.choose_blocks(num_experts, pieces, max_k)
+    slots = {"BLOCK_K": blocks.pop("BLOCK_K")}
+    assert slots["BLOCK_K"] == next_power_of_2(max_k)
+    pieces_TNE, k_T = pieces_TNE.contiguous(), k_T.contiguous()
+    taken_TE, used_TE = (torch.empty_like(choice.chosen_TE) for _ in range(2))
+    ids_TK = torch.empty_like(choice.ids_TK)
+    read_E = choice.chosen_TE.any(0)
+    _take_kernel[(num_tokens,)](
+        pieces_TNE, read_E, k_T, choice.chosen_TE, taken_TE, num_experts, pieces, **blocks
+    )
+    read_E = taken_TE.any(0)
+    _use_kernel[(num_tokens,)](
+        pieces_TNE,
+        read_E,
+        k_T,
+        choice.chosen_TE,
+        used_TE,
+        ids_TK,
+        num_experts,
+        pieces,
+        max_k,
+        **blocks,
+        **slots,
+    )
+    return Choice(used_TE, ids_TK)
+
+
+def share(scores_TE: Tensor, choice: Choice, k_T: Tensor) -> Choice:
+    """The choice of a batch after sharing.
+
+    Args:
+        scores_TE: [T, E], any float type; T >= 1, E <= MAX_EXPERTS.
+        choice: of tokens that share, `kept(k)` of their own; of others what they use. Its width,
+            max_k, is at least the `most(k)` of those that share.
+        k_T: int32 [T]; 0 for tokens that do not share.
+    """
+    return _share(scores_TE[:, None], choice, k_T)
+
+
+def select(
+    x_TD: Tensor,
+    router_ED: Tensor,
+    k_T: Tensor,
+    mass_T: Tensor,
+    shared_T: Tensor,
+    max_k: int,
+) -> Choice:
+    """`routing.select` of a batch in which tokens share; arguments as there, and
+
+    Args:
+        k_T: of a token that shares, `kept` of its k.
+        shared_T: int32 [T], the k of tokens that share; 0 for the others.
+        max_k: at least `most` of theirs, or E if that is less.
+    """
+    pieces_TNE = routing.score_pieces(x_TD, router_ED)
+    choice = routing.choose(pieces_TNE, k_T, mass_T, max_k)
+    return _share(pieces_TNE, choice, shared_T)
