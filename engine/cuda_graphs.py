@@ -100,7 +100,7 @@ def policy_is_dense(policy: ExpertPolicy, num_experts: int) -> bool:
 
 def _most_experts(policy: ExpertPolicy, num_experts: int) -> int:
     k = policy.limits(num_experts)[0]
-    return min(sharing.most(k), num_experts) if policy.kind == "shared" else k
+    return sharing.most(k, num_experts) if policy.kind == "shared" else k
 
 
 class StaticBatch:

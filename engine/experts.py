@@ -139,7 +139,7 @@ class PolicyBatch:
             policy_k, policy_mass = policy.limits(num_experts)
             shared_k = 0
             if policy.kind == "shared" and any(dense_entries):  # everything is read
-                policy_k = min(sharing.most(policy_k), num_experts)
+                policy_k = sharing.most(policy_k, num_experts)
             elif policy.kind == "shared":
                 policy_k, shared_k = sharing.kept(policy_k), policy_k
             k += [policy_k] * tokens
@@ -153,7 +153,7 @@ class PolicyBatch:
 
         limits = {(k[i], mass[i], shared[i]) for i in sparse_rows}
         alike = len(limits) == 1 and mass[sparse_rows[0]] > 1 and not any(shared)
-        widest = [max(k[i], min(sharing.most(shared[i]), num_experts)) for i in sparse_rows]
+        widest = [max(k[i], sharing.most(shared[i], num_experts)) for i in sparse_rows]
 
         def rows(indices: list[int]) -> Tensor:
             return torch.tensor(indices, dtype=torch.long, device=device)

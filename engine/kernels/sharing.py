@@ -6,14 +6,15 @@ The rule, for a token that shares at k. Its *own* experts are its top k by score
 
 1. The better half of its own, `kept(k)`, it takes whatever the company. What all tokens of the
    batch take so far, those that do not share included, is *read*.
-2. Of what is read it could use the best `most(k)`; those that are not its own are *riders*. Of its
-   own that are not read it gives up the worst, as many as have together no more predicted
-   activation mass, exp(score), than the riders. The rest it takes: they are read too now.
-3. It uses the best `most(k)` of all that is read.
+2. Its *riders* are the best `room(k)` read experts that are not its own. Of its own that are not
+   read it gives up the worst, as many as have together no more predicted activation mass,
+   exp(score), than the riders. The rest it takes: they are read too now.
+3. It uses the best k + `room(k)` of all that is read.
 
-So it holds about the predicted mass of its own top k or more, in at most `most(k)` experts. A token
-alone in its batch has no riders, gives nothing up and uses its own top k. Tokens that do not share
-keep their choice. docs/engine.md says what it saves and what it costs.
+So a batch reads no expert that it would not read if all used their own top k, and each token holds
+as much predicted mass as its own top k at least (but for rounding). A token alone has no riders,
+gives nothing up and uses its own top k. Tokens that do not share keep their choice. docs/engine.md
+says what this saves and what it costs.
 
 Two more passes over the choice, each of two launches; none waits for the device. All ties go to the
 lower index, NaN ranks last, and a token without any score that is a number shares nothing.
@@ -22,8 +23,6 @@ Shapes: T tokens, D model, E experts, N pieces of a score, K = max_k slots.
 """
 
 from __future__ import annotations
-
-from typing import overload
 
 import torch
 from torch import Tensor
@@ -38,13 +37,14 @@ def kept(k: int) -> int:
     return (k + 1) // 2
 
 
-@overload
-def most(k: int) -> int: ...
-@overload
-def most(k: Tensor) -> Tensor: ...
-def most(k: int | Tensor) -> int | Tensor:
-    """How many experts a token uses at most, as far as there are so many."""
-    return k + k // 2
+def room(k: int) -> int:
+    """How many experts a token may use beyond k."""
+    return k // 2
+
+
+def most(k: int, num_experts: int) -> int:
+    """How many experts a token uses at most."""
+    return min(k + room(k), num_experts)
 
 
 # --- reference -----------------------------------------------------------------------------------
@@ -60,22 +60,23 @@ def share_reference(scores_TE: Tensor, chosen_TE: Tensor, k_T: Tensor) -> Tensor
     mass_TE = (scores_TE - top_T1).exp().gather(-1, order_TE)
     own_TE = torch.arange(scores_TE.shape[-1], device=scores_TE.device) < k_T1
 
-    def best(read_1E: Tensor) -> tuple[Tensor, Tensor]:
-        """What is read, and of it the best `most(k)`, in each token's order."""
-        read_TE = read_1E.expand_as(chosen_TE).gather(-1, order_TE)
-        return read_TE, read_TE & (read_TE.cumsum(-1) <= most(k_T1))
+    def ordered(read_1E: Tensor) -> Tensor:
+        return read_1E.expand_as(chosen_TE).gather(-1, order_TE)
 
     def in_place(ordered_TE: Tensor) -> Tensor:
         return torch.zeros_like(chosen_TE).scatter(-1, order_TE, ordered_TE)
 
+    room_T1 = k_T1 // 2
     read_1E = chosen_TE.any(-2, keepdim=True)
-    read_TE, used_TE = best(read_1E)
-    riders_T1 = (mass_TE * (used_TE & ~own_TE)).sum(-1, keepdim=True)
+    read_TE = ordered(read_1E)
+    others_TE = read_TE & ~own_TE
+    riders_T1 = (mass_TE * (others_TE & (others_TE.cumsum(-1) <= room_T1))).sum(-1, keepdim=True)
     missing_TE = own_TE & ~read_TE
     missed_TE = mass_TE * missing_TE
     from_here_TE = missed_TE.sum(-1, keepdim=True) - (missed_TE.cumsum(-1) - missed_TE)
     taken_TE = missing_TE & ((from_here_TE > riders_T1) | (riders_T1 == 0))
-    _, used_TE = best(read_1E | in_place(taken_TE).any(-2, keepdim=True))
+    read_TE = ordered(read_1E | in_place(taken_TE).any(-2, keepdim=True))
+    used_TE = read_TE & (read_TE.cumsum(-1) <= k_T1 + room_T1)
     return torch.where(k_T1 > 0, in_place(used_TE), chosen_TE)
 
 
@@ -138,7 +139,8 @@ def _take_kernel(
         pieces_ptr, read_ptr, score, e, top, num_experts, pieces, BLOCK_N, BLOCK_E, BLOCK_J
     )
     mass = tl.exp(score - top)
-    rides = real & read & (read_rank < k + k // 2) & (rank >= k)
+    own_read = tl.sum((real & read & (rank < k)).to(tl.int32), axis=0)
+    rides = real & read & (rank >= k) & (read_rank - own_read < k // 2)
     riders = tl.sum(tl.where(rides, mass, 0.0), axis=0)
     missing = real & (read == 0) & (rank < k)
     from_here = tl.sum(tl.where(missing, mass, 0.0), axis=0) - missed
@@ -229,7 +231,7 @@ def share(scores_TE: Tensor, choice: Choice, k_T: Tensor) -> Choice:
     Args:
         scores_TE: [T, E], any float type; T >= 1, E <= MAX_EXPERTS.
         choice: of tokens that share, `kept(k)` of their own; of others what they use. Its width,
-            max_k, is at least the `most(k)` of those that share.
+            max_k, is at least `most` of those that share.
         k_T: int32 [T]; 0 for tokens that do not share.
     """
     return _share(scores_TE[:, None], choice, k_T)
@@ -248,7 +250,7 @@ def select(
     Args:
         k_T: of a token that shares, `kept` of its k.
         shared_T: int32 [T], the k of tokens that share; 0 for the others.
-        max_k: at least `most` of theirs, or E if that is less.
+        max_k: at least `most` of theirs.
     """
     pieces_TNE = routing.score_pieces(x_TD, router_ED)
     choice = routing.choose(pieces_TNE, k_T, mass_T, max_k)

@@ -68,18 +68,15 @@ INLINE void in_order(const float *scores, ix E, int32_t *order) {
     }
 }
 
-static int most(int k) { return k + k / 2; }
-
 /* Step 2 of kernels/sharing.py: what the token needs of its own although nobody reads it yet. */
 INLINE void take(const float *scores, const int32_t *order, const uint8_t *read, ix E, int k,
                  uint8_t *chosen) {
     const float top = scores[order[0]];
     float riders = 0, missed = 0;
-    for (int r = 0, used = 0; r < E && (r < k || used < most(k)); r++) {
-        const float mass = expf(scores[order[r]] - top);
-        if (!read[order[r]]) missed += r < k ? mass : 0;
-        else if (used++ < most(k)) riders += r < k ? 0 : mass;
-    }
+    for (int r = 0; r < E && r < k; r++)
+        if (!read[order[r]]) missed += expf(scores[order[r]] - top);
+    for (int r = k, found = 0; r < E && found < k / 2; r++)
+        if (read[order[r]]) riders += expf(scores[order[r]] - top), found++;
     for (int r = 0; r < E && r < k; r++)
         if (!read[order[r]] && (missed > riders || riders == 0)) {
             chosen[order[r]] = 1;
@@ -90,7 +87,7 @@ INLINE void take(const float *scores, const int32_t *order, const uint8_t *read,
 /* Step 3: the best that is read. */
 INLINE void use(const int32_t *order, const uint8_t *read, ix E, int k, uint8_t *chosen) {
     memset(chosen, 0, E);
-    for (ix r = 0, used = 0; r < E && used < most(k); r++)
+    for (ix r = 0, used = 0; r < E && used < k + k / 2; r++)
         if (read[order[r]]) chosen[order[r]] = 1, used++;
 }
 

@@ -30,6 +30,7 @@ from engine.kernels import (
     masked_ffn,
     paged_kv,
     routing,
+    sharing,
     top_k,
 )
 
@@ -61,7 +62,7 @@ INTS = {
     "neurons": E * S,
 }
 POINTERS = {
-    "chosen_ptr": "i1",
+    **dict.fromkeys(("chosen_ptr", "read_ptr", "taken_ptr", "used_ptr"), "i1"),
     **dict.fromkeys(("pieces_ptr", "mass_ptr", "partial_ptr"), "fp32"),
     **dict.fromkeys(("k_ptr", "ids_ptr", "counts_ptr", "chunk_counts_ptr"), "i32"),
     **dict.fromkeys(("offsets_ptr", "pair_token_ptr", "tiles_ptr"), "i32"),
@@ -84,6 +85,10 @@ def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
         ("fill", routing._fill_kernel, {**sort, "BLOCK_E": E}, "i32"),
         ("choose", routing._choose_kernel, routing.choose_blocks(E, N, K), "fp32"),
         ("choose 512", routing._choose_kernel, routing.choose_blocks(512, N, 16), "fp32"),
+        ("take", sharing._take_kernel, routing.choose_blocks(E, N, K), "fp32"),
+        ("use", sharing._use_kernel, routing.choose_blocks(E, N, K), "fp32"),
+        ("take 512", sharing._take_kernel, routing.choose_blocks(512, N, 16), "fp32"),
+        ("use 512", sharing._use_kernel, routing.choose_blocks(512, N, 16), "fp32"),
         ("tiles", grouped_pairs._tiles_kernel, grouped_pairs.tiles_blocks(E), "i32"),
     ]
     for experts in (E, 64, 512):
