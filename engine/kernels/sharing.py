@@ -193,25 +193,43 @@ def _use_kernel(
 # --- launchers -----------------------------------------------------------------------------------
 
 
+def take_blocks(num_experts: int, pieces: int) -> dict[str, int]:
+    """Block sizes of `_take_kernel`."""
+    block_e = next_power_of_2(num_experts)
+    return {
+        "BLOCK_N": next_power_of_2(pieces),
+        "BLOCK_E": block_e,
+        "BLOCK_J": min(32 if block_e <= 256 else 16, block_e),
+        "num_warps": 2 if block_e <= 32 else 4 if block_e <= 64 else 8,
+    }
+
+
+def use_blocks(num_experts: int, pieces: int, max_k: int) -> dict[str, int]:
+    """Block sizes of `_use_kernel`."""
+    return {**take_blocks(num_experts, pieces), "BLOCK_K": next_power_of_2(max_k)}
+
+
 def _share(pieces_TNE: Tensor, choice: Choice, k_T: Tensor) -> Choice:
     num_tokens, pieces, num_experts = pieces_TNE.shape
     max_k = choice.ids_TK.shape[1]
     assert k_T.shape == (num_tokens,)
     assert k_T.dtype == torch.int32
-    blocks = routing.choose_blocks(num_experts, pieces, max_k)
-    slots = {"BLOCK_K": blocks.pop("BLOCK_K")}
-    assert slots["BLOCK_K"] == next_power_of_2(max_k)
     pieces_TNE, k_T = pieces_TNE.contiguous(), k_T.contiguous()
     taken_TE, used_TE = (torch.empty_like(choice.chosen_TE) for _ in range(2))
     ids_TK = torch.empty_like(choice.ids_TK)
-    read_E = choice.chosen_TE.any(0)
     _take_kernel[(num_tokens,)](
-        pieces_TNE, read_E, k_T, choice.chosen_TE, taken_TE, num_experts, pieces, **blocks
+        pieces_TNE,
+        choice.chosen_TE.any(0),
+        k_T,
+        choice.chosen_TE,
+        taken_TE,
+        num_experts,
+        pieces,
+        **take_blocks(num_experts, pieces),
     )
-    read_E = taken_TE.any(0)
     _use_kernel[(num_tokens,)](
         pieces_TNE,
-        read_E,
+        taken_TE.any(0),
         k_T,
         choice.chosen_TE,
         used_TE,
@@ -219,8 +237,7 @@ def _share(pieces_TNE: Tensor, choice: Choice, k_T: Tensor) -> Choice:
         num_experts,
         pieces,
         max_k,
-        **blocks,
-        **slots,
+        **use_blocks(num_experts, pieces, max_k),
     )
     return Choice(used_TE, ids_TK)
 

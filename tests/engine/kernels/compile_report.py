@@ -85,10 +85,10 @@ def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
         ("fill", routing._fill_kernel, {**sort, "BLOCK_E": E}, "i32"),
         ("choose", routing._choose_kernel, routing.choose_blocks(E, N, K), "fp32"),
         ("choose 512", routing._choose_kernel, routing.choose_blocks(512, N, 16), "fp32"),
-        ("take", sharing._take_kernel, routing.choose_blocks(E, N, K), "fp32"),
-        ("use", sharing._use_kernel, routing.choose_blocks(E, N, K), "fp32"),
-        ("take 512", sharing._take_kernel, routing.choose_blocks(512, N, 16), "fp32"),
-        ("use 512", sharing._use_kernel, routing.choose_blocks(512, N, 16), "fp32"),
+        ("take", sharing._take_kernel, sharing.take_blocks(E, N), "fp32"),
+        ("use", sharing._use_kernel, sharing.use_blocks(E, N, K), "fp32"),
+        ("take 512", sharing._take_kernel, sharing.take_blocks(512, N), "fp32"),
+        ("use 512", sharing._use_kernel, sharing.use_blocks(512, N, 16), "fp32"),
         ("tiles", grouped_pairs._tiles_kernel, grouped_pairs.tiles_blocks(E), "i32"),
     ]
     for experts in (E, 64, 512):
