@@ -212,13 +212,13 @@ def prefill_case(
     positions_T = torch.arange(tokens, device=DEVICE)
     last = torch.tensor([tokens - 1], device=DEVICE)
     span = SequenceSpan(0, tokens, tokens, list(range(-(-tokens // BLOCK))))
-    attend = KernelAttend.of_spans(cache, [span])
+    attend = KernelAttend.of_spans(cache, [span], model.turns(positions_T))
 
     def call_of(policy: ExpertPolicy) -> Call:
         batch = PolicyBatch.uniform(policy, tokens, experts, DEVICE)
 
         def call(_: int) -> Tensor:
-            return fused_forward(model, ids_T, positions_T, attend, batch, None, last)
+            return fused_forward(model, ids_T, attend, batch, None, last)
 
         return call
 

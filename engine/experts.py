@@ -13,9 +13,9 @@ Shapes: T tokens, D model, F neurons, E experts, S neurons per expert, P token-e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,12 @@ from engine.kernels import (
     grouped_training,
     masked_ffn,
     native,
+    route_step,
     routing,
     sharing,
+    thin_linear,
 )
+from engine.kernels.arrivals import Arrivals
 from engine.kernels.expert_ffn import activate_reference
 from engine.kernels.sliced_ffn import sparse_ffn
 from engine.request import ExpertPolicy
@@ -215,19 +218,37 @@ class Trace:
 
     def counts(self) -> tuple[Tensor, Tensor]:
         """Experts of each token, [L, T], and distinct experts of all tokens, [L], by layer."""
-        layers = len(self.chosen)
-        chosen = [c for c in self.chosen if c is not None]
+        chosen = self.choices()
         if not chosen:
-            everything = torch.full((layers, self._num_tokens + 1), self._num_experts)
+            everything = torch.full((len(self.chosen), self._num_tokens + 1), self._num_experts)
             return everything[:, 1:], everything[:, 0]
-        assert len(chosen) == layers, "a batch is dense in all layers or in none"
         chosen_LTE = torch.stack(chosen)
         return chosen_LTE.sum(2), chosen_LTE.any(1).sum(1)
+
+    def choices(self) -> list[Tensor]:
+        """The choice of every layer, [T, E] each; none if the batch was dense."""
+        chosen = [c for c in self.chosen if c is not None]
+        assert len(chosen) in (0, len(self.chosen)), "a batch is dense in all layers or in none"
+        return chosen
 
 
 def released(weight: Tensor) -> nn.Parameter:
     """An empty parameter in place of one that has been packed: type and device stay known."""
     return nn.Parameter(weight.new_empty(0), requires_grad=False)
+
+
+def side_by_side(beside: Callable[[], Tensor], main: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """Both results; while a CUDA graph is captured, as two branches that run at the same time."""
+    if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        return beside(), main()
+    current = torch.cuda.current_stream()
+    branch: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    branch.wait_stream(current)
+    with torch.cuda.stream(branch):
+        first = beside()
+    second = main()
+    current.wait_stream(branch)
+    return first, second
 
 
 class ExpertFFN(nn.Module):
@@ -251,6 +272,7 @@ class ExpertFFN(nn.Module):
         self.register_buffer("router", torch.zeros(router_shape, dtype=torch.float32))
         self._packed: native.PackedExpertFFN | None = None
         self._use_kernels = False
+        self._arrivals: Arrivals | None = None
 
     def prepare(self) -> None:
         """Switch to the inference paths; on the CPU the packed form replaces both."""
@@ -266,6 +288,7 @@ class ExpertFFN(nn.Module):
     def use_kernels(self) -> None:
         """Run the GPU's kernels for inference; on the CPU that needs Triton's interpreter."""
         self._use_kernels = True
+        self._arrivals = Arrivals(self.up.device)
 
     def forward(self, x_TD: Tensor, policy: PolicyBatch, trace: Trace | None = None) -> Tensor:
         """[T, D] -> [T, D], each token by its own policy; records the choice in `trace`."""
@@ -284,6 +307,31 @@ class ExpertFFN(nn.Module):
                 )
             trace.add(x_TD, chosen_TE, self.num_experts)
         return y_TD
+
+    def add_thin(
+        self,
+        x_TD: Tensor,
+        norm: thin_linear.Norm,
+        policy: PolicyBatch,
+        arrivals: Arrivals,
+        chosen_TE: Tensor | None,
+    ) -> Tensor:
+        """x + FFN(norm(x)) of a few tokens on CUDA, all dense or all sparse.
+
+        Args:
+            x_TD, norm: contiguous; not normed yet.
+            policy: of the tokens.
+            arrivals: counters that no kernel of another stream uses at the same time.
+            chosen_TE: where to write the choice of sparse tokens; None if they are dense.
+        """
+        if chosen_TE is None:
+            h_TF = thin_linear.thin_linear(x_TD, self.up, norm=norm, activation=self.activation)
+            return thin_linear.thin_down(h_TF, self.down, x_TD, arrivals)
+        size = self.up.shape[0] // self.num_experts
+        limits = policy.k_T, policy.mass_T, policy.max_k
+        ids_TK = route_step.route_step(x_TD, self.router, *limits, arrivals, norm, chosen_TE).ids_TK
+        h_TKS = thin_linear.expert_up(x_TD, self.up, ids_TK, size, self.activation, norm)
+        return thin_linear.expert_down(h_TKS, self.down, ids_TK, x_TD, arrivals)
 
     def _mixed(self, x_TD: Tensor, policy: PolicyBatch) -> tuple[Tensor, Tensor]:
         """Dense tokens and sparse tokens of one batch, each on its own path."""
@@ -366,19 +414,25 @@ class ExpertFFN(nn.Module):
         y_TD = grouped_ffn.grouped_ffn(x_TD, self.up, self.down, many, self.activation)
         return y_TD, many.chosen_TE
 
-    def _select(
-        self, x_TD: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int, shared_T: Tensor | None
-    ) -> routing.Choice:
-        if shared_T is None:
-            return routing.select(x_TD, self.router, k_T, mass_T, max_k)
-        return sharing.select(x_TD, self.router, k_T, mass_T, shared_T, max_k)
-
     def _masked(
         self, x_TD: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int, shared_T: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        chosen_TE = self._select(x_TD, k_T, mass_T, max_k, shared_T).chosen_TE
-        y_TD = masked_ffn.masked_ffn(x_TD, self.up, self.down, chosen_TE, self.activation)
-        return y_TD, chosen_TE
+        chosen_TE, h_TF = side_by_side(
+            lambda: self._select(x_TD, k_T, mass_T, max_k, shared_T).chosen_TE,
+            lambda: x_TD @ self.up.T,
+        )
+        return masked_ffn.activate_chosen(h_TF, chosen_TE, self.activation) @ self.down, chosen_TE
+
+    def _select(
+        self, x_TD: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int, shared_T: Tensor | None
+    ) -> routing.Choice:
+        """The choice on CUDA, in one launch or two, or more if tokens share."""
+        if shared_T is not None:
+            return sharing.select(x_TD, self.router, k_T, mass_T, shared_T, max_k)
+        if x_TD.shape[0] > route_step.MOST_TOKENS:
+            return routing.select(x_TD, self.router, k_T, mass_T, max_k)
+        assert self._arrivals is not None
+        return route_step.route_step(x_TD, self.router, k_T, mass_T, max_k, self._arrivals)
 
     @property
     def _gpu_layer(self) -> gpu_ways.Layer:

@@ -102,7 +102,7 @@ def _standing(
     missed = tl.zeros((BLOCK_E,), tl.float32)
     for start in range(0, num_experts, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
-        other = load_scores(pieces_ptr, j, num_experts, pieces, BLOCK_N)
+        other = load_scores(pieces_ptr, j, num_experts, pieces, 1.0, BLOCK_N)
         other_read = tl.load(read_ptr + j, mask=j < num_experts, other=0) != 0
         mass = tl.where(other_read, 0.0, tl.exp(other - top))
         tie = (other[None, :] == score[:, None]) & (j[None, :] < e[:, None])
@@ -131,7 +131,7 @@ def _take_kernel(
     e = tl.arange(0, BLOCK_E)
     real = e < num_experts
     pieces_ptr += t * pieces * num_experts
-    score = load_scores(pieces_ptr, e, num_experts, pieces, BLOCK_N)
+    score = load_scores(pieces_ptr, e, num_experts, pieces, 1.0, BLOCK_N)
     top = tl.max(score, axis=0)
     k = tl.where(top > float("-inf"), tl.load(k_ptr + t), 0)
     read = tl.load(read_ptr + e, mask=real, other=0) != 0
@@ -172,7 +172,7 @@ def _use_kernel(
     e = tl.arange(0, BLOCK_E)
     real = e < num_experts
     pieces_ptr += t * pieces * num_experts
-    score = load_scores(pieces_ptr, e, num_experts, pieces, BLOCK_N)
+    score = load_scores(pieces_ptr, e, num_experts, pieces, 1.0, BLOCK_N)
     top = tl.max(score, axis=0)
     k = tl.where(top > float("-inf"), tl.load(k_ptr + t), 0)
     read = tl.load(read_ptr + e, mask=real, other=0) != 0

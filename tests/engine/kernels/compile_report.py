@@ -24,13 +24,16 @@ from triton.compiler import ASTSource
 
 from engine.kernels import (
     add_norm,
+    attend_step,
     expert_ffn,
     grouped_ffn,
     grouped_pairs,
     masked_ffn,
     paged_kv,
+    route_step,
     routing,
     sharing,
+    thin_linear,
     top_k,
 )
 
@@ -60,6 +63,8 @@ INTS = {
     "kv_heads": 8,
     "half": 32,
     "neurons": E * S,
+    "outputs": D,
+    "pieces_per_slot": 4,
 }
 POINTERS = {
     **dict.fromkeys(("chosen_ptr", "read_ptr", "taken_ptr", "used_ptr"), "i1"),
@@ -68,8 +73,11 @@ POINTERS = {
     **dict.fromkeys(("offsets_ptr", "pair_token_ptr", "tiles_ptr"), "i32"),
     **dict.fromkeys(("table_ptr", "contexts_ptr", "slot_ptr"), "i32"),
     **dict.fromkeys(("cos_ptr", "sin_ptr", "stats_ptr"), "fp32"),
+    "arrived_ptr": "i32",
 }
 FLOATS = ("scale", "epsilon")
+# Chained launches are for Hopper and newer; ARCH is the first argument.
+CHAINED = sys.argv[1:] == ["90"]
 PATTERNS = {
     "wide_loads": r"ld\.global\.(?:\w+\.)*v4\.b32|cp\.async\.c[ag]\.shared\.global .*0x10",
     "loads": r"ld\.global|cp\.async\.c[ag]",
@@ -122,6 +130,7 @@ def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
             ("activate", masked_ffn._activate_kernel, masked_ffn.activate_blocks(), dtype),
         ]
         found += [(name, *rest, dtype) for name, *rest in attention_cases(itemsize)]
+        found += [(name, *rest, dtype) for name, *rest in thin_cases()]
         for size in TRAINED_SIZES:
             found += [(f"{n} {size}", *rest, dtype) for n, *rest in training_cases(size, itemsize)]
     return found
@@ -142,6 +151,29 @@ def attention_cases(itemsize: int) -> list[tuple[str, Any, dict[str, Any]]]:
                 **paged_kv.decode_blocks(group, width, itemsize),
             }
             found.append((f"decode {group}x{width}", paged_kv._decode_kernel, blocks))
+            step = {**attend_step.attend_blocks(group, width, itemsize), "CHAINED": CHAINED}
+            found.append((f"attend {group}x{width}", attend_step._attend_kernel, step))
+    return found
+
+
+def thin_cases() -> list[tuple[str, Any, dict[str, Any]]]:
+    """The kernels of a decoding step of few tokens, as (name, kernel, constants)."""
+    linear, normed = thin_linear.linear_blocks(D), {"NORMED": True, "CHAINED": CHAINED}
+    down = {**thin_linear.down_blocks(S), "ROUTED": True, "TOKENS": 1, "CHAINED": CHAINED}
+    dense = {**thin_linear.down_blocks(E * S), "ROUTED": False, "CHAINED": CHAINED}
+    found = [
+        ("expert up", thin_linear._expert_up_kernel, {**linear, **normed}),
+        ("expert down", thin_linear._down_kernel, down),
+    ]
+    for tokens in (1, thin_linear.MOST_TOKENS):
+        many = {"TOKENS": tokens}
+        found += [
+            (f"thin {tokens}", thin_linear._thin_linear_kernel, {**linear, **normed, **many}),
+            (f"thin down {tokens}", thin_linear._down_kernel, {**dense, **many}),
+        ]
+    for experts in (E, 64, 512):
+        blocks = route_step.route_blocks(experts, D, K)
+        found.append((f"route {experts}", route_step._route_kernel, {**blocks, **normed}))
     return found
 
 
@@ -165,7 +197,7 @@ def training_cases(size: int, itemsize: int) -> list[tuple[str, Any, dict[str, A
 def source(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[ASTSource, dict[str, int]]:
     """The kernel with a launch's signature and alignments, and its compile options."""
     options = {k: v for k, v in constants.items() if k in ("num_warps", "num_stages")}
-    switches = ("SQUARE", "WIDEN", "GATED", "BIASED", "EAGER")
+    switches = ("SQUARE", "WIDEN", "GATED", "BIASED", "EAGER", "ADDED", "RECTIFIED")
     constexprs = {**dict.fromkeys(switches, False), **constants}
     constexprs = {k: v for k, v in constexprs.items() if k in kernel.arg_names}
     signature, attributes = {}, {}
