@@ -24,7 +24,7 @@ from torch import Tensor
 
 from engine.attention import KVCache
 from engine.experts import PolicyBatch, Trace
-from engine.fused_forward import fused_forward, runs_thin, thin_forward
+from engine.fused_forward import fused_forward, thin_forward
 from engine.kernels import sharing
 from engine.kernels.arrivals import Arrivals
 from engine.kernels.count_chosen import count_chosen
@@ -104,6 +104,11 @@ def _most_experts(policy: ExpertPolicy, num_experts: int) -> int:
     return sharing.most(k, num_experts) if policy.kind == "shared" else k
 
 
+def _policy_among(request: Request, requests: Sequence[Request]) -> ExpertPolicy:
+    """The policy of its next token; a lone request has nobody to share with."""
+    return request.alone_policy if len(requests) == 1 else request.next_policy
+
+
 class StaticBatch:
     """What a step feeds to the graphs of one batch size: tensors that stay where they are.
 
@@ -140,7 +145,7 @@ class StaticBatch:
         for row, request in enumerate(requests):
             position = request.num_computed
             block, offset = divmod(position, block_size)
-            policy = request.next_policy
+            policy = _policy_among(request, requests)
             k, self._mass[row] = policy.limits(num_experts)
             k, shared = (sharing.kept(k), k) if policy.kind == "shared" else (k, 0)
             slot = request.blocks[block] * block_size + offset
@@ -205,7 +210,7 @@ class DecodeGraphs:
         """The shape for one token of each request; None if these must run without a graph."""
         if not 1 <= len(requests) <= self.most_rows:
             return None
-        policies = [request.next_policy for request in requests]
+        policies = [_policy_among(request, requests) for request in requests]
         if any(policy.kind == "oracle" for policy in policies):
             return None
         contexts = [request.num_computed + 1 for request in requests]
@@ -250,14 +255,17 @@ class DecodeGraphs:
         attend = StepAttend(self.cache, tables, batch.slots_B, decode, arrivals)
         shared_B = batch.shared_B if key.shares else None
         policy = PolicyBatch(batch.k_B, batch.mass_B, key.max_k, None, None, shared_T=shared_B)
-        if key.shares or not runs_thin(key.batch, key.max_k, self.num_experts):
+        chosen_LBE: Tensor | None = None
+        if key.batch == 1:
+            if key.max_k:
+                shape = len(model.layers), 1, self.num_experts
+                chosen_LBE = batch.ids_B.new_empty(shape, dtype=torch.bool)
+            logits_BV = thin_forward(model, batch.ids_B, attend, policy, arrivals, chosen_LBE)
+        else:
             trace = Trace()
             logits_BV = fused_forward(model, batch.ids_B, attend, policy, trace)
-            chosen_LBE = torch.stack(trace.choices()) if key.max_k else None
-        else:
-            shape = (len(model.layers), key.batch, self.num_experts)
-            chosen_LBE = batch.ids_B.new_empty(shape, dtype=torch.bool) if key.max_k else None
-            logits_BV = thin_forward(model, batch.ids_B, attend, policy, arrivals, chosen_LBE)
+            if key.max_k:
+                chosen_LBE = torch.stack(trace.choices())
         return logits_BV, None if chosen_LBE is None else count_chosen(chosen_LBE)
 
     def _capture(self, key: GraphKey, batch: StaticBatch) -> DecodeGraph:

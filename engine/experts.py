@@ -33,7 +33,9 @@ from engine.kernels import (
     routing,
     sharing,
     thin_linear,
+    union_ffn,
 )
+from engine.kernels.add_norm import Norm
 from engine.kernels.arrivals import Arrivals
 from engine.kernels.expert_ffn import activate_reference
 from engine.kernels.sliced_ffn import sparse_ffn
@@ -310,28 +312,30 @@ class ExpertFFN(nn.Module):
 
     def add_thin(
         self,
-        x_TD: Tensor,
-        norm: thin_linear.Norm,
+        x_1D: Tensor,
+        norm: Norm,
         policy: PolicyBatch,
         arrivals: Arrivals,
-        chosen_TE: Tensor | None,
+        chosen_1E: Tensor | None,
     ) -> Tensor:
-        """x + FFN(norm(x)) of a few tokens on CUDA, all dense or all sparse.
+        """x + FFN(norm(x)) of one token on CUDA.
 
         Args:
-            x_TD, norm: contiguous; not normed yet.
-            policy: of the tokens.
+            x_1D: contiguous, not normed yet.
+            norm: of x.
+            policy: of the token.
             arrivals: counters that no kernel of another stream uses at the same time.
-            chosen_TE: where to write the choice of sparse tokens; None if they are dense.
+            chosen_1E: where to write the choice of a sparse token; None if it is dense.
         """
-        if chosen_TE is None:
-            h_TF = thin_linear.thin_linear(x_TD, self.up, norm=norm, activation=self.activation)
-            return thin_linear.thin_down(h_TF, self.down, x_TD, arrivals)
+        if chosen_1E is None:
+            h_1F = thin_linear.thin_linear(x_1D, self.up, norm=norm, activation=self.activation)
+            return thin_linear.thin_down(h_1F, self.down, x_1D, arrivals)
         size = self.up.shape[0] // self.num_experts
         limits = policy.k_T, policy.mass_T, policy.max_k
-        ids_TK = route_step.route_step(x_TD, self.router, *limits, arrivals, norm, chosen_TE).ids_TK
-        h_TKS = thin_linear.expert_up(x_TD, self.up, ids_TK, size, self.activation, norm)
-        return thin_linear.expert_down(h_TKS, self.down, ids_TK, x_TD, arrivals)
+        choice = route_step.route_step(x_1D, self.router, *limits, arrivals, norm, chosen_1E)
+        ids_1K = choice.ids_TK
+        h_1KS = expert_ffn.expert_up(x_1D, self.up, ids_1K, size, self.activation, norm=norm)
+        return expert_ffn.expert_down(h_1KS, self.down, ids_1K, arrivals, add_to=x_1D)
 
     def _mixed(self, x_TD: Tensor, policy: PolicyBatch) -> tuple[Tensor, Tensor]:
         """Dense tokens and sparse tokens of one batch, each on its own path."""
@@ -369,11 +373,7 @@ class ExpertFFN(nn.Module):
             return self._sparse_kernels(x_TD, k_T, mass_T, policy)
         shared_T = policy.shared_T  # of all of x: no token is dense then
         if self._packed is not None and not policy.oracle:
-            limits = (k_T, mass_T)
-            if shared_T is None:
-                chosen_TE = native.choose(x_TD, self.router, *limits)
-            else:
-                chosen_TE = native.choose_shared(x_TD, self.router, *limits, shared_T)
+            chosen_TE = native.choose(x_TD, self.router, k_T, mass_T, shared_T)
             return self._packed(x_TD, native.sort_pairs(chosen_TE)), chosen_TE
         scores_TE = self.scores(x_TD, oracle=policy.oracle)
         if policy.same_k is not None and self._trains_with_kernels(x_TD):
@@ -406,13 +406,16 @@ class ExpertFFN(nn.Module):
             return self._masked(x_TD, k_T, mass_T, policy.max_k, policy.shared_T)
         choice = self._select(x_TD, k_T, mass_T, policy.max_k, policy.shared_T)
         if way == "few":
+            assert self._arrivals is not None
             y_TD = expert_ffn.expert_ffn(
-                x_TD, self.up, self.down, choice.ids_TK, size, self.activation
+                x_TD, self.up, self.down, choice.ids_TK, size, self.activation, self._arrivals
             )
-            return y_TD, choice.chosen_TE
-        many = routing.sort_pairs(choice)
-        y_TD = grouped_ffn.grouped_ffn(x_TD, self.up, self.down, many, self.activation)
-        return y_TD, many.chosen_TE
+        elif way == "union":
+            y_TD = union_ffn.union_ffn(x_TD, self.up, self.down, choice.chosen_TE, self.activation)
+        else:
+            pairs = routing.sort_pairs(choice)
+            y_TD = grouped_ffn.grouped_ffn(x_TD, self.up, self.down, pairs, self.activation)
+        return y_TD, choice.chosen_TE
 
     def _masked(
         self, x_TD: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int, shared_T: Tensor | None = None

@@ -2,8 +2,8 @@
 
 The same function as `Decoder.forward`. `fused_forward` takes any batch: rotation goes with the
 writes to the cache (`HeadsAttend`), and each residual sum with the norm that follows it.
-`thin_forward` takes the next tokens of a few sequences: norms and sums go into the products, so a
-layer is five launches, six if sparse, each of which fetches its weights while the one before runs.
+`thin_forward` takes the next token of one sequence: norms and sums go into the products, so a layer
+is five launches, six if sparse, each of which fetches its weights while the one before runs.
 
 Shapes: T tokens, D model, V vocabulary, N heads of all kinds, d head dimension, L layers,
 E experts.
@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.experts import PolicyBatch, Trace
-from engine.kernels.add_norm import add_norm
+from engine.kernels.add_norm import Norm, add_norm
 from engine.kernels.arrivals import Arrivals
-from engine.kernels.thin_linear import MOST_TOKENS, Norm, thin_linear
+from engine.kernels.thin_linear import thin_linear
 from engine.model import Attention, Decoder, Layer
 from engine.paged_attention import HeadsAttend
 
@@ -47,43 +47,35 @@ def fused_forward(
     return F.linear(normed_TD, model.embedding.weight).float()
 
 
-def runs_thin(tokens: int, max_k: int, num_experts: int) -> bool:
-    """Whether `thin_forward` serves a batch: few tokens, and no more pairs than there are experts.
-
-    Beyond that, reading each token's experts by itself costs more than reading all of them once.
-    """
-    return tokens <= MOST_TOKENS and tokens * max_k <= num_experts
-
-
 def thin_forward(
     model: Decoder,
-    ids_T: Tensor,
+    ids_1: Tensor,
     attend: HeadsAttend,
     policy: PolicyBatch,
     arrivals: Arrivals,
-    chosen_LTE: Tensor | None,
+    chosen_L1E: Tensor | None,
 ) -> Tensor:
-    """Logits [T, V] in float32; writes each layer's choice, unless all of the batch is dense.
+    """Logits [1, V] in float32 of one token; writes each layer's choice, unless it is dense.
 
     Args:
         model: prepared for CUDA.
-        ids_T: as many as `runs_thin` allows.
-        attend: for a batch of next tokens.
-        policy: dense for all rows, or sparse for all.
+        ids_1: the token.
+        attend: for the next token of a sequence.
+        policy: of the token.
         arrivals: counters that no kernel of another stream uses at the same time.
-        chosen_LTE: bool, where the choices go; None for a dense batch.
+        chosen_L1E: bool, where the choices go; None for a dense token.
     """
-    x_TD = model.embedding(ids_T)
+    x_1D = model.embedding(ids_1)
     for index, layer in enumerate(model.layers):
         assert isinstance(layer, Layer)
         attention, norm = layer.attention, weights_of(layer.attention_norm)
-        heads_TN = thin_linear(x_TD, attention.qkv.weight, norm=norm)
-        attended_THd = attend(attention.layer, heads_TN.view(x_TD.shape[0], -1, attention.head_dim))
-        x_TD = thin_linear(attended_THd.flatten(1), attention.out.weight, add_to=x_TD)
-        chosen_TE = None if chosen_LTE is None else chosen_LTE[index]
-        x_TD = layer.ffn.add_thin(x_TD, weights_of(layer.ffn_norm), policy, arrivals, chosen_TE)
+        heads_1N = thin_linear(x_1D, attention.qkv.weight, norm=norm)
+        attended_1Hd = attend(attention.layer, heads_1N.view(1, -1, attention.head_dim))
+        x_1D = thin_linear(attended_1Hd.flatten(1), attention.out.weight, add_to=x_1D)
+        chosen_1E = None if chosen_L1E is None else chosen_L1E[index]
+        x_1D = layer.ffn.add_thin(x_1D, weights_of(layer.ffn_norm), policy, arrivals, chosen_1E)
     weight_VD = model.embedding.weight
-    return thin_linear(x_TD, weight_VD, norm=weights_of(model.norm), dtype=torch.float32)
+    return thin_linear(x_1D, weight_VD, norm=weights_of(model.norm), dtype=torch.float32)
 
 
 def weights_of(norm: nn.RMSNorm) -> Norm:

@@ -24,6 +24,7 @@ from engine.kernels._triton import (
     next_power_of_2,
     tl,
 )
+from engine.kernels.add_norm import Norm, normed_reference
 from engine.kernels.arrivals import Arrivals
 from engine.kernels.routing import (
     MAX_EXPERTS,
@@ -32,7 +33,6 @@ from engine.kernels.routing import (
     choose_token,
     select_scores_reference,
 )
-from engine.kernels.thin_linear import Norm, normed_reference
 
 # Elements of D that one piece of a score sums, and the experts of one program: the router's tile.
 PIECE_D = 256

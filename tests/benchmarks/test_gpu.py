@@ -29,16 +29,19 @@ def test_every_usual_section_runs_at_tiny_sizes(
         "expert_ffn share of copy",
         "way few",
         "routing select",
-        "paged_decode",
-        "rotate_and_store",
+        "routing step",
+        "union_ffn",
+        "attend_step",
         "decode device",
         "decode step",
         "decode experts in use",
         "prefill device",
         "tile up best",
         "tile down best",
-        "tile expert_ffn first best",
-        "tile expert_ffn last best",
+        "tile expert_ffn up best",
+        "tile expert_ffn down best",
+        "tile union_ffn up best",
+        "tile union_ffn down best",
     }
     assert wanted <= names
     assert any(name.startswith("error expert_ffn full") for name in names)

@@ -35,6 +35,7 @@ from engine.kernels import (
     sharing,
     thin_linear,
     top_k,
+    union_ffn,
 )
 
 D, S, E, K, T = 2048, 256, 32, 6, 2048
@@ -64,6 +65,8 @@ INTS = {
     "half": 32,
     "neurons": E * S,
     "outputs": D,
+    "elements": T * D,
+    "shares": 16,
     "pieces_per_slot": 4,
 }
 POINTERS = {
@@ -73,7 +76,7 @@ POINTERS = {
     **dict.fromkeys(("offsets_ptr", "pair_token_ptr", "tiles_ptr"), "i32"),
     **dict.fromkeys(("table_ptr", "contexts_ptr", "slot_ptr"), "i32"),
     **dict.fromkeys(("cos_ptr", "sin_ptr", "stats_ptr"), "fp32"),
-    "arrived_ptr": "i32",
+    **dict.fromkeys(("arrived_ptr", "used_ptr"), "i32"),
 }
 FLOATS = ("scale", "epsilon")
 # Chained launches are for Hopper and newer; ARCH is the first argument.
@@ -108,8 +111,6 @@ def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
     for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
         found += [
             ("scores", routing._scores_kernel, routing.scores_blocks(E), dtype),
-            ("expert_ffn", expert_ffn._expert_ffn_kernel, expert_ffn.ffn_blocks(D, S), dtype),
-            ("sum", expert_ffn._sum_kernel, expert_ffn.sum_blocks(), dtype),
             ("combine", grouped_ffn._combine_kernel, grouped_ffn.combine_blocks(D), dtype),
         ]
         for pairs in (12, 96, 384) if dtype == "bf16" else (384,):
@@ -120,17 +121,15 @@ def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
                 (f"down {pairs}", grouped_ffn._down_kernel, {**down, "BLOCK_E": E}, dtype),
             ]
         full = {"GATED": True, "BIASED": True}
-        few = {**expert_ffn.ffn_blocks(D, S), **full, "EAGER": True}
         many = {**grouped_ffn.up_blocks(384, S, itemsize, gated=True), **full, "BLOCK_E": E}
         found += [
-            ("expert_ffn full", expert_ffn._expert_ffn_kernel, few, dtype),
             ("up full", grouped_ffn._up_kernel, many, dtype),
             ("add norm", add_norm._add_norm_kernel, add_norm.add_norm_blocks(D), dtype),
             ("add norm 5120", add_norm._add_norm_kernel, add_norm.add_norm_blocks(5120), dtype),
             ("activate", masked_ffn._activate_kernel, masked_ffn.activate_blocks(), dtype),
         ]
         found += [(name, *rest, dtype) for name, *rest in attention_cases(itemsize)]
-        found += [(name, *rest, dtype) for name, *rest in thin_cases()]
+        found += [(name, *rest, dtype) for name, *rest in step_cases(itemsize)]
         for size in TRAINED_SIZES:
             found += [(f"{n} {size}", *rest, dtype) for n, *rest in training_cases(size, itemsize)]
     return found
@@ -156,24 +155,31 @@ def attention_cases(itemsize: int) -> list[tuple[str, Any, dict[str, Any]]]:
     return found
 
 
-def thin_cases() -> list[tuple[str, Any, dict[str, Any]]]:
-    """The kernels of a decoding step of few tokens, as (name, kernel, constants)."""
-    linear, normed = thin_linear.linear_blocks(D), {"NORMED": True, "CHAINED": CHAINED}
-    down = {**thin_linear.down_blocks(S), "ROUTED": True, "TOKENS": 1, "CHAINED": CHAINED}
-    dense = {**thin_linear.down_blocks(E * S), "ROUTED": False, "CHAINED": CHAINED}
+def step_cases(itemsize: int) -> list[tuple[str, Any, dict[str, Any]]]:
+    """The kernels of a decoding step, as (name, kernel, constants)."""
+    chained = {"CHAINED": CHAINED}
+    rows, normed = {**expert_ffn.up_blocks(D), **chained}, {"NORMED": True}
+    down, every = expert_ffn.down_blocks(S), thin_linear.down_all_blocks(E * S)
+    full = {"GATED": True, "BIASED": True}
     found = [
-        ("expert up", thin_linear._expert_up_kernel, {**linear, **normed}),
-        ("expert down", thin_linear._down_kernel, down),
+        ("thin", thin_linear._thin_linear_kernel, {**rows, **normed}),
+        ("expert_up", expert_ffn._expert_up_kernel, {**rows, **normed}),
+        ("expert_up full", expert_ffn._expert_up_kernel, {**rows, **full}),
+        ("expert_down", expert_ffn.down_kernel, {**down, **chained, "ROUTED": True}),
+        ("thin_down", expert_ffn.down_kernel, {**every, **chained, "ADDED": True}),
+        ("sum", union_ffn._sum_shares_kernel, {**union_ffn.sum_blocks(16), **chained}),
     ]
-    for tokens in (1, thin_linear.MOST_TOKENS):
-        many = {"TOKENS": tokens}
-        found += [
-            (f"thin {tokens}", thin_linear._thin_linear_kernel, {**linear, **normed, **many}),
-            (f"thin down {tokens}", thin_linear._down_kernel, {**dense, **many}),
-        ]
     for experts in (E, 64, 512):
         blocks = route_step.route_blocks(experts, D, K)
-        found.append((f"route {experts}", route_step._route_kernel, {**blocks, **normed}))
+        found.append(
+            (f"route {experts}", route_step._route_kernel, {**blocks, **normed, **chained})
+        )
+    for tokens in (16, union_ffn.MOST_TOKENS) if itemsize == 2 else ():  # what gpu_ways takes
+        lists = {"BLOCK_L": 8, "BLOCK_E": 512}
+        tiles = {**union_ffn.up_blocks(tokens, itemsize), **lists, **chained}
+        found.append((f"union_up {tokens}", union_ffn._union_up_kernel, tiles))
+        tiles = {**union_ffn.down_blocks(tokens, itemsize), **chained}
+        found.append((f"union_down {tokens}", union_ffn._union_down_kernel, tiles))
     return found
 
 
@@ -197,8 +203,18 @@ def training_cases(size: int, itemsize: int) -> list[tuple[str, Any, dict[str, A
 def source(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[ASTSource, dict[str, int]]:
     """The kernel with a launch's signature and alignments, and its compile options."""
     options = {k: v for k, v in constants.items() if k in ("num_warps", "num_stages")}
-    switches = ("SQUARE", "WIDEN", "GATED", "BIASED", "EAGER", "ADDED", "RECTIFIED")
-    constexprs = {**dict.fromkeys(switches, False), **constants}
+    switches = (
+        "SQUARE",
+        "WIDEN",
+        "GATED",
+        "BIASED",
+        "ADDED",
+        "RECTIFIED",
+        "NORMED",
+        "ROUTED",
+        "CHAINED",
+    )
+    constexprs = {**dict.fromkeys((*switches, "CHAINED"), False), **constants}
     constexprs = {k: v for k, v in constexprs.items() if k in kernel.arg_names}
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from engine.kernels.add_norm import Norm
 from engine.kernels.arrivals import Arrivals
 from engine.kernels.route_step import route_step, route_step_reference
-from engine.kernels.thin_linear import Norm
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

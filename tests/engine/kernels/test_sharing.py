@@ -111,7 +111,7 @@ def test_native_equals_the_reference(shape: tuple[int, int, int], dtype: torch.d
     scores_TE, kept_T, shared_T = make_batch(*shape)
     x_TD, router_ED = scores_TE.to(dtype), torch.eye(shape[1])
     mass_T = torch.full(kept_T.shape, 2.0)
-    chosen_TE = native.choose_shared(x_TD, router_ED, kept_T, mass_T, shared_T)
+    chosen_TE = native.choose(x_TD, router_ED, kept_T, mass_T, shared_T)
     scores_TE = x_TD.float()  # rounded: with ties
     expected_TE = sharing.share_reference(scores_TE, own(scores_TE, kept_T), shared_T)
     if dtype == torch.float32:
@@ -129,7 +129,7 @@ def test_native_scores_that_are_not_numbers_share_nothing() -> None:
     whole_TE = torch.where(
         scores_TE.isnan().all(1, keepdim=True), scores_TE, scores_TE.nan_to_num()
     )
-    chosen_TE = native.choose_shared(whole_TE, router_ED, (k_T + 1) // 2, limit_T, k_T)
+    chosen_TE = native.choose(whole_TE, router_ED, (k_T + 1) // 2, limit_T, k_T)
     seen_TE = whole_TE @ router_ED.T
     expected_TE = sharing.share_reference(seen_TE, own(seen_TE, (k_T + 1) // 2), k_T)
     assert torch.equal(chosen_TE, expected_TE)
