@@ -111,7 +111,7 @@ class PolicyBatch:
         sparse_rows: indices of the other tokens; None if there are no dense ones.
         same_k: the k of all those tokens, if it is one k and mass never binds; else None.
         shared_T: k of the tokens that share (`kernels.sharing`), 0 for others, int32; None if
-            none does.
+            none does, as beside dense tokens.
         oracle: choose by true activation mass instead of the router (evaluation).
     """
 
@@ -142,14 +142,12 @@ class PolicyBatch:
         is_dense: list[bool] = []
         for (policy, tokens), dense in zip(policies, dense_entries, strict=True):
             policy_k, policy_mass = policy.limits(num_experts)
-            shared_k = 0
-            if policy.kind == "shared" and any(dense_entries):  # everything is read
-                policy_k = sharing.most(policy_k, num_experts)
-            elif policy.kind == "shared":
-                policy_k, shared_k = sharing.kept(policy_k), policy_k
-            k += [policy_k] * tokens
+            shares = policy.kind == "shared"
+            if shares and any(dense_entries):  # everything is read: a choice of its own
+                policy_k, shares = sharing.most(policy_k, num_experts), False
+            k += [sharing.kept(policy_k) if shares else policy_k] * tokens
             mass += [policy_mass] * tokens
-            shared += [shared_k] * tokens
+            shared += [policy_k if shares else 0] * tokens
             is_dense += [dense] * tokens
         oracle = {policy.kind == "oracle" for policy, _ in policies}
         assert len(oracle) <= 1, "oracle does not mix with other policies in one batch"
@@ -160,21 +158,18 @@ class PolicyBatch:
         alike = len(limits) == 1 and mass[sparse_rows[0]] > 1 and not any(shared)
         widest = [max(k[i], sharing.most(shared[i], num_experts)) for i in sparse_rows]
 
-        def rows(indices: list[int]) -> Tensor:
-            return torch.tensor(indices, dtype=torch.long, device=device)
-
-        def integers(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
+        def tensor(values: list[int], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
 
         return cls(
-            k_T=integers(k),
+            k_T=tensor(k, torch.int32),
             mass_T=torch.tensor(mass, dtype=torch.float32, device=device),
             max_k=max(widest, default=0),
-            dense_rows=rows(dense_rows) if dense_rows else None,
-            sparse_rows=rows(sparse_rows) if dense_rows else None,
+            dense_rows=tensor(dense_rows, torch.long) if dense_rows else None,
+            sparse_rows=tensor(sparse_rows, torch.long) if dense_rows else None,
             same_k=k[sparse_rows[0]] if alike else None,
             oracle=True in oracle,
-            shared_T=integers(shared) if any(shared) else None,
+            shared_T=tensor(shared, torch.int32) if any(shared) else None,
         )
 
     @classmethod
@@ -371,9 +366,8 @@ class ExpertFFN(nn.Module):
         """The chosen experts only; returns (y [T, D], chosen [T, E])."""
         if self._use_kernels:
             return self._sparse_kernels(x_TD, k_T, mass_T, policy)
-        shared_T = policy.shared_T  # of all of x: no token is dense then
         if self._packed is not None and not policy.oracle:
-            chosen_TE = native.choose(x_TD, self.router, k_T, mass_T, shared_T)
+            chosen_TE = native.choose(x_TD, self.router, k_T, mass_T, policy.shared_T)
             return self._packed(x_TD, native.sort_pairs(chosen_TE)), chosen_TE
         scores_TE = self.scores(x_TD, oracle=policy.oracle)
         if policy.same_k is not None and self._trains_with_kernels(x_TD):
@@ -385,8 +379,8 @@ class ExpertFFN(nn.Module):
             chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, best_TK, True)
         else:
             chosen_TE = routing.choose_reference(scores_TE, k_T, mass_T)
-        if shared_T is not None:
-            chosen_TE = sharing.share_reference(scores_TE, chosen_TE, shared_T)
+        if policy.shared_T is not None:
+            chosen_TE = sharing.share_reference(scores_TE, chosen_TE, policy.shared_T)
         if self._packed is not None:
             return self._packed(x_TD, native.sort_pairs(chosen_TE)), chosen_TE
         return sparse_ffn(x_TD, self.up, self.down, chosen_TE, self.activation), chosen_TE

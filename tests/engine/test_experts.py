@@ -147,17 +147,14 @@ def test_shared_tokens_use_what_the_batch_reads(checkpoint: Checkpoint, kernels:
     chosen = trace.chosen[0]
     assert chosen is not None
     k_T = torch.tensor([2, 2, 8] * 3, dtype=torch.int32)
-    taken = choose_reference(scores, k_T, torch.tensor([2.0, 2.0, 0.5] * 3))
+    mass_T = torch.tensor([2.0, 2.0, 0.5] * 3)
+    taken = choose_reference(scores, k_T, mass_T)
     assert torch.equal(chosen, share_reference(scores, taken, torch.where(sharers, 4, 0).int()))
-    assert not torch.equal(chosen, choose_reference(scores, k_T.where(~sharers, 4), trace_limits()))
+    assert not torch.equal(chosen, choose_reference(scores, k_T.where(~sharers, 4), mass_T))
     torch.testing.assert_close(y, sparse_ffn(x, ffn.up, ffn.down, chosen, "relu"))
     for row in (~sharers).nonzero().flatten().tolist():
         alone = ffn(x[row : row + 1], PolicyBatch.build([entries[row]], 8))
         torch.testing.assert_close(y[row : row + 1], alone)
-
-
-def trace_limits() -> Tensor:
-    return torch.tensor([2.0, 2.0, 0.5] * 3)
 
 
 @pytest.mark.parametrize("kernels", [False, True], ids=["plain", "kernels"])

@@ -263,7 +263,7 @@ def test_sharing_reads_fewer_experts(natively: bool) -> None:
 
 @needs_kernels
 def test_traffic_that_shares_ends_and_leaves_others_alone() -> None:
-    """With preemptions, chunks, prefixes in common and aborts."""
+    """With preemptions, chunks and prefixes in common."""
     oracle, chance = wide_model(), random.Random(11)
     engine = make_engine(oracle, blocks=8, max_num_batched_tokens=64, max_num_seqs=32)
     common, policies = prompt(chance, 33), [*POLICIES, *map(ExpertPolicy.shared, (1, 3, 8))]
