@@ -45,8 +45,8 @@ Experts = Annotated[
     typer.Option(
         "--experts",
         help="How many experts a token may use: dense, auto (what the checkpoint recommends), "
-        "top_k:N (the N best), or mass:SHARE (as few as hold that share of the predicted "
-        "activation mass).",
+        "top_k:N (the N best), mass:SHARE (as few as hold that share of the predicted "
+        "activation mass), or shared:N (as top_k, but tokens that are decoded together share).",
     ),
 ]
 Valid = Annotated[
@@ -565,6 +565,10 @@ def decode(
             "same: one prompt for the whole batch, so that all choose the same. Text lies between."
         ),
     ] = "own",
+    compare: Annotated[
+        str,
+        typer.Option(help="sparse: top_k against dense; shared: the policy shared against top_k."),
+    ] = "sparse",
     seconds: Annotated[float, typer.Option(help="To spend on each batch size, about.")] = 20.0,
     threads: Threads = 0,
     json_file: JsonFile = None,
@@ -581,6 +585,7 @@ def decode(
         shape=shape,
         experts=experts,
         routing=routing,
+        compare=compare,
         seconds=seconds,
         threads=threads,
     )

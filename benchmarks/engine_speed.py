@@ -1,6 +1,7 @@
 """The whole engine on the CPU, sparse against dense: decoding, prompts, and a load of requests.
 
     ambidex bench decode|prefill|serve [--shape opt-125m|opt-1.3b] [--experts 32|64] [--json FILE]
+    ambidex bench decode --compare shared    # the policy shared against top_k
 
 Everything goes through `Engine.step`, as while serving: scheduling, attention, routing, sampling
 and detokenising included. Both sides run the same random weights (`benchmarks.models`) and take
@@ -52,6 +53,7 @@ from engine.request import ExpertPolicy
 BATCHES: Final = (1, 2, 4, 8, 16, 32, 64)
 PREFILLS: Final = (1, 16, 64, 256, 512, 1024)
 ROUTINGS: Final = ("own", "same")
+COMPARISONS: Final = {"sparse": ("dense", "sparse"), "shared": ("top_k", "shared")}
 PROMPT: Final = 64  # tokens before decoding starts
 MIN_STEPS, MAX_STEPS = 6, 128
 MIN_PREFILLS, MAX_PREFILLS = 3, 31
@@ -74,6 +76,8 @@ class Options:
         routing: "own": every request has its own prompt; "same": one prompt for all of a batch.
         seconds: to spend on a row, about; every row has a least number of samples.
         threads: of the CPU; 0 leaves torch's choice.
+        compare: "sparse": top_k against dense; "shared": the policy shared against top_k, of the
+            same k (decoding alone: prompts do not share).
     """
 
     shape: str = "opt-125m"
@@ -81,9 +85,11 @@ class Options:
     routing: str = "own"
     seconds: float = 20.0
     threads: int = 0
+    compare: str = "sparse"
 
     def __post_init__(self) -> None:
         shape_named(self.shape)
+        check_choice("compare", self.compare, tuple(COMPARISONS))
         chosen_of(self.experts)
         check_choice("routing", self.routing, ROUTINGS)
         check_range("seconds", self.seconds, 0.0, 3600.0)
@@ -91,7 +97,7 @@ class Options:
 
 
 class Subject:
-    """One model as its dense and its sparse self.
+    """One model as its dense and its sparse self, or as what the options compare instead.
 
     Args:
         options: which model.
@@ -109,9 +115,12 @@ class Subject:
         kv_tokens = min(kv_tokens, KV_BYTES // kv_token_bytes(self.config))
         config = engine_config(self.config, kv_tokens, options.threads)
         engine = Engine(self.checkpoint, config)
-        self.dense = EngineServer(engine, ExpertPolicy.dense())
         other = Engine(self.checkpoint, config) if side_by_side else engine
-        self.sparse = EngineServer(other, ExpertPolicy.top_k(self.chosen))
+        policies = [ExpertPolicy.dense(), ExpertPolicy.top_k(self.chosen)]
+        if options.compare == "shared":
+            policies = [policies[1], ExpertPolicy.shared(self.chosen)]
+        self.dense = EngineServer(engine, policies[0])
+        self.sparse = EngineServer(other, policies[1])
 
     def prompts(self, count: int, length: int, seed: int) -> list[list[int]]:
         """Prompts of a batch, as the routing asks."""
@@ -182,20 +191,22 @@ def _decode(subject: Subject, bandwidth: Bandwidth, batch: int) -> Record:
     new_tokens = SPARE_STEPS + MAX_STEPS
     servers = (subject.dense, subject.sparse)
     batches = [Decoding(server, prompts, new_tokens) for server in servers]
-    before = subject.sparse.engine.stats.snapshot()
+    before = [server.engine.stats.snapshot() for server in servers]
     first = min(batches[1].counts.values())
     times: list[tuple[float, float]] = []
     deadline = time.perf_counter() + subject.options.seconds
     while len(times) < MIN_STEPS or (len(times) < MAX_STEPS and time.perf_counter() < deadline):
         times.append((batches[0].step(), batches[1].step()))
         bandwidth.sample()
-    after = subject.sparse.engine.stats.snapshot()
+    after = [server.engine.stats.snapshot() for server in servers]
     last = min(batches[1].counts.values())
     for server in servers:
         server.engine.end_all("abort")
-    loaded = sum(after.experts_loaded) - sum(before.experts_loaded)
-    read = loaded / (after.steps - before.steps)
-    return _decode_record(subject, bandwidth, batch, times, read, PROMPT + (first + last) // 2)
+    reads = [
+        (sum(end.experts_loaded) - sum(start.experts_loaded)) / (end.steps - start.steps)
+        for start, end in zip(before, after, strict=True)
+    ]
+    return _decode_record(subject, bandwidth, batch, times, reads, PROMPT + (first + last) // 2)
 
 
 def _decode_record(
@@ -203,48 +214,53 @@ def _decode_record(
     bandwidth: Bandwidth,
     batch: int,
     times: list[tuple[float, float]],
-    experts_read: float,
+    experts_read: Sequence[float],
     context: int,
 ) -> Record:
-    dense_ms, sparse_ms = (statistics.median(values) for values in zip(*times, strict=True))
+    milliseconds = [statistics.median(values) for values in zip(*times, strict=True)]
     config, rate = subject.config, bandwidth.bytes_per_second
     experts = config.experts.num_experts * config.num_hidden_layers
-    dense = step_bytes(config, experts, batch * context, sparse=False).total
-    sparse = step_bytes(config, experts_read, batch * context, sparse=True).total
-    params = {
+    params: dict[str, Any] = {
         **subject.params,
         "batch": batch,
         "routing": subject.options.routing,
         "context": context,
         "steps": len(times),
-        "experts_read": experts_read / experts,
-        "dense_bytes": dense,
-        "sparse_bytes": sparse,
+        "compare": subject.options.compare,
+        "peer_experts_read": experts_read[0] / experts,
+        "experts_read": experts_read[1] / experts,
         "bytes_per_second": rate,
-        "dense_share_of_limit": limit_share(dense, rate, dense_ms),
-        "sparse_share_of_limit": limit_share(sparse, rate, sparse_ms),
     }
-    return Record("engine_decode", params, sparse_ms, "ms", dense_ms, dense_ms / sparse_ms)
+    sides = COMPARISONS[subject.options.compare]
+    for side, read, ms in zip(sides, experts_read, milliseconds, strict=True):
+        needed = step_bytes(config, read, batch * context, sparse=side != "dense").total
+        params[f"{side}_bytes"] = needed
+        params[f"{side}_share_of_limit"] = limit_share(needed, rate, ms)
+    peer_ms, ms = milliseconds
+    name = "engine_decode" + ("_shared" if subject.options.compare == "shared" else "")
+    return Record(name, params, ms, "ms", peer_ms, peer_ms / ms)
 
 
 def print_decode(records: Iterator[Record]) -> list[Record]:
     """Print the table as it grows."""
     print("one step gives each request of the batch a token; ms a step, and tokens a second;")
-    print("read: distinct experts of a sparse step; limit: share of what memory allows")
-    print(
-        f"{'batch':>6}{'dense':>9}{'sparse':>9}{'':>8}{'dense':>10}{'sparse':>10}"
-        f"{'read':>7}{'limit: dense':>14}{'sparse':>8}"
-    )
-    kept = []
+    print("read: distinct experts of a step; limit: share of what memory allows")
+    kept: list[Record] = []
     for record in records:
+        first, second = COMPARISONS[record.params["compare"]]
+        if not kept:
+            print(
+                f"{'batch':>6}{first:>9}{second:>9}{'':>8}{first:>10}{second:>10}"
+                f"{f'read: {first}':>14}{second:>8}{f'limit: {first}':>14}{second:>8}"
+            )
         kept.append(record)
         assert record.peer_value is not None
         p, batch = record.params, record.params["batch"]
         per_second = [f"{batch * 1e3 / ms:>6.0f} t/s" for ms in (record.peer_value, record.value)]
         print(
             f"{batch:>6}{record.peer_value:>9.2f}{record.value:>9.2f}{record.ratio:>7.2f}x"
-            f"{per_second[0]}{per_second[1]}{p['experts_read']:>7.0%}"
-            f"{p['dense_share_of_limit']:>14.0%}{p['sparse_share_of_limit']:>8.0%}",
+            f"{per_second[0]}{per_second[1]}{p['peer_experts_read']:>14.0%}{p['experts_read']:>8.0%}"
+            f"{p[f'{first}_share_of_limit']:>14.0%}{p[f'{second}_share_of_limit']:>8.0%}",
             flush=True,
         )
     return kept
@@ -387,18 +403,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--routing", default=Options.routing)
     parser.add_argument("--seconds", type=float, default=Options.seconds)
     parser.add_argument("--threads", type=int, default=Options.threads)
+    parser.add_argument("--compare", default=Options.compare, help="of decode")
+    parser.add_argument("--batch", type=int, nargs="+", default=BATCHES, help="of decode")
     parser.add_argument("--requests", type=int, default=REQUESTS)
     parser.add_argument("--rate", type=float, default=0.0)
     parser.add_argument("--json", type=Path, help="write the records to this file")
     given = parser.parse_args(arguments)
-    options = Options(given.shape, given.experts, given.routing, given.seconds, given.threads)
+    if given.command != "decode" and given.compare != Options.compare:
+        parser.error("--compare is for decode")
+    options = Options(
+        given.shape, given.experts, given.routing, given.seconds, given.threads, given.compare
+    )
     torch.manual_seed(0)
     threads = options.threads or torch.get_num_threads()
     print(f"{MACHINE}, {threads} threads, torch {VERSIONS['torch']}")
     chosen = chosen_of(options.experts)
     print(f"{options.shape} shape, random weights, bfloat16, {chosen} of {options.experts} experts")
     if given.command == "decode":
-        records = print_decode(decode_records(options))
+        records = print_decode(decode_records(options, given.batch))
     elif given.command == "prefill":
         records = print_prefill(prefill_records(options))
     else:

@@ -26,6 +26,7 @@ from torch import Tensor
 from engine.attention import KVCache
 from engine.experts import PolicyBatch, Trace
 from engine.fused_forward import fused_forward, thin_forward
+from engine.kernels import sharing
 from engine.kernels.arrivals import Arrivals
 from engine.kernels.count_chosen import count_chosen
 from engine.kernels.gpu_ways import expected_union
@@ -49,12 +50,14 @@ class GraphKey(NamedTuple):
         batch: rows.
         max_k: most experts of a row; 0: every row is dense.
         longest: most tokens of a context.
+        shares: whether rows may share experts, which takes launches of its own.
         quarters: of the experts that such batches used of late, rounded up; 0: does not matter.
     """
 
     batch: int
     max_k: int
     longest: int
+    shares: bool = False
     quarters: int = 0
 
 
@@ -93,6 +96,7 @@ def graph_key(
         batch_bucket(len(policies), most_rows),
         0 if all(policy_is_dense(p, num_experts) for p in policies) else max_k,
         context_bucket(max(contexts), most_tokens),
+        any(policy.kind == "shared" for policy in policies),
     )
 
 
@@ -102,19 +106,25 @@ def policy_is_dense(policy: ExpertPolicy, num_experts: int) -> bool:
 
 
 def _most_experts(policy: ExpertPolicy, num_experts: int) -> int:
-    return policy.limits(num_experts)[0]
+    k = policy.limits(num_experts)[0]
+    return sharing.most(k, num_experts) if policy.kind == "shared" else k
+
+
+def _policy_among(request: Request, requests: Sequence[Request]) -> ExpertPolicy:
+    """The policy of its next token; a lone request has nobody to share with."""
+    return request.alone_policy if len(requests) == 1 else request.next_policy
 
 
 class StaticBatch:
     """What a step feeds to the graphs of one batch size: tensors that stay where they are.
 
     Attributes:
-        ids_B, slots_B, contexts_B, k_B: int32.
+        ids_B, slots_B, contexts_B, k_B, shared_B: int32.
         mass_B: float32.
         table_BM: int32.
     """
 
-    ROWS = 5
+    ROWS = 6
 
     def __init__(self, batch: int, most_blocks: int, device: torch.device) -> None:
         numbers = batch * (self.ROWS + most_blocks)
@@ -123,12 +133,12 @@ class StaticBatch:
         self._device = torch.zeros(numbers, dtype=torch.int32, device=device)
         split = self.ROWS * batch
         rows = self._device[:split].view(self.ROWS, batch)
-        self.ids_B, self.slots_B, self.contexts_B, self.k_B = rows[:4]
-        self.mass_B = rows[4].view(torch.float32)
+        self.ids_B, self.slots_B, self.contexts_B, self.k_B, self.shared_B = rows[:5]
+        self.mass_B = rows[5].view(torch.float32)
         self.table_BM = self._device[split:].view(batch, most_blocks)
         host_rows = self._host[:split].view(self.ROWS, batch)
-        self._numbers = host_rows[:4].numpy()
-        self._mass = host_rows[4].view(torch.float32).numpy()
+        self._numbers = host_rows[:5].numpy()
+        self._mass = host_rows[5].view(torch.float32).numpy()
         self._table = self._host[split:].view(batch, most_blocks).numpy()
         self._blocks: list[list[int]] = [[] for _ in range(batch)]
 
@@ -141,9 +151,11 @@ class StaticBatch:
         for row, request in enumerate(requests):
             position = request.num_computed
             block, offset = divmod(position, block_size)
-            k, self._mass[row] = request.policy.limits(num_experts)
+            policy = _policy_among(request, requests)
+            k, self._mass[row] = policy.limits(num_experts)
+            k, shared = (sharing.kept(k), k) if policy.kind == "shared" else (k, 0)
             slot = request.blocks[block] * block_size + offset
-            self._numbers[:, row] = (request.token_ids[position], slot, position + 1, k)
+            self._numbers[:, row] = (request.token_ids[position], slot, position + 1, k, shared)
             if self._blocks[row] != request.blocks:
                 self._blocks[row] = list(request.blocks)
                 self._table[row, : len(request.blocks)] = request.blocks
@@ -205,7 +217,7 @@ class DecodeGraphs:
         """The shape for one token of each request; None if these must run without a graph."""
         if not 1 <= len(requests) <= self.most_rows:
             return None
-        policies = [request.policy for request in requests]
+        policies = [_policy_among(request, requests) for request in requests]
         if any(policy.kind == "oracle" for policy in policies):
             return None
         contexts = [request.num_computed + 1 for request in requests]
@@ -263,7 +275,16 @@ class DecodeGraphs:
         decode = DecodeBatch(batch.table_BM, batch.contexts_B, key.longest)
         tables = model.cos, model.sin
         attend = StepAttend(self.cache, tables, batch.slots_B, decode, arrivals)
-        policy = PolicyBatch(batch.k_B, batch.mass_B, key.max_k, None, None, quarters=key.quarters)
+        shared_B = batch.shared_B if key.shares else None
+        policy = PolicyBatch(
+            batch.k_B,
+            batch.mass_B,
+            key.max_k,
+            None,
+            None,
+            shared_T=shared_B,
+            quarters=key.quarters,
+        )
         chosen_LBE: Tensor | None = None
         if key.batch == 1:
             if key.max_k:

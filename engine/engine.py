@@ -202,7 +202,7 @@ class Engine:
         resolved = policy.resolve(self.model_config.experts.default_policy)
         require(
             resolved.kind != "oracle",
-            "experts must be dense, auto, top_k or mass; oracle is for evaluation only",
+            "experts must be dense, auto, top_k, mass or shared; oracle is for evaluation only",
             InvalidRequest,
         )
         resolved.validate(self.num_experts)

@@ -31,6 +31,7 @@ from engine.kernels import (
     native,
     route_step,
     routing,
+    sharing,
     thin_linear,
     union_ffn,
 )
@@ -103,12 +104,14 @@ class PolicyBatch:
     """The expert policies of a flat batch, as tensors: one row a token.
 
     Attributes:
-        k_T: most experts per token, int32.
+        k_T: most experts per token, int32; of one that shares, what it takes in any case.
         mass_T: predicted mass that suffices, float32; NO_MASS_LIMIT where it never binds.
         max_k: the largest k of the tokens that are not dense; 0 if all are dense.
         dense_rows: indices of dense tokens; None if there are none.
         sparse_rows: indices of the other tokens; None if there are no dense ones.
         same_k: the k of all those tokens, if it is one k and mass never binds; else None.
+        shared_T: k of the tokens that share (`kernels.sharing`), 0 for others, int32; None if
+            none does, as beside dense tokens.
         oracle: choose by true activation mass instead of the router (evaluation).
         quarters: of the experts that such batches use together, rounded up; 0: unknown.
     """
@@ -120,6 +123,7 @@ class PolicyBatch:
     sparse_rows: Tensor | None
     same_k: int | None = None
     oracle: bool = False
+    shared_T: Tensor | None = None
     quarters: int = 0
 
     @classmethod
@@ -130,35 +134,44 @@ class PolicyBatch:
         device: torch.device | str = "cpu",
     ) -> Self:
         """One entry per request in batch order: (its resolved policy, its number of tokens)."""
+        # All experts by any name is the dense FFN; running it as such costs nothing.
+        dense_entries = [
+            p.kind == "dense" or (p.kind == "top_k" and p.value == num_experts) for p, _ in policies
+        ]
         k: list[int] = []
         mass: list[float] = []
+        shared: list[int] = []
         is_dense: list[bool] = []
-        for policy, tokens in policies:
+        for (policy, tokens), dense in zip(policies, dense_entries, strict=True):
             policy_k, policy_mass = policy.limits(num_experts)
-            k += [policy_k] * tokens
+            shares = policy.kind == "shared"
+            if shares and any(dense_entries):  # everything is read: a choice of its own
+                policy_k, shares = sharing.most(policy_k, num_experts), False
+            k += [sharing.kept(policy_k) if shares else policy_k] * tokens
             mass += [policy_mass] * tokens
-            # All experts by any name is the dense FFN; running it as such costs nothing.
-            dense = policy.kind == "dense" or (policy.kind == "top_k" and policy_k == num_experts)
+            shared += [policy_k if shares else 0] * tokens
             is_dense += [dense] * tokens
         oracle = {policy.kind == "oracle" for policy, _ in policies}
         assert len(oracle) <= 1, "oracle does not mix with other policies in one batch"
         dense_rows = [i for i, dense in enumerate(is_dense) if dense]
         sparse_rows = [i for i, dense in enumerate(is_dense) if not dense]
 
-        limits = {(k[i], mass[i]) for i in sparse_rows}
-        same_k = k[sparse_rows[0]] if len(limits) == 1 and mass[sparse_rows[0]] > 1 else None
+        limits = {(k[i], mass[i], shared[i]) for i in sparse_rows}
+        alike = len(limits) == 1 and mass[sparse_rows[0]] > 1 and not any(shared)
+        widest = [max(k[i], sharing.most(shared[i], num_experts)) for i in sparse_rows]
 
-        def rows(indices: list[int]) -> Tensor:
-            return torch.tensor(indices, dtype=torch.long, device=device)
+        def tensor(values: list[int], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
 
         return cls(
-            k_T=torch.tensor(k, dtype=torch.int32, device=device),
+            k_T=tensor(k, torch.int32),
             mass_T=torch.tensor(mass, dtype=torch.float32, device=device),
-            max_k=max((k[i] for i in sparse_rows), default=0),
-            dense_rows=rows(dense_rows) if dense_rows else None,
-            sparse_rows=rows(sparse_rows) if dense_rows else None,
-            same_k=same_k,
+            max_k=max(widest, default=0),
+            dense_rows=tensor(dense_rows, torch.long) if dense_rows else None,
+            sparse_rows=tensor(sparse_rows, torch.long) if dense_rows else None,
+            same_k=k[sparse_rows[0]] if alike else None,
             oracle=True in oracle,
+            shared_T=tensor(shared, torch.int32) if any(shared) else None,
         )
 
     @classmethod
@@ -362,7 +375,7 @@ class ExpertFFN(nn.Module):
         if self._use_kernels:
             return self._sparse_kernels(x_TD, k_T, mass_T, policy)
         if self._packed is not None and not policy.oracle:
-            chosen_TE = native.choose(x_TD, self.router, k_T, mass_T)
+            chosen_TE = native.choose(x_TD, self.router, k_T, mass_T, policy.shared_T)
             return self._packed(x_TD, native.sort_pairs(chosen_TE)), chosen_TE
         scores_TE = self.scores(x_TD, oracle=policy.oracle)
         if policy.same_k is not None and self._trains_with_kernels(x_TD):
@@ -374,6 +387,8 @@ class ExpertFFN(nn.Module):
             chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, best_TK, True)
         else:
             chosen_TE = routing.choose_reference(scores_TE, k_T, mass_T)
+        if policy.shared_T is not None:
+            chosen_TE = sharing.share_reference(scores_TE, chosen_TE, policy.shared_T)
         if self._packed is not None:
             return self._packed(x_TD, native.sort_pairs(chosen_TE)), chosen_TE
         return sparse_ffn(x_TD, self.up, self.down, chosen_TE, self.activation), chosen_TE
@@ -390,32 +405,35 @@ class ExpertFFN(nn.Module):
         size = self.up.shape[0] // self.num_experts
         way = gpu_ways.sparse_way(self._gpu_layer, x_TD.shape[0], policy.max_k, policy.quarters)
         if way == "masked":
-            return self._masked(x_TD, k_T, mass_T, policy.max_k)
+            return self._masked(x_TD, k_T, mass_T, policy.max_k, policy.shared_T)
+        choice = self._select(x_TD, k_T, mass_T, policy.max_k, policy.shared_T)
         if way == "few":
-            few = self._select(x_TD, k_T, mass_T, policy.max_k)
             assert self._arrivals is not None
             y_TD = expert_ffn.expert_ffn(
-                x_TD, self.up, self.down, few.ids_TK, size, self.activation, self._arrivals
+                x_TD, self.up, self.down, choice.ids_TK, size, self.activation, self._arrivals
             )
-            return y_TD, few.chosen_TE
-        if way == "union":
-            chosen_TE = self._select(x_TD, k_T, mass_T, policy.max_k).chosen_TE
-            y_TD = union_ffn.union_ffn(x_TD, self.up, self.down, chosen_TE, self.activation)
-            return y_TD, chosen_TE
-        many = routing.sort_pairs(self._select(x_TD, k_T, mass_T, policy.max_k))
-        y_TD = grouped_ffn.grouped_ffn(x_TD, self.up, self.down, many, self.activation)
-        return y_TD, many.chosen_TE
+        elif way == "union":
+            y_TD = union_ffn.union_ffn(x_TD, self.up, self.down, choice.chosen_TE, self.activation)
+        else:
+            pairs = routing.sort_pairs(choice)
+            y_TD = grouped_ffn.grouped_ffn(x_TD, self.up, self.down, pairs, self.activation)
+        return y_TD, choice.chosen_TE
 
     def _masked(
-        self, x_TD: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int
+        self, x_TD: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int, shared_T: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         chosen_TE, h_TF = side_by_side(
-            lambda: self._select(x_TD, k_T, mass_T, max_k).chosen_TE, lambda: x_TD @ self.up.T
+            lambda: self._select(x_TD, k_T, mass_T, max_k, shared_T).chosen_TE,
+            lambda: x_TD @ self.up.T,
         )
         return masked_ffn.activate_chosen(h_TF, chosen_TE, self.activation) @ self.down, chosen_TE
 
-    def _select(self, x_TD: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int) -> routing.Choice:
-        """The choice on CUDA, in one launch or two."""
+    def _select(
+        self, x_TD: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int, shared_T: Tensor | None
+    ) -> routing.Choice:
+        """The choice on CUDA, in one launch or two, or more if tokens share."""
+        if shared_T is not None:
+            return sharing.select(x_TD, self.router, k_T, mass_T, shared_T, max_k)
         if x_TD.shape[0] > route_step.MOST_TOKENS:
             return routing.select(x_TD, self.router, k_T, mass_T, max_k)
         assert self._arrivals is not None

@@ -13,11 +13,11 @@ import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, Self
+from typing import Final, Literal, Self, cast
 
 from engine.errors import InvalidRequest, require
 
-PolicyKind = Literal["dense", "top_k", "mass", "auto", "oracle"]
+PolicyKind = Literal["dense", "top_k", "mass", "shared", "auto", "oracle"]
 FinishReason = Literal["length", "eos_token", "stop_sequence", "abort", "error"]
 
 NO_MASS_LIMIT: Final = 2.0  # predicted shares sum to 1, so a limit of 2 never binds
@@ -43,6 +43,9 @@ class ExpertPolicy:
     - `dense`: all of them; the dense FFN.
     - `top_k`: the `value` experts with the highest router score.
     - `mass`: as few as the router predicts to hold the share `value` of the activation mass.
+    - `shared`: meant to be as good as `top_k` of `value`, with fewer experts read: while a token
+      is decoded, it gives up some of these for others that its batch reads anyway
+      (`kernels.sharing`). So its result depends on the company; alone, it is `top_k`'s.
     - `auto`: what the checkpoint recommends; resolved by `resolve` before it runs.
     - `oracle`: the `value` experts with the most *true* activation mass. It computes every neuron
       to choose, so it saves nothing: it is the upper bound of any router, for evaluation.
@@ -64,6 +67,10 @@ class ExpertPolicy:
         return cls("mass", share)
 
     @classmethod
+    def shared(cls, k: int) -> Self:
+        return cls("shared", k)
+
+    @classmethod
     def auto(cls) -> Self:
         return cls("auto")
 
@@ -73,7 +80,9 @@ class ExpertPolicy:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read "dense", "auto", "top_k:8", "mass:0.95" or "oracle:8"; the inverse of `str`.
+        """Read "dense", "auto", "top_k:8", "mass:0.95", "shared:8" or "oracle:8".
+
+        The inverse of `str`.
 
         Raises:
             InvalidRequest: if `text` is none of these.
@@ -84,12 +93,12 @@ class ExpertPolicy:
         try:
             if kind == "mass":
                 return cls("mass", float(value))
-            if kind in ("top_k", "oracle"):
-                return cls("top_k" if kind == "top_k" else "oracle", int(value))
+            if kind in ("top_k", "shared", "oracle"):
+                return cls(cast(PolicyKind, kind), int(value))
         except ValueError:
             pass
         raise InvalidRequest(
-            f"experts must be dense, auto, top_k:N or mass:SHARE; got {text[:40]!r}"
+            f"experts must be dense, auto, top_k:N, mass:SHARE or shared:N; got {text[:40]!r}"
         )
 
     def __str__(self) -> str:
@@ -104,7 +113,7 @@ class ExpertPolicy:
 
     def validate(self, num_experts: int) -> None:
         """Raise InvalidRequest unless the value fits a model of `num_experts` experts."""
-        if self.kind in ("top_k", "oracle"):
+        if self.kind in ("top_k", "shared", "oracle"):
             _check(
                 1 <= self.value <= num_experts,
                 f"experts.{self.kind} must be between 1 and {num_experts}, got {self.value}",
@@ -116,7 +125,10 @@ class ExpertPolicy:
             )
 
     def limits(self, num_experts: int) -> tuple[int, float]:
-        """(most experts, predicted mass that suffices): the two numbers that routing needs."""
+        """(most experts, predicted mass that suffices): the two numbers that routing needs.
+
+        Of a `shared` policy they are those of the top k that it stands for.
+        """
         if self.kind == "mass":
             return num_experts, self.value
         if self.kind == "dense":
@@ -336,6 +348,24 @@ class Request:
     @property
     def num_uncomputed(self) -> int:
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def next_policy(self) -> ExpertPolicy:
+        """The policy of the tokens that are computed next.
+
+        `shared` is `top_k` for all but the newest token of the output: prompts, and what is
+        recomputed after a preemption, take each token's own experts, whatever the company.
+        """
+        if self.policy.kind != "shared":
+            return self.policy
+        decodes = self.num_uncomputed == 1 and self.num_computed >= self.prompt_len
+        return self.policy if decodes else self.alone_policy
+
+    @property
+    def alone_policy(self) -> ExpertPolicy:
+        """The policy without the part that looks at the batch."""
+        shared = self.policy.kind == "shared"
+        return ExpertPolicy("top_k", self.policy.value) if shared else self.policy
 
     @property
     def max_len(self) -> int:

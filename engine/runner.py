@@ -148,7 +148,7 @@ class Runner:
             spans,
             self._tensor([i for r, n in plan for i in _tokens(r, n)]),
             self._tensor([i for s in spans for i in range(s.context - s.length, s.context)]),
-            PolicyBatch.build([(r.policy, n) for r, n in plan], self.num_experts, self.device),
+            PolicyBatch.build([(r.next_policy, n) for r, n in plan], self.num_experts, self.device),
             trace,
             self._tensor(ready_rows + [row for rows in prompt_rows for row in rows]),
         )

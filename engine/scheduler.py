@@ -181,7 +181,7 @@ class Scheduler:
             first = request.num_computed // self.allocator.block_size
             request.num_computed += num_tokens
             if self.config.prefix_caching:
-                for index in range(first, request.num_computed // self.allocator.block_size):
+                for index in range(first, self._cacheable(request) // self.allocator.block_size):
                     self.allocator.publish(request.blocks[index], self._key(request, index))
 
     def check_integrity(self) -> None:
@@ -289,6 +289,15 @@ class Scheduler:
         wants_prompt = request.sampling.prompt_logprobs and not request.num_output
         return self.config.prefix_caching and not wants_prompt
 
+    def _cacheable(self, request: Request) -> int:
+        """How many of its computed tokens have keys and values that its policy alone decides.
+
+        Those of an output under a `shared` policy came from a batch that is gone.
+        """
+        if request.policy != request.alone_policy:
+            return min(request.num_computed, request.prompt_len)
+        return request.num_computed
+
     def _cached_blocks(self, request: Request) -> list[int]:
         """The findable blocks of the longest prefix, without the last known token."""
         blocks: list[int] = []
@@ -304,7 +313,7 @@ class Scheduler:
         """The key of its full block `index`; each is computed once, in order."""
         keys, size = request.block_keys, self.allocator.block_size
         for start in range(len(keys) * size, (index + 1) * size, size):
-            policy = request.policy
+            policy = request.alone_policy
             # Not str(policy), which rounds.
             parent = keys[-1] if keys else root_key(f"{policy.kind}:{policy.value!r}")
             keys.append(child_key(parent, request.token_ids[start : start + size]))

@@ -1,6 +1,7 @@
 """The GPU kernels of the engine, each beside a reference in plain PyTorch of the same signature.
 
 - `routing`: scores, the choice of experts, and token-expert pairs sorted by expert.
+- `sharing`: the choice that looks at the batch: tokens use what is read anyway.
 - `top_k`: the same routing where every token takes as many experts, for training.
 - `expert_ffn`: the sparse FFN for few tokens, bound by memory: it reads the chosen rows once.
 - `grouped_ffn`: the sparse FFN for many tokens, bound by arithmetic: one grouped product.

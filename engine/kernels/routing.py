@@ -359,7 +359,7 @@ def sort_blocks(num_tokens: int) -> dict[str, int]:
     return {"BLOCK_T": min(SORT_TOKENS, next_power_of_2(num_tokens)), "num_warps": 4}
 
 
-def _score_pieces(x_TD: Tensor, router_ED: Tensor) -> Tensor:
+def score_pieces(x_TD: Tensor, router_ED: Tensor) -> Tensor:
     """x @ router.T in pieces along D: float32 [T, pieces, E]."""
     (num_tokens, d_model), num_experts = x_TD.shape, router_ED.shape[0]
     pieces = cdiv(d_model, PIECE_D)
@@ -379,7 +379,8 @@ def _score_pieces(x_TD: Tensor, router_ED: Tensor) -> Tensor:
     return pieces_TNE
 
 
-def _choose(pieces_TNE: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int) -> Choice:
+def choose(pieces_TNE: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int) -> tuple[Choice, Tensor]:
+    """`select_scores` from scores that are the sums of pieces; and the scores, float32 [T, E]."""
     num_tokens, pieces, num_experts = pieces_TNE.shape
     assert num_tokens >= 1
     assert 1 <= max_k <= num_experts <= MAX_EXPERTS
@@ -402,7 +403,7 @@ def _choose(pieces_TNE: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int) -> Choi
         max_k,
         **choose_blocks(num_experts, pieces, max_k),
     )
-    return Choice(chosen_TE, ids_TK)
+    return Choice(chosen_TE, ids_TK), scores_TE
 
 
 def select_scores(scores_TE: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int) -> Choice:
@@ -414,7 +415,7 @@ def select_scores(scores_TE: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int) ->
         mass_T: float32 [T], the share of predicted mass at which a token has enough.
         max_k: the width of `ids_TK`, 1 .. E.
     """
-    return _choose(scores_TE[:, None], k_T, mass_T, max_k)
+    return choose(scores_TE[:, None], k_T, mass_T, max_k)[0]
 
 
 def select(x_TD: Tensor, router_ED: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int) -> Choice:
@@ -426,7 +427,7 @@ def select(x_TD: Tensor, router_ED: Tensor, k_T: Tensor, mass_T: Tensor, max_k: 
         k_T, mass_T, max_k: as for `select_scores`.
     """
     assert x_TD.shape[1] == router_ED.shape[1]
-    return _choose(_score_pieces(x_TD, router_ED), k_T, mass_T, max_k)
+    return choose(score_pieces(x_TD, router_ED), k_T, mass_T, max_k)[0]
 
 
 def sort_pairs(choice: Choice) -> Routing:

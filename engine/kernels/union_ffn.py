@@ -47,7 +47,7 @@ def union_ffn_reference(
 
 @jit
 def _list_used(
-    chosen_ptr, used_ptr, num_tokens, num_experts, BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr
+    chosen_ptr, list_ptr, num_tokens, num_experts, BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr
 ):
     """Write how many experts any token chose, and then which, ascending."""
     e = tl.arange(0, BLOCK_E)
@@ -57,8 +57,8 @@ def _list_used(
         at = chosen_ptr + t * num_experts + e[None, :]
         chosen = tl.load(at, mask=(t < num_tokens) & (e < num_experts)[None, :], other=0)
         used = tl.maximum(used, tl.max(chosen.to(tl.int32), axis=0))
-    tl.store(used_ptr + tl.cumsum(used, axis=0), e, mask=used != 0)
-    tl.store(used_ptr, tl.sum(used, axis=0))
+    tl.store(list_ptr + tl.cumsum(used, axis=0), e, mask=used != 0)
+    tl.store(list_ptr, tl.sum(used, axis=0))
 
 
 @jit
@@ -67,7 +67,7 @@ def _union_up_kernel(
     up_ptr,
     chosen_ptr,
     h_ptr,
-    used_ptr,
+    list_ptr,
     num_tokens,
     num_experts,
     d_model,
@@ -92,7 +92,7 @@ def _union_up_kernel(
         gdc_wait()
     chosen = tl.load(chosen_ptr + t * num_experts + expert, mask=in_t, other=0) != 0
     if i == 0:
-        _list_used(chosen_ptr, used_ptr, num_tokens, num_experts, BLOCK_L, BLOCK_E)
+        _list_used(chosen_ptr, list_ptr, num_tokens, num_experts, BLOCK_L, BLOCK_E)
     if tl.max(chosen.to(tl.int32), axis=0) == 0:
         return
     s = (i % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -116,7 +116,7 @@ def _union_up_kernel(
 def _union_down_kernel(
     h_ptr,
     down_ptr,
-    used_ptr,
+    list_ptr,
     partial_ptr,
     num_tokens,
     num_experts,
@@ -140,13 +140,13 @@ def _union_down_kernel(
         gdc_launch_dependents()
         gdc_wait()
     per_expert = tl.cdiv(expert_size, BLOCK_S)
-    steps = tl.load(used_ptr) * per_expert
+    steps = tl.load(list_ptr) * per_expert
     each = tl.cdiv(steps, shares)
     first = share * each
     neurons = num_experts * expert_size
     acc = tl.zeros((BLOCK_D, BLOCK_T), tl.float32)
     for step in range(first, tl.minimum(first + each, steps)):
-        expert = tl.load(used_ptr + 1 + step // per_expert)
+        expert = tl.load(list_ptr + 1 + step // per_expert)
         s = (step % per_expert) * BLOCK_S + tl.arange(0, BLOCK_S)
         in_s = s < expert_size
         neuron = expert * expert_size + s

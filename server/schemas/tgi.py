@@ -92,11 +92,14 @@ def _policy(value: Any) -> ExpertPolicy:
             return ExpertPolicy.parse(value)
         case {"top_k": int(k)} if len(value) == 1 and not isinstance(k, bool) and abs(k) < 1 << 31:
             return ExpertPolicy.top_k(k)
+        case {"shared": int(k)} if len(value) == 1 and not isinstance(k, bool) and abs(k) < 1 << 31:
+            return ExpertPolicy.shared(k)
         case {"mass": int(p) | float(p)} if len(value) == 1 and not isinstance(p, bool):
             return ExpertPolicy.mass(min(float(p), 2.0) if abs(p) < 1 << 31 else 2.0)
     raise InvalidRequest(
-        'experts must be "dense", "auto", "top_k:N", "mass:SHARE", {"top_k": N} or '
-        f'{{"mass": SHARE}} with N from 1 to {MAX_EXPERTS} and SHARE above 0 and at most 1'
+        'experts must be "dense", "auto", "top_k:N", "mass:SHARE", "shared:N", {"top_k": N}, '
+        f'{{"mass": SHARE}} or {{"shared": N}} with N from 1 to {MAX_EXPERTS} and SHARE above 0 '
+        "and at most 1"
     )
 
 
@@ -127,15 +130,18 @@ Policy = Annotated[
         {
             "anyOf": [
                 {"type": "string", "enum": ["dense", "auto"]},
-                {"type": "string", "pattern": r"^(top_k:\d+|mass:\d*\.?\d+)$"},
-                {
-                    "type": "object",
-                    "properties": {
-                        "top_k": {"type": "integer", "minimum": 1, "maximum": MAX_EXPERTS}
-                    },
-                    "required": ["top_k"],
-                    "additionalProperties": False,
-                },
+                {"type": "string", "pattern": r"^((top_k|shared):\d+|mass:\d*\.?\d+)$"},
+                *(
+                    {
+                        "type": "object",
+                        "properties": {
+                            kind: {"type": "integer", "minimum": 1, "maximum": MAX_EXPERTS}
+                        },
+                        "required": [kind],
+                        "additionalProperties": False,
+                    }
+                    for kind in ("top_k", "shared")
+                ),
                 {
                     "type": "object",
                     "properties": {"mass": {"type": "number", "exclusiveMinimum": 0, "maximum": 1}},
@@ -143,7 +149,7 @@ Policy = Annotated[
                     "additionalProperties": False,
                 },
             ],
-            "examples": ["auto", "dense", {"top_k": 8}, {"mass": 0.95}, "top_k:8"],
+            "examples": ["auto", "dense", {"top_k": 8}, {"mass": 0.95}, {"shared": 8}, "top_k:8"],
         }
     ),
 ]
@@ -175,6 +181,8 @@ class GenerateParameters(Strict):
         default_factory=ExpertPolicy.auto,
         description="Expert policy of this request. `dense`: all experts. `top_k`: that many per "
         "token. `mass`: as many as the router predicts to hold this share of the activation mass. "
+        "`shared`: as `top_k`, but a decoding token gives some of its experts up for others that "
+        "the batch reads anyway, so the output depends on what else is decoded. "
         "`auto` (the default): what the checkpoint recommends, see `GET /info`.",
     )
     frequency_penalty: Penalty | None = Field(

@@ -35,6 +35,9 @@ POLICIES = [
 ]
 
 
+DENSE = POLICIES[0]
+
+
 @pytest.fixture
 def model() -> Decoder:
     return tiny_model(tiny_config()).requires_grad_(False).to("cuda")
@@ -103,11 +106,19 @@ class TestGraphs:
         config = EngineConfig(device="cuda", block_size=4, max_num_batched_tokens=70, **changes)
         return Engine(checkpoint, config)
 
-    def outputs(self, engine: Engine, chosen: Sequence[int]) -> dict[int, list[int]]:
+    def outputs(
+        self,
+        engine: Engine,
+        chosen: Sequence[int],
+        policies: Sequence[ExpertPolicy] = POLICIES,
+    ) -> dict[int, list[int]]:
         sampling = SamplingParams(max_new_tokens=12, ignore_eos=True)
         requests = {
             i: engine.make_request(
-                self.PROMPTS[i], sampling, POLICIES[i % 4], request_id=f"request-{i}"
+                self.PROMPTS[i],
+                sampling,
+                policies[i % len(policies)],
+                request_id=f"request-{i}",
             )
             for i in chosen
         }
@@ -133,11 +144,27 @@ class TestGraphs:
         for i in (0, 1, 5, 6, 7):
             assert self.outputs(engine, [i])[i] == together[i], POLICIES[i % 4]
 
-    def test_experts_are_counted_alike(self, model: Decoder) -> None:
+    def test_sharing_in_graphs(self, model: Decoder) -> None:
+        """As launched, alone as `top_k`, and without a trace in others."""
+        own, shared = ExpertPolicy.top_k(4), ExpertPolicy.shared(4)
+        everyone = range(len(self.PROMPTS))
+        replayed, launched = self.engine(model), self.engine(model, cuda_graphs=False)
+        for policies in ([shared], [shared, own, ExpertPolicy.mass(0.6)], [shared, DENSE]):
+            found = self.outputs(replayed, everyone, policies)
+            assert found == self.outputs(launched, everyone, policies)
+            for i in (1, 2):
+                if len(policies) > 1 and policies[i % len(policies)] != shared:
+                    assert self.outputs(replayed, [i], policies)[i] == found[i]
+        assert replayed.runner.graphs is not None
+        assert any(key.shares for key in replayed.runner.graphs.captured)
+        assert self.outputs(replayed, [3], [shared]) == self.outputs(replayed, [3], [own])
+
+    @pytest.mark.parametrize("policies", [POLICIES, [ExpertPolicy.shared(4)]], ids=str)
+    def test_experts_are_counted_alike(self, model: Decoder, policies: list[ExpertPolicy]) -> None:
         counted = []
         for graphs in (True, False):
             engine = self.engine(model, cuda_graphs=graphs)
-            self.outputs(engine, range(5))
+            self.outputs(engine, range(5), policies)
             counted.append(engine.stats.snapshot())
         assert counted[0].experts_activated == counted[1].experts_activated
         assert counted[0].experts_loaded == counted[1].experts_loaded

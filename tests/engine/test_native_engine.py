@@ -200,6 +200,90 @@ def test_output_is_the_same_bits_in_any_company(dtype: torch.dtype, policy: Expe
         torch.set_num_threads(threads)
 
 
+@needs_kernels
+@pytest.mark.parametrize("dtype", native.DTYPES, ids=["float32", "bfloat16"])
+def test_a_lone_shared_request_is_top_k_bit_for_bit(dtype: torch.dtype) -> None:
+    """Also after its prompt was computed in chunks and in company that does not decode with it."""
+    model, chance = wide_model(dtype), random.Random(5)
+    ids, sampling = prompt(chance, 37), SamplingParams(max_new_tokens=40, ignore_eos=True)
+
+    def output(policy: ExpertPolicy, **config: int) -> tuple[list[int], list[float], int]:
+        engine = make_engine(model, **config)
+        request = engine.make_request(ids, sampling, policy)
+        logprobs = serve(engine, [(0, request)])[request.request_id]
+        return request.output_ids, logprobs, request.experts_activated
+
+    own = output(ExpertPolicy.top_k(3))
+    assert output(ExpertPolicy.shared(3)) == own
+    assert output(ExpertPolicy.shared(3), max_num_batched_tokens=7, max_num_seqs=4) == own
+
+
+@needs_kernels
+@pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[2], POLICIES[4]], ids=str)
+def test_company_that_shares_changes_no_bit_of_others(policy: ExpertPolicy) -> None:
+    model = wide_model(torch.bfloat16)
+
+    def output(company: int) -> tuple[list[int], list[float]]:
+        chance, sampling = random.Random(5), SamplingParams(max_new_tokens=40, ignore_eos=True)
+        engine = make_engine(model)
+        watched = engine.make_request(prompt(chance, 37), sampling, policy)
+        others = [
+            engine.make_request(prompt(chance, 5 + i), sampling, ExpertPolicy.shared(1 + i % 8))
+            for i in range(company)
+        ]
+        logprobs = serve(engine, [(i % 4, other) for i, other in enumerate([watched, *others])])
+        return watched.output_ids, logprobs[watched.request_id]
+
+    assert output(12) == output(0)
+
+
+@pytest.mark.parametrize("natively", [True, False])
+def test_sharing_reads_fewer_experts(natively: bool) -> None:
+    """And counts what ran: never more experts than own choices of the same tokens would read."""
+    if natively and not native.available():
+        pytest.skip("needs a C compiler")
+    model = wide_model() if natively else wide_model(heads=16)
+
+    def loaded(policy: ExpertPolicy) -> tuple[int, list[int]]:
+        chance, sampling = random.Random(3), SamplingParams(max_new_tokens=30, ignore_eos=True)
+        engine = make_engine(model)
+        assert isinstance(engine.runner.cache, native.PagedCache) == natively
+        requests = [engine.make_request(prompt(chance, 9), sampling, policy) for _ in range(5)]
+        serve(engine, [(0, request) for request in requests])
+        numbers = engine.stats.snapshot()
+        assert sum(numbers.experts_activated) == sum(r.experts_activated for r in requests)
+        return sum(numbers.experts_loaded), [r.experts_activated for r in requests]
+
+    read, _ = loaded(ExpertPolicy.top_k(3))
+    read_shared, used = loaded(ExpertPolicy.shared(3))
+    assert read_shared < read
+    layers, tokens = model.config.num_hidden_layers, 9 + 30 - 1
+    assert all(0 < count <= layers * tokens * 4 for count in used)
+
+
+@needs_kernels
+def test_traffic_that_shares_ends_and_leaves_others_alone() -> None:
+    """With preemptions, chunks and prefixes in common."""
+    oracle, chance = wide_model(), random.Random(11)
+    engine = make_engine(oracle, blocks=8, max_num_batched_tokens=64, max_num_seqs=32)
+    common, policies = prompt(chance, 33), [*POLICIES, *map(ExpertPolicy.shared, (1, 3, 8))]
+    requests = [
+        engine.make_request(
+            common[: 33 * (i % 3 == 0)] + prompt(chance, chance.choice([1, 16, 30])),
+            SamplingParams(max_new_tokens=chance.randrange(1, 40), ignore_eos=True),
+            policies[i % len(policies)],
+        )
+        for i in range(32)
+    ]
+    serve(engine, [(chance.randrange(25), request) for request in requests])
+    assert sum(request.preemptions for request in requests if request.policy.kind == "shared") > 0
+    for request in requests:
+        assert request.num_output == request.sampling.max_new_tokens
+        if request.policy.kind != "shared":
+            ids, new = request.prompt_ids, request.num_output
+            assert request.output_ids[:5] == generate(oracle, ids, min(new, 5), request.policy)
+
+
 # --- memory ---------------------------------------------------------------------------------------
 
 

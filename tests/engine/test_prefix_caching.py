@@ -69,6 +69,31 @@ def test_a_conversation_computes_each_turn_once(make_engine: MakeEngine, oracle:
     assert 0 < numbers.prefix_hit_tokens < numbers.prefix_queried_tokens
 
 
+def test_a_shared_output_stays_out_of_the_cache(make_engine: MakeEngine) -> None:
+    """Its prompt is that of `top_k`, and found as such; its output came from its company."""
+    shared, own = ExpertPolicy.shared(3), ExpertPolicy.top_k(3)
+    said, sampling = [chance % 290 + 1 for chance in range(7, 300, 17)], SamplingParams(14)
+    assert len(said) == 18
+
+    def cached(engine: Engine, prompt: list[int], policy: ExpertPolicy) -> int:
+        request = engine.make_request(prompt, sampling, policy)
+        usage = usages(engine, [(0, request)])[request.request_id]
+        return usage.cached_prompt_tokens
+
+    engine = make_engine()
+    first = engine.make_request(said, sampling, shared)
+    usages(engine, [(0, first)])
+    assert len(first.token_ids) == 32
+    assert cached(engine, first.token_ids, ExpertPolicy.dense()) == 0
+    assert cached(engine, first.token_ids, own) == 16
+    # Now that top_k computed the same tokens, they are there for both.
+    assert cached(engine, first.token_ids, shared) == 28
+
+    engine = make_engine()
+    usages(engine, [(0, engine.make_request(said, sampling, shared))])
+    assert cached(engine, first.token_ids, shared) == 16
+
+
 def test_sampled_tokens_do_not_depend_on_the_cache(make_engine: MakeEngine) -> None:
     engine, prompt = make_engine(), list(range(10, 40))
     sampling = SamplingParams(max_new_tokens=12, temperature=1.0, seed=4)

@@ -75,7 +75,12 @@ def refused(response: Any, status: int = 422, error_type: str = "validation") ->
         ({"truncate": 0}, "parameters.truncate must be"),
         ({"typical_p": 2}, "parameters.typical_p must be"),
         # expert policies
-        ({"experts": "sparse"}, "parameters.experts must be dense, auto, top_k:N or mass:SHARE"),
+        ({"experts": "sparse"}, "parameters.experts must be dense, auto, top_k:N, mass:SHARE"),
+        ({"experts": {"shared": 0}}, "experts.shared must be between 1 and 512, got 0"),
+        ({"experts": {"shared": 9}}, "experts.shared must be between 1 and 8, got 9"),
+        ({"experts": "shared:9"}, "experts.shared must be between 1 and 8, got 9"),
+        ({"experts": {"shared": True}}, "parameters.experts must be"),
+        ({"experts": {"shared": 4, "top_k": 4}}, "parameters.experts must be"),
         ({"experts": "oracle:4"}, "parameters.experts must be"),
         ({"experts": {"oracle": 4}}, "parameters.experts must be"),
         ({"experts": {}}, "parameters.experts must be"),

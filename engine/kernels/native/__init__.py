@@ -3,10 +3,12 @@
 torch's operators read a weight at half the memory's bandwidth when tokens are few, and cost tens of
 microseconds each. These are C, compiled on first use (build.py), and called with pointers. Each
 function here states its contract. Their references are torch's operators,
-`sliced_ffn.sparse_ffn_reference` for the experts, and `routing.choose_reference` for the choice.
+`sliced_ffn.sparse_ffn_reference` for the experts, and `routing.choose_reference` and
+`sharing.share_reference` for the choice.
 
 A token's result does not depend on the batch: every sum is taken in an order that the token's own
-data decide, whatever the company, the number of threads or the path (few tokens, many).
+data decide, whatever the company, the number of threads or the path (few tokens, many). Only
+the choice of tokens that share is meant to look at the batch.
 
 Shapes: T tokens, D model, F neurons, E experts, S neurons per expert, P token-expert pairs,
 U experts in use, N outputs, K inputs, H query heads, G key-value heads, d head dimension,
@@ -203,21 +205,32 @@ class Pairs:
         return int(self.offsets[self.used])
 
 
-def choose(x_TD: Tensor, router_ED: Tensor, k_T: Tensor, mass_T: Tensor) -> Tensor:
+def choose(
+    x_TD: Tensor, router_ED: Tensor, k_T: Tensor, mass_T: Tensor, shared_T: Tensor | None = None
+) -> Tensor:
     """The experts of every token by the rule of `routing.choose_reference`, bool [T, E].
 
     Args:
         x_TD: [T, D], float32 or bfloat16.
         router_ED: [E, D], float32.
         k_T, mass_T: int32 and float32 [T].
+        shared_T: int32 [T], for the rule of `sharing.share_reference` after that; None if no token
+            shares.
     """
     x_TD = x_TD.contiguous()
     (T, D), E = x_TD.shape, router_ED.shape[0]
     chosen_TE = torch.empty(T, E, dtype=torch.bool)
+    scores_TE = torch.empty(T, E, dtype=torch.float32) if shared_T is not None else None
     _call(
         "choose", x_TD.dtype, _pointer(x_TD), _pointer(router_ED), _pointer(k_T), _pointer(mass_T),
-        _pointer(chosen_TE), _LONG(T), _LONG(E), _LONG(D),
+        _POINTER(None) if scores_TE is None else _pointer(scores_TE), _pointer(chosen_TE),
+        _LONG(T), _LONG(E), _LONG(D),
     )  # fmt: skip
+    if scores_TE is not None and shared_T is not None:
+        lib = library()
+        assert lib is not None
+        pointers = map(_pointer, (scores_TE, shared_T, chosen_TE))
+        lib.share(*pointers, _LONG(T), _LONG(E), _INT(torch.get_num_threads()))
     return chosen_TE
 
 

@@ -32,6 +32,7 @@ from engine.kernels import (
     paged_kv,
     route_step,
     routing,
+    sharing,
     thin_linear,
     top_k,
     union_ffn,
@@ -69,13 +70,13 @@ INTS = {
     "pieces_per_slot": 4,
 }
 POINTERS = {
-    "chosen_ptr": "i1",
+    **dict.fromkeys(("chosen_ptr", "read_ptr", "taken_ptr", "used_ptr"), "i1"),
     **dict.fromkeys(("pieces_ptr", "scores_ptr", "mass_ptr", "partial_ptr"), "fp32"),
     **dict.fromkeys(("k_ptr", "ids_ptr", "counts_ptr", "chunk_counts_ptr"), "i32"),
     **dict.fromkeys(("offsets_ptr", "pair_token_ptr", "tiles_ptr"), "i32"),
     **dict.fromkeys(("table_ptr", "contexts_ptr", "slot_ptr"), "i32"),
     **dict.fromkeys(("cos_ptr", "sin_ptr", "stats_ptr"), "fp32"),
-    **dict.fromkeys(("arrived_ptr", "used_ptr"), "i32"),
+    **dict.fromkeys(("arrived_ptr", "list_ptr"), "i32"),
 }
 FLOATS = ("scale", "epsilon")
 # Chained launches are for Hopper and newer; ARCH is the first argument.
@@ -95,6 +96,10 @@ def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
         ("fill", routing._fill_kernel, {**sort, "BLOCK_E": E}, "i32"),
         ("choose", routing._choose_kernel, routing.choose_blocks(E, N, K), "fp32"),
         ("choose 512", routing._choose_kernel, routing.choose_blocks(512, N, 16), "fp32"),
+        ("take", sharing._take_kernel, sharing.take_blocks(E), "fp32"),
+        ("use", sharing._use_kernel, sharing.use_blocks(E, K), "fp32"),
+        ("take 512", sharing._take_kernel, sharing.take_blocks(512), "fp32"),
+        ("use 512", sharing._use_kernel, sharing.use_blocks(512, 16), "fp32"),
         ("tiles", grouped_pairs._tiles_kernel, grouped_pairs.tiles_blocks(E), "i32"),
     ]
     for experts in (E, 64, 512):

@@ -138,12 +138,12 @@ def test_a_token_is_routed_alike_in_any_company(device: torch.device) -> None:
     router_ED = torch.randn(24, 300, device=device)
     k_T, mass_T = mixed_limits(21, 8, device)
     together = routing.select(x_TD, router_ED, k_T, mass_T, 8)
-    scores_TNE = routing._score_pieces(x_TD, router_ED)
+    scores_TNE = routing.score_pieces(x_TD, router_ED)
     for t in (0, 3, 16, 20):
         one = slice(t, t + 1)
         alone = routing.select(x_TD[one], router_ED, k_T[one], mass_T[one], 8)
         assert torch.equal(alone.ids_TK, together.ids_TK[one])
-        assert torch.equal(routing._score_pieces(x_TD[one], router_ED), scores_TNE[one])
+        assert torch.equal(routing.score_pieces(x_TD[one], router_ED), scores_TNE[one])
 
 
 def test_close_scores_lose_no_expert(device: torch.device) -> None:
