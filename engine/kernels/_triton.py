@@ -10,13 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["AVAILABLE", "INTERPRETED", "cdiv", "jit", "next_power_of_2", "tl"]
+__all__ = [
+    "AVAILABLE",
+    "INTERPRETED",
+    "TensorDescriptor",
+    "cdiv",
+    "jit",
+    "next_power_of_2",
+    "tl",
+]
 
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ModuleNotFoundError:
-    triton = tl = None
+    triton = tl = TensorDescriptor = None
 
 AVAILABLE: bool = triton is not None
 

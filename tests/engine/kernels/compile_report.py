@@ -27,8 +27,10 @@ from engine.kernels import (
     expert_ffn,
     grouped_ffn,
     grouped_pairs,
+    grouped_tma,
     masked_ffn,
     paged_kv,
+    paged_prefill,
     routing,
     top_k,
 )
@@ -65,14 +67,22 @@ POINTERS = {
     **dict.fromkeys(("pieces_ptr", "mass_ptr", "partial_ptr"), "fp32"),
     **dict.fromkeys(("k_ptr", "ids_ptr", "counts_ptr", "chunk_counts_ptr"), "i32"),
     **dict.fromkeys(("offsets_ptr", "pair_token_ptr", "tiles_ptr"), "i32"),
-    **dict.fromkeys(("table_ptr", "contexts_ptr", "slot_ptr"), "i32"),
+    **dict.fromkeys(("table_ptr", "contexts_ptr", "slot_ptr", "pieces_ptr"), "i32"),
     **dict.fromkeys(("cos_ptr", "sin_ptr", "stats_ptr"), "fp32"),
 }
 FLOATS = ("scale", "epsilon")
+# What a descriptor fetches at once.
+DESCRIPTORS = {
+    "up_desc": ("BLOCK_S", "BLOCK_D"),
+    "h_desc": ("BLOCK_P", "BLOCK_S"),
+    "down_desc": ("BLOCK_S", "BLOCK_D"),
+}
 PATTERNS = {
     "wide_loads": r"ld\.global\.(?:\w+\.)*v4\.b32|cp\.async\.c[ag]\.shared\.global .*0x10",
     "loads": r"ld\.global|cp\.async\.c[ag]",
     "mma": r"mma\.sync|wgmma\.mma_async",
+    "wgmma": r"wgmma\.mma_async",
+    "tma": r"cp\.async\.bulk\.tensor",
 }
 
 
@@ -137,6 +147,8 @@ def attention_cases(itemsize: int) -> list[tuple[str, Any, dict[str, Any]]]:
                 **paged_kv.decode_blocks(group, width, itemsize),
             }
             found.append((f"decode {group}x{width}", paged_kv._decode_kernel, blocks))
+            blocks = {"PAGE": 16, **paged_prefill.prefill_blocks(group, width, itemsize)}
+            found.append((f"prefill {group}x{width}", paged_prefill._prefill_kernel, blocks))
     return found
 
 
@@ -167,13 +179,17 @@ def source(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[ASTSourc
     for index, name in enumerate(kernel.arg_names):
         if name in constexprs:
             signature[name] = "constexpr"
+        elif name in DESCRIPTORS:
+            shape = ", ".join(str(constexprs[size]) for size in DESCRIPTORS[name])
+            signature[name] = f"tensordesc<{dtype}[{shape}]>"
         elif name in INTS:
             signature[name] = "i32"
         elif name in FLOATS:
             signature[name] = "fp32"
         else:
             signature[name] = "*" + POINTERS.get(name, dtype)
-        if name not in constexprs and name not in FLOATS and INTS.get(name, 16) % 16 == 0:
+        plain = name not in constexprs and name not in FLOATS and name not in DESCRIPTORS
+        if plain and INTS.get(name, 16) % 16 == 0:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constexprs, attributes), options
 
