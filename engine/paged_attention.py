@@ -2,7 +2,8 @@
 
 One `KernelAttend` serves a flat batch: sequences that decode go through the paged kernel, each
 chunk of a prompt through PyTorch's attention over its gathered context. A batch that only decodes
-lies in tensors of one shape (`DecodeBatch`), so that `engine.cuda_graphs` can replay it.
+lies in tensors of one shape (`DecodeBatch`), so that `engine.cuda_graphs` can replay it; so does
+any other in a `PromptBatch`, for `engine.prompt_graphs`.
 
 Shapes: T tokens, B decoding sequences, M blocks per sequence at most, L tokens of a context, H
 query heads, G key-value heads, d head dimension.
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from engine.attention import KVCache, PagedAttend, SequenceSpan
 from engine.kernels.paged_kv import MAX_HEAD_DIM, paged_decode, rotate_and_store
+from engine.kernels.paged_prefill import paged_prefill
 
 
 def supports(cache: KVCache) -> bool:
@@ -41,6 +43,19 @@ class DecodeBatch:
 
 
 @dataclass(frozen=True)
+class PromptBatch:
+    """Any batch, cut into pieces of a sequence each.
+
+    Attributes:
+        table_BM: int32, the blocks of each sequence, in order.
+        pieces_N4: int32, as `engine.kernels.paged_prefill.cut` makes them.
+    """
+
+    table_BM: Tensor
+    pieces_N4: Tensor
+
+
+@dataclass(frozen=True)
 class Chunk:
     """A part of a prompt: its rows in the batch, and the slots of its context, itself included."""
 
@@ -57,6 +72,7 @@ class KernelAttend:
         decode: the sequences that decode, if any.
         decode_rows: their rows; None: they are the whole batch.
         chunks: parts of prompts.
+        prompt: the whole batch, instead of the three before.
     """
 
     def __init__(
@@ -66,9 +82,11 @@ class KernelAttend:
         decode: DecodeBatch | None,
         decode_rows: Tensor | None = None,
         chunks: tuple[Chunk, ...] = (),
+        prompt: PromptBatch | None = None,
     ) -> None:
         self.cache = cache
         self._slots_T = slots_T
+        self._prompt = prompt
         self._decode = decode
         self._decode_rows = decode_rows
         self._chunks = chunks
@@ -116,6 +134,9 @@ class KernelAttend:
         q_THd = rotate_and_store(
             heads_TNd, cos_Tc.float(), sin_Tc.float(), keys, values, self._slots_T
         )
+        if self._prompt is not None:
+            table_BM, pieces_N4 = self._prompt.table_BM, self._prompt.pieces_N4
+            return paged_prefill(q_THd, keys, values, table_BM, pieces_N4, self.cache.block_size)
         if not self._chunks:
             return self._decoded(q_THd, keys, values)
         out_THd = torch.empty_like(q_THd)
