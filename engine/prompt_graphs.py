@@ -62,7 +62,7 @@ class PromptKey(NamedTuple):
 
 
 def token_bucket(tokens: int, most: int) -> int:
-    """The least of 16, 32, 48, 64, 80, ..., 128, 160, ..., 256, 320, ... that holds them, or `most`.
+    """The least of 16, 32, 48, ..., 128, 160, ..., 256, 320, ... that holds them, or `most`.
 
     Four to each doubling from 64 on, so that less than a fifth of the rows is padding.
     """
@@ -109,7 +109,7 @@ class StaticPrompt:
         shapes = ((self.COLUMNS, tokens), (requests,), (pieces, 4), (requests, most_blocks))
 
         def views(flat: Tensor) -> list[Tensor]:
-            parts = flat.split(sizes)
+            parts: tuple[Tensor, ...] = torch.split(flat, sizes)
             return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
         columns, self.rows_R, self.pieces_N4, self.table_RM = views(self._device)

@@ -41,6 +41,9 @@ ALIGNED = 16
 # Slots of a token that `_up_kernel` holds at once.
 MAX_K = 32
 
+# Mean pairs an expert from which `grouped_ffn` takes these products; None: never. Not measured yet.
+LEAST_PAIRS: int | None = None
+
 
 @jit
 def _tile_ends(offsets_ptr, num_experts, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr):
@@ -189,6 +192,24 @@ def supports(x_TD: Tensor, expert_size: int, max_k: int) -> bool:
     )
 
 
+def serves(x_TD: Tensor, expert_size: int, max_k: int, num_experts: int) -> bool:
+    """Whether these products are the ones to take for so many pairs."""
+    pairs = cdiv(x_TD.shape[0] * max_k, num_experts)
+    enough = LEAST_PAIRS is not None and pairs >= LEAST_PAIRS
+    return enough and supports(x_TD, expert_size, max_k)
+
+
+def up_blocks(mean_pairs: int) -> dict[str, int]:
+    """Block sizes of `_up_kernel` for this many pairs an expert."""
+    return tile(64 if mean_pairs <= 64 else 128, 256, 64, 8, 4)
+
+
+def down_blocks(mean_pairs: int, expert_size: int) -> dict[str, int]:
+    """Block sizes of `_down_kernel`; BLOCK_S is a power of two that divides the expert."""
+    step = min(64, expert_size & -expert_size)
+    return tile(64 if mean_pairs <= 64 else 128, step, 256, 8, 3, per_sm=1)
+
+
 @functools.lru_cache(maxsize=16)
 def _multiprocessors(device: torch.device) -> int:
     """How many the device has; 0 where it has no TMA."""
@@ -216,7 +237,11 @@ def most_tiles(capacity: int, num_experts: int, block_p: int) -> int:
 
 
 def up_product(
-    x_TD: Tensor, up_FD: Tensor, routing: Routing, activation: str, blocks: dict[str, int]
+    x_TD: Tensor,
+    up_FD: Tensor,
+    routing: Routing,
+    activation: str,
+    blocks: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The activations of every pair, [P, S], and its row of [T * K] slots, int32 [P].
 
@@ -227,11 +252,12 @@ def up_product(
         up_FD: [F, D], contiguous, dtype of x.
         routing: of the same tokens.
         activation: one of ACTIVATIONS.
-        blocks: from `tile`.
+        blocks: from `up_blocks`, or others to try.
     """
     (num_tokens, max_k), num_experts = routing.ids_TK.shape, routing.counts_E.numel()
     d_model, expert_size = x_TD.shape[1], up_FD.shape[0] // num_experts
     capacity = num_tokens * max_k
+    blocks = blocks or up_blocks(cdiv(capacity, num_experts))
     h_PS = x_TD.new_empty((capacity, expert_size))
     slot_P = torch.empty(capacity, dtype=torch.int32, device=x_TD.device)
     tiles = most_tiles(capacity, num_experts, blocks["BLOCK_P"])
@@ -256,7 +282,11 @@ def up_product(
 
 
 def down_product(
-    h_PS: Tensor, slot_P: Tensor, down_FD: Tensor, routing: Routing, blocks: dict[str, int]
+    h_PS: Tensor,
+    slot_P: Tensor,
+    down_FD: Tensor,
+    routing: Routing,
+    blocks: dict[str, int] | None = None,
 ) -> Tensor:
     """h @ down_e of every pair, in its token's slot: [T, K, D]; unused slots are not written.
 
@@ -264,10 +294,11 @@ def down_product(
         h_PS, slot_P: from `up_product`.
         down_FD: [F, D], contiguous, dtype of h.
         routing: as before.
-        blocks: from `tile`; BLOCK_S divides S.
+        blocks: from `down_blocks`, or others to try; BLOCK_S divides S.
     """
     (num_tokens, max_k), num_experts = routing.ids_TK.shape, routing.counts_E.numel()
     (capacity, expert_size), d_model = h_PS.shape, down_FD.shape[1]
+    blocks = blocks or down_blocks(cdiv(capacity, num_experts), expert_size)
     assert expert_size % blocks["BLOCK_S"] == 0
     slots_TKD = h_PS.new_empty((num_tokens, max_k, d_model))
     tiles = most_tiles(capacity, num_experts, blocks["BLOCK_P"]) * cdiv(d_model, blocks["BLOCK_D"])

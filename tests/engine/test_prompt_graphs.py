@@ -133,7 +133,7 @@ def check_step(graphs: PromptGraphs, plain: Decoder, plan: Plan) -> PromptKey:
 
 @pytest.mark.parametrize(
     "policies",
-    [[TWO, TWO], [DENSE] * 3, [TWO, FIVE, TWO, TWO], [DENSE, FIVE, MASS, TWO, TWO]],
+    [[DENSE] * 3, [TWO, FIVE, TWO], [DENSE, FIVE, MASS, TWO, TWO]],
     ids=lambda policies: " ".join(map(str, policies)),
 )
 @torch.inference_mode()

@@ -152,6 +152,19 @@ def attention_cases(itemsize: int) -> list[tuple[str, Any, dict[str, Any]]]:
     return found
 
 
+def tma_cases() -> list[tuple[str, Any, dict[str, Any], str]]:
+    """The grouped products that need TMA, in the tiles in use, as `cases`."""
+    found: list[tuple[str, Any, dict[str, Any], str]] = []
+    for pairs in (48, 384):
+        for product, kernel, blocks in (
+            ("up", grouped_tma._up_kernel, grouped_tma.up_blocks(pairs)),
+            ("down", grouped_tma._down_kernel, grouped_tma.down_blocks(pairs, S)),
+        ):
+            switches = {"FLATTEN": blocks.pop("per_sm") > 0, "BLOCK_E": E, "BLOCK_K": 8}
+            found.append((f"tma {product} {pairs}", kernel, {**blocks, **switches}, "bf16"))
+    return found
+
+
 def training_cases(size: int, itemsize: int) -> list[tuple[str, Any, dict[str, Any]]]:
     """The products of training for experts of this size, as (name, kernel, constants)."""
     precision = {"PRECISION": "ieee" if itemsize == 2 else "tf32x3"}
@@ -210,7 +223,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 def report(arch: int) -> dict[str, dict[str, int]]:
     """Compile every case for one architecture."""
     records = {}
-    for name, kernel, constants, dtype in cases():
+    for name, kernel, constants, dtype in cases() + (tma_cases() if arch >= 90 else []):
         ast, options = source(kernel, constants, dtype)
         compiled = triton.compile(ast, target=GPUTarget("cuda", arch, 32), options=options)
         counts = {key: len(re.findall(p, compiled.asm["ptx"])) for key, p in PATTERNS.items()}

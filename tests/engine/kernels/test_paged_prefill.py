@@ -87,9 +87,7 @@ class Case:
         return torch.tensor([*pieces, (0, 0, 0, 0)], dtype=torch.int32, device=self.device)
 
     def run(self, q_THd: Tensor, table_BM: Tensor, pieces_N4: Tensor) -> Tensor:
-        return paged_prefill(
-            q_THd, self.keys, self.values, table_BM, pieces_N4, self.block_size
-        )
+        return paged_prefill(q_THd, self.keys, self.values, table_BM, pieces_N4, self.block_size)
 
 
 LENGTHS: list[tuple[Lengths, int]] = [
@@ -125,9 +123,7 @@ def test_the_reference_is_plain_attention(device: torch.device) -> None:
     q, k, v = (t.transpose(0, 1) for t in (case.q_THd, case.keys[slots], case.values[slots]))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     pieces_N4 = case.pieces(case.lengths)
-    found = paged_prefill_reference(
-        case.q_THd, case.keys, case.values, case.table_BM, pieces_N4, 4
-    )
+    found = paged_prefill_reference(case.q_THd, case.keys, case.values, case.table_BM, pieces_N4, 4)
     torch.testing.assert_close(found, expected.transpose(0, 1))
 
 
