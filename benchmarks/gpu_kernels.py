@@ -55,6 +55,7 @@ class Sizes:
         ((1536, 512),),
         (*tuple((255, 1) for _ in range(64)), (0, 448)),
     )
+    steps: tuple[tuple[tuple[int, int], ...], ...] = (((0, 60), (7, 1)), ((30, 21), (0, 43)))
     few: int = 16
     copied: int = 2**28
     product: int = 8192
@@ -72,6 +73,7 @@ TINY = Sizes(
     tokens=(1, 2),
     prompts=(3,),
     chunks=(((0, 3), (4, 1)),),
+    steps=(((0, 4), (7, 1)),),
     few=1,
     copied=2**10,
     product=32,

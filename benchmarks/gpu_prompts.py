@@ -9,7 +9,7 @@ operations to the square product's rate of the same run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -47,6 +47,9 @@ from engine.paged_attention import KernelAttend
 from engine.request import ExpertPolicy, Request, SamplingParams
 from engine.scheduler import Plan, Scheduled
 
+# (computed before, to compute now) of each sequence
+Lengths = Sequence[tuple[int, int]]
+
 # --- correctness ---------------------------------------------------------------------------------
 
 
@@ -74,9 +77,7 @@ def check_products(width: int, neurons: int, tokens: int, dtype: torch.dtype) ->
 class Chunks:
     """Random heads of several sequences over a cache whose blocks are scattered."""
 
-    def __init__(
-        self, heads: tuple[int, int, int], lengths: list[tuple[int, int]], dtype: torch.dtype
-    ) -> None:
+    def __init__(self, heads: tuple[int, int, int], lengths: Lengths, dtype: torch.dtype) -> None:
         q_heads, kv_heads, width = heads
         most = max(-(-(before + n) // BLOCK) for before, n in lengths)
         order = torch.randperm(len(lengths) * most).view(len(lengths), most)
@@ -134,7 +135,7 @@ CHECKED = Shape("checked", 64, 2, 256, 4, 300, ((8, 2),))
 
 
 @torch.inference_mode()
-def check_step(shape: Shape) -> list[Record]:
+def check_step(shape: Shape, steps: Sequence[Lengths]) -> list[Record]:
     """Captured steps of chunks and decoding rows against the same steps launched."""
     model = random_model(shape).float()
     experts, chosen = shape.experts[0]
@@ -143,7 +144,7 @@ def check_step(shape: Shape) -> list[Record]:
     graphs = BenchmarkPrompts(model, caches[0], 4, 64, 128, experts)
     found = []
     for policy in (ExpertPolicy.dense(), ExpertPolicy.top_k(chosen)):
-        for lengths in ([(0, 60), (7, 1)], [(30, 21), (0, 43)]):
+        for lengths in steps:
             plan = plan_of(policy, lengths)
             key = graphs.key(plan)
             assert key is not None
@@ -166,7 +167,7 @@ def new_cache(shape: Shape, blocks: int) -> KVCache:
     return cache
 
 
-def plan_of(policy: ExpertPolicy, lengths: list[tuple[int, int]]) -> Plan:
+def plan_of(policy: ExpertPolicy, lengths: Lengths) -> Plan:
     """Requests with so many tokens computed, and so many to compute now, on blocks of their own."""
     plan: Plan = []
     used = 0
@@ -307,7 +308,7 @@ def ffn_case(case: Problem, kind: str, ceilings: Ceilings) -> list[Record]:
 CHUNK_BLOCKS = ((128, 64, 8, 3), (128, 64, 4, 3), (128, 128, 8, 3), (64, 64, 4, 3), (64, 128, 4, 3))
 
 
-def attention_case(heads: tuple[int, int, int], lengths: list[tuple[int, int]]) -> list[Record]:
+def attention_case(heads: tuple[int, int, int], lengths: Lengths) -> list[Record]:
     """Chunks over the paged cache: gathered for PyTorch's kernel, or through the table."""
     case = Chunks(heads, lengths, torch.bfloat16)
     rivals: list[tuple[str, Call]] = [("launched", case.launched)]
@@ -370,7 +371,7 @@ def _as_tensor(call: Call) -> Tensor:
 
 def check_cases(sizes: Sizes) -> Iterator[Case]:
     """The section `prompt-check`."""
-    yield "check step", partial(check_step, CHECKED)
+    yield "check step", partial(check_step, CHECKED, sizes.steps)
     for dtype in sizes.types:
         for heads in sizes.checked_heads:
             yield f"check attention {heads} {dtype}", partial(check_attention, heads, dtype)
@@ -398,4 +399,4 @@ def cases(sizes: Sizes) -> Iterator[Case]:
         del weights
     for heads in sizes.heads:
         for lengths in sizes.chunks:
-            yield f"attention {heads} {lengths}", partial(attention_case, heads, list(lengths))
+            yield f"attention {heads} {lengths}", partial(attention_case, heads, lengths)
