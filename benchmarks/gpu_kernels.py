@@ -27,12 +27,24 @@ from torch import Tensor
 
 from benchmarks.gpu_timing import DEVICE, Call, check, interleaved_us, relative_error
 from benchmarks.records import Record
-from engine.kernels import expert_ffn, gpu_ways, grouped_ffn, masked_ffn, paged_kv, routing
+from engine.attention import rope_table
+from engine.kernels import (
+    attend_step,
+    expert_ffn,
+    gpu_ways,
+    grouped_ffn,
+    masked_ffn,
+    route_step,
+    routing,
+    union_ffn,
+)
+from engine.kernels.arrivals import Arrivals
 
 Case = tuple[str, Callable[[], list[Record]]]
 
 EXPERTS, CHOSEN = 32, 6
 L2_BYTES = 60e6
+ARRIVALS = Arrivals(torch.device(DEVICE))
 
 
 @dataclass(frozen=True)
@@ -102,8 +114,12 @@ class Problem:
     def few(self, i: int) -> Tensor:
         up_FD, down_FD = self.weights[i % len(self.weights)]
         return expert_ffn.expert_ffn(
-            self.x_TD, up_FD, down_FD, self.routing.ids_TK, self.expert_size, "relu"
+            self.x_TD, up_FD, down_FD, self.routing.ids_TK, self.expert_size, "relu", ARRIVALS
         )
+
+    def union(self, i: int) -> Tensor:
+        up_FD, down_FD = self.weights[i % len(self.weights)]
+        return union_ffn.union_ffn(self.x_TD, up_FD, down_FD, self.routing.chosen_TE, "relu")
 
     def grouped(self, i: int) -> Tensor:
         up_FD, down_FD = self.weights[i % len(self.weights)]
@@ -117,12 +133,25 @@ class Problem:
         up_FD, down_FD = self.weights[i % len(self.weights)]
         return masked_ffn.masked_ffn(self.x_TD, up_FD, down_FD, self.routing.chosen_TE, "relu")
 
-    def routed(self, way: str, i: int) -> Tensor:
+    def routed(self, way: str, i: int) -> object:
         """A way as the engine runs it: scores and choice are computed, though not used here."""
-        routing.select(self.x_TD, self.router_ED, *self.limits, CHOSEN)
+        if self.x_TD.shape[0] <= route_step.MOST_TOKENS:
+            route_step.route_step(self.x_TD, self.router_ED, *self.limits, CHOSEN, ARRIVALS)
+        else:
+            routing.select(self.x_TD, self.router_ED, *self.limits, CHOSEN)
         if way == "grouped":
             routing.sort_pairs(routing.Choice(self.routing.chosen_TE, self.routing.ids_TK))
-        return {"few": self.few, "grouped": self.grouped, "masked": self.masked}[way](i)
+        return self.ways[way](i)
+
+    @property
+    def ways(self) -> dict[str, Call]:
+        """By the names of `gpu_ways`."""
+        return {
+            "few": self.few,
+            "union": self.union,
+            "grouped": self.grouped,
+            "masked": self.masked,
+        }
 
 
 def weight_sets(width: int, neurons: int) -> list[tuple[Tensor, Tensor]]:
@@ -188,8 +217,13 @@ def check_ffn(width: int, neurons: int, tokens: int, dtype: torch.dtype) -> list
             "grouped_ffn": grouped_ffn.grouped_ffn(x_TD, up_FD, down_FD, routed, "relu", **extra)
         }
         if tokens <= 64:
+            size = neurons // EXPERTS
             results["expert_ffn"] = expert_ffn.expert_ffn(
-                x_TD, up_FD, down_FD, routed.ids_TK, neurons // EXPERTS, "relu", **extra
+                x_TD, up_FD, down_FD, routed.ids_TK, size, "relu", ARRIVALS, **extra
+            )
+        if tokens <= 64 and not extra:
+            results["union_ffn"] = union_ffn.union_ffn(
+                x_TD, up_FD, down_FD, routed.chosen_TE, "relu"
             )
         if not extra:
             results["masked_ffn"] = masked_ffn.masked_ffn(
@@ -208,11 +242,18 @@ def check_attention(
     """Decoding over scattered blocks against the reference in float64."""
     case = PagedCase(heads, contexts, dtype)
     keys, values = case.layers[0].double()
-    expected = paged_kv.paged_decode_reference(
-        case.q_BHd.double(), keys, values, case.table_BM, case.contexts_B, case.SIZE
+    expected = attend_step.attend_step_reference(
+        case.heads_BNd.double(),
+        *case.tables,
+        keys,
+        values,
+        case.slots_B,
+        case.table_BM,
+        case.contexts_B,
+        case.SIZE,
     )
-    label = f"paged_decode {heads} {list(contexts)} {str(dtype).removeprefix('torch.')}"
-    return check(label, relative_error(case.paged(0), expected), LIMITS[dtype])
+    label = f"attend_step {heads} {list(contexts)} {str(dtype).removeprefix('torch.')}"
+    return check(label, relative_error(case.step(0), expected), LIMITS[dtype])
 
 
 def check_routing(tokens: int, width: int, experts: int) -> Record:
@@ -296,6 +337,8 @@ def ffn_records(case: Problem, kind: str, few: bool, ceilings: Ceilings) -> list
     }
     if few:
         rivals["expert_ffn"] = case.few
+    if tokens <= union_ffn.MOST_TOKENS:
+        rivals["union_ffn"] = case.union
     layer = gpu_ways.Layer(width, EXPERTS, size, 2)
     way = gpu_ways.sparse_way(layer, tokens, CHOSEN)
     rivals["way " + way] = partial(case.routed, way)
@@ -310,7 +353,7 @@ def ffn_records(case: Problem, kind: str, few: bool, ceilings: Ceilings) -> list
     bandwidth, rate = ceilings.measure()
     used = float(case.routing.chosen_TE.any(0).sum()) * layer.expert_bytes
     useful = tokens * CHOSEN * layer.pair_flops
-    for name in ("expert_ffn", "grouped_ffn"):
+    for name in ("expert_ffn", "union_ffn", "grouped_ffn"):
         if name in of and tokens <= 16:
             share = used / of[name] / bandwidth
             found.append(Record(f"{name} share of copy", params, share, "ratio"))
@@ -334,10 +377,16 @@ def routing_records(width: int, sizes: Sizes) -> list[Record]:
         def route(i: int, x_TD: Tensor = x_TD, k_T: Tensor = k_T, m: Tensor = mass_T) -> object:
             return routing.route(x_TD, routers[i % 8], k_T, m, CHOSEN)
 
+        def step(i: int, x_TD: Tensor = x_TD, k_T: Tensor = k_T, m: Tensor = mass_T) -> object:
+            return route_step.route_step(x_TD, routers[i % 8], k_T, m, CHOSEN, ARRIVALS)
+
         def top_k(i: int, x_TD: Tensor = x_TD) -> object:
             return torch.topk(x_TD.float() @ routers[i % 8].T, CHOSEN)
 
-        select_us, route_us, peer_us = interleaved_us([select, route, top_k], calls=16)
+        rivals = {"select": select, "route": route}
+        if tokens <= route_step.MOST_TOKENS:
+            rivals["step"] = step
+        *ours, peer_us = interleaved_us([*rivals.values(), top_k], calls=16)
         params: dict[str, Any] = {
             "D": width,
             "E": EXPERTS,
@@ -346,14 +395,14 @@ def routing_records(width: int, sizes: Sizes) -> list[Record]:
             "router": "fp32",
         }
         found += [
-            Record("routing select", params, select_us, "us", peer_us, peer_us / select_us),
-            Record("routing route", params, route_us, "us", peer_us, peer_us / route_us),
+            Record(f"routing {name}", params, us, "us", peer_us, peer_us / us)
+            for name, us in zip(rivals, ours, strict=True)
         ]
     return found
 
 
 class PagedCase:
-    """Random queries over a cache whose blocks are scattered, in as many layers as miss the L2."""
+    """Random heads over a cache whose blocks are scattered, in as many layers as miss the L2."""
 
     SIZE = 16
 
@@ -371,12 +420,27 @@ class PagedCase:
         order = torch.randperm(most * self.batch, device=DEVICE)
         self.table_BM = order.view(self.batch, most).int()
         self.contexts_B = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
-        self.q_BHd = torch.randn(self.batch, q_heads, width, device=DEVICE).to(dtype)
+        num_heads = q_heads + 2 * kv_heads
+        self.heads_BNd = torch.randn(self.batch, num_heads, width, device=DEVICE).to(dtype)
+        cos, sin = rope_table(self.longest, width, 1e4)
+        self.tables = cos.to(DEVICE), sin.to(DEVICE)
+        last_B = self.contexts_B.long() - 1
+        blocks_B = self.table_BM.gather(1, last_B[:, None] // self.SIZE)[:, 0]
+        self.slots_B = (blocks_B * self.SIZE + last_B % self.SIZE).int()
 
-    def paged(self, i: int) -> Tensor:
+    def step(self, i: int) -> Tensor:
         keys, values = self.layers[i % len(self.layers)]
-        return paged_kv.paged_decode(
-            self.q_BHd, keys, values, self.table_BM, self.contexts_B, self.SIZE, self.longest
+        return attend_step.attend_step(
+            self.heads_BNd,
+            *self.tables,
+            keys,
+            values,
+            self.slots_B,
+            self.table_BM,
+            self.contexts_B,
+            self.SIZE,
+            self.longest,
+            ARRIVALS,
         )
 
     def plain(self, i: int) -> Tensor:
@@ -386,39 +450,23 @@ class PagedCase:
             for t in self.layers[i % len(self.layers)]
         )
         gqa = self.heads[0] != self.heads[1]
-        q_BHnd = self.q_BHd[:, :, None]
+        q_BHnd = self.heads_BNd[:, : self.heads[0], None]
         return F.scaled_dot_product_attention(q_BHnd, k, v, enable_gqa=gqa)
 
 
 def attention_records(
     heads: tuple[int, int, int], batch: int, context: int, ceilings: Ceilings
 ) -> list[Record]:
-    """Paged decoding against PyTorch's attention over contexts that lie in one piece."""
+    """Rotation, writes and paged attention in one launch against PyTorch's attention alone."""
     case = PagedCase(heads, [context] * batch, torch.bfloat16)
-    ours, peer = interleaved_us([case.paged, case.plain], calls=len(case.layers))
+    ours, peer = interleaved_us([case.step, case.plain], calls=len(case.layers))
     params = {"heads": heads[0], "kv_heads": heads[1], "d": heads[2], "batch": batch}
     params["context"] = context
     share = 4 * batch * context * heads[1] * heads[2] / ours / ceilings.measure()[0]
     return [
-        Record("paged_decode", params, ours, "us", peer, peer / ours),
-        Record("paged_decode share of copy", params, share, "ratio"),
+        Record("attend_step", params, ours, "us", peer, peer / ours),
+        Record("attend_step share of copy", params, share, "ratio"),
     ]
-
-
-def rotate_records(heads: tuple[int, int, int], tokens: int) -> list[Record]:
-    """Rotation and the write to the cache in one launch."""
-    q_heads, kv_heads, width = heads
-    case = PagedCase(heads, [16] * tokens, torch.bfloat16)
-    heads_TNd = torch.randn(tokens, q_heads + 2 * kv_heads, width, device=DEVICE).bfloat16()
-    cos_Tc, sin_Tc = torch.randn(2, tokens, width // 2, device=DEVICE)
-    slots_T = torch.arange(tokens, dtype=torch.int32, device=DEVICE)
-
-    def call(i: int) -> Tensor:
-        keys, values = case.layers[i % len(case.layers)]
-        return paged_kv.rotate_and_store(heads_TNd, cos_Tc, sin_Tc, keys, values, slots_T)
-
-    (us,) = interleaved_us([call], calls=16)
-    return [Record("rotate_and_store", {"heads": q_heads, "d": width, "tokens": tokens}, us, "us")]
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
@@ -448,5 +496,3 @@ def cases(sizes: Sizes) -> Iterator[Case]:
                 f"attention batch={batch} context={context}",
                 partial(attention_records, heads, batch, context, ceilings),
             )
-    for batch in sorted({batch for batch, _ in sizes.attention}):
-        yield f"rotate batch={batch}", partial(rotate_records, sizes.heads[0], batch)

@@ -303,8 +303,8 @@ def launched_call(model: Decoder, cache: KVCache, plan: Plan, experts: int) -> C
         for values in (ids, positions, [s.start + s.length - 1 for s in spans])
     )
     policies = PolicyBatch.build([(r.policy, n) for r, n in plan], experts, DEVICE)
-    attend = KernelAttend.of_spans(cache, spans)
-    return lambda _: fused_forward(model, ids_T, positions_T, attend, policies, None, rows)
+    attend = KernelAttend.of_spans(cache, spans, model.turns(positions_T))
+    return lambda _: fused_forward(model, ids_T, attend, policies, None, rows)
 
 
 def graph_times(

@@ -92,7 +92,7 @@ class Chunks:
         angles_Tc = torch.randn(self.tokens, width // 2, device=DEVICE)
         self.turns = angles_Tc.cos(), angles_Tc.sin()
         self.usual = paged_prefill.prefill_blocks(q_heads // kv_heads, width, dtype.itemsize)
-        self._launched = KernelAttend.of_spans(self.cache, self.spans)
+        self._launched = KernelAttend.of_spans(self.cache, self.spans, self.turns)
 
     @property
     def tokens(self) -> int:
@@ -105,7 +105,7 @@ class Chunks:
 
     def launched(self, _: int = 0) -> Tensor:
         """As without a graph: contexts gathered for PyTorch's kernel, decoding rows apart."""
-        return self._launched(0, self.heads_TNd, *self.turns)
+        return self._launched(0, self.heads_TNd)
 
     def paged(self, blocks: dict[str, int], pieces_N4: Tensor, _: int = 0) -> Tensor:
         """As in a graph, cache writes included too."""

@@ -12,37 +12,81 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.gpu_kernels import CHOSEN, EXPERTS, Case, Problem, Sizes, problem, weight_sets
+from benchmarks.gpu_kernels import (
+    ARRIVALS,
+    CHOSEN,
+    EXPERTS,
+    Case,
+    Problem,
+    Sizes,
+    problem,
+    weight_sets,
+)
 from benchmarks.gpu_timing import Call, interleaved_us, relative_error
 from benchmarks.records import Record
-from engine.kernels import expert_ffn, grouped_ffn
+from engine.kernels import expert_ffn, grouped_ffn, union_ffn
 
 Blocks = dict[str, int]
 
 
-def few_candidates(width: int, size: int) -> list[Blocks]:
-    """Tiles of `expert_ffn`: fewer or more neurons a program, `down` fetched late or ahead."""
-    usual = expert_ffn.ffn_blocks(width, size)
-    rows = usual["BLOCK_S"]
+EXPERT_UP = ((4096, 2), (4096, 4), (8192, 4), (8192, 8), (16384, 8))
+EXPERT_DOWN = (
+    (32, 64, 64, 2),
+    (64, 64, 64, 4),
+    (64, 64, 64, 2),
+    (64, 64, 32, 4),
+    (64, 128, 32, 4),
+    (64, 128, 64, 8),
+    (128, 64, 64, 4),
+    (128, 64, 32, 8),
+    (128, 32, 64, 4),
+)
+
+
+def few_up_candidates(width: int) -> list[Blocks]:
+    """Tiles of `expert_up`: elements of a program, warps."""
+    usual = expert_ffn.up_blocks(width)
+    block_d = usual["BLOCK_D"]
     found = [usual]
-    for block_s in (max(1, rows // 4), max(1, rows // 2), rows, 2 * rows):
-        for eager in (False, True):
-            for elements in (1024, 2048):
-                candidate = expert_ffn.tile(width, block_s, elements, eager=eager)
-                if candidate not in found and block_s <= size:
-                    found.append(candidate)
+    for elements, warps in EXPERT_UP:
+        rows = max(1, elements // block_d)
+        candidate = {"BLOCK_N": rows, "BLOCK_D": block_d, "num_warps": warps}
+        found += [] if candidate in found else [candidate]
     return found
 
 
-def sum_candidates() -> list[Blocks]:
-    """Tiles of the few-token kernel's second launch."""
-    return [
-        expert_ffn.sum_blocks(),
-        *(
-            {"BLOCK_B": rows, "BLOCK_D": columns, "num_warps": warps}
-            for rows, columns, warps in ((64, 32, 4), (64, 64, 8), (128, 32, 8), (256, 16, 8))
-        ),
-    ]
+def few_down_candidates(size: int) -> list[Blocks]:
+    """Tiles of `expert_down`: neurons and columns of a program, pieces added at once, warps."""
+    found = [expert_ffn.down_blocks(size)]
+    for sizes in EXPERT_DOWN:
+        names = ("BLOCK_S", "BLOCK_D", "BLOCK_C", "num_warps")
+        candidate = dict(zip(names, sizes, strict=True))
+        found += [] if candidate in found or sizes[0] > size else [candidate]
+    return found
+
+
+UNION_UP = (
+    (64, 64, 4, 5),
+    (64, 128, 4, 3),
+    (64, 128, 4, 5),
+    (64, 256, 4, 3),
+    (128, 64, 8, 4),
+    (128, 128, 8, 3),
+    (32, 128, 4, 5),
+    (32, 256, 4, 4),
+)
+UNION_DOWN = (
+    (64, 128, 4, 6, 0),
+    (64, 128, 4, 8, 0),
+    (64, 64, 4, 6, 0),
+    (64, 64, 4, 8, 0),
+    (32, 128, 4, 8, 0),
+    (128, 64, 4, 6, 0),
+    (128, 128, 8, 4, 0),
+    (64, 128, 4, 6, 4),
+    (64, 64, 4, 6, 4),
+    (64, 256, 8, 6, 0),
+)
 
 
 UP_FEW = ((16, 16, 128, 4, 4), (16, 16, 256, 4, 3), (16, 32, 128, 4, 5), (16, 32, 256, 4, 3))
@@ -119,25 +163,49 @@ def brief(blocks: Blocks) -> str:
 
 
 def few_case(case: Problem, candidates: list[Blocks], part: str) -> list[Record]:
-    """Tiles of the first or the last launch of `expert_ffn`."""
+    """Tiles of `expert_up` or `expert_down`."""
+    ids_TK, size = case.routing.ids_TK, case.expert_size
+    hidden = [expert_ffn.expert_up(case.x_TD, up, ids_TK, size, "relu") for up, _ in case.weights]
 
     def run(blocks: Blocks) -> Call:
         def call(i: int) -> object:
-            up_FD, down_FD = case.weights[i % len(case.weights)]
-            return expert_ffn.expert_ffn(
-                case.x_TD,
-                up_FD,
-                down_FD,
-                case.routing.ids_TK,
-                case.expert_size,
-                "relu",
-                blocks=blocks if part == "first" else None,
-                last=blocks if part == "last" else None,
-            )
+            i %= len(hidden)
+            up_FD, down_FD = case.weights[i]
+            if part == "up":
+                return expert_ffn.expert_up(case.x_TD, up_FD, ids_TK, size, "relu", blocks=blocks)
+            return expert_ffn.expert_down(hidden[i], down_FD, ids_TK, ARRIVALS, blocks=blocks)
 
         return call
 
     return compare(f"expert_ffn {part}", params_of(case), candidates, run, len(case.weights))
+
+
+def union_case(case: Problem, part: str) -> list[Record]:
+    """Tiles of the products over a union of experts; the other product keeps its own."""
+    tokens = case.x_TD.shape[0]
+    shape = union_ffn.up_blocks(tokens, 2) if part == "up" else union_ffn.down_blocks(tokens, 2)
+    names = (
+        "BLOCK_N" if part == "up" else "BLOCK_S",
+        "BLOCK_D",
+        "num_warps",
+        "num_stages",
+        "shares",
+    )
+    tiles: tuple[tuple[int, ...], ...] = UNION_UP if part == "up" else UNION_DOWN
+    candidates = [shape, *({**shape, **dict(zip(names, t, strict=False))} for t in tiles)]
+
+    def run(blocks: Blocks) -> Call:
+        tile = {key: value for key, value in blocks.items() if key != "shares"}
+        options: dict[str, Any] = {f"{part}_tile": tile, "shares": blocks.get("shares") or None}
+
+        def call(i: int) -> object:
+            up_FD, down_FD = case.weights[i % len(case.weights)]
+            chosen_TE = case.routing.chosen_TE
+            return union_ffn.union_ffn(case.x_TD, up_FD, down_FD, chosen_TE, "relu", **options)
+
+        return call
+
+    return compare(f"union_ffn {part}", params_of(case), candidates, run, len(case.weights))
 
 
 def up_case(case: Problem, tiles: tuple[tuple[int, ...], ...]) -> list[Record]:
@@ -179,10 +247,15 @@ def cases(sizes: Sizes) -> Iterator[Case]:
         weights = weight_sets(width, neurons)
         for tokens in (t for t in sizes.tokens if t in (1, 4)):
             case = problem(weights, tokens, "independent")
-            first = few_candidates(width, case.expert_size)
             label = f"tiles D={width} tokens={tokens}"
-            yield f"{label} few", partial(few_case, case, first, "first")
-            yield f"{label} sum", partial(few_case, case, sum_candidates(), "last")
+            yield f"{label} few up", partial(few_case, case, few_up_candidates(width), "up")
+            downs = few_down_candidates(case.expert_size)
+            yield f"{label} few down", partial(few_case, case, downs, "down")
+        for tokens in (t for t in sizes.tokens if t in (2, 16, 64)):
+            case = problem(weights, tokens, "independent")
+            for part in ("up", "down"):
+                label = f"tiles D={width} tokens={tokens} union {part}"
+                yield label, partial(union_case, case, part)
         for tokens in (t for t in sizes.tokens if t in (2, 8, 64)):
             case = problem(weights, tokens, "independent")
             yield f"tiles D={width} tokens={tokens} up", partial(up_case, case, UP_FEW)

@@ -24,9 +24,11 @@ from torch import Tensor
 
 from engine.attention import KVCache
 from engine.experts import PolicyBatch, Trace
-from engine.fused_forward import fused_forward
+from engine.fused_forward import fused_forward, thin_forward
+from engine.kernels.arrivals import Arrivals
+from engine.kernels.count_chosen import count_chosen
 from engine.model import Decoder
-from engine.paged_attention import DecodeBatch, KernelAttend
+from engine.paged_attention import DecodeBatch, StepAttend
 from engine.request import NO_MASS_LIMIT, ExpertPolicy, Request
 
 # Larger batches keep the device busy longer than Python needs to launch them.
@@ -101,12 +103,12 @@ class StaticBatch:
     """What a step feeds to the graphs of one batch size: tensors that stay where they are.
 
     Attributes:
-        ids_B, positions_B, slots_B, contexts_B, k_B: int32.
+        ids_B, slots_B, contexts_B, k_B: int32.
         mass_B: float32.
         table_BM: int32.
     """
 
-    ROWS = 6
+    ROWS = 5
 
     def __init__(self, batch: int, most_blocks: int, device: torch.device) -> None:
         numbers = batch * (self.ROWS + most_blocks)
@@ -115,12 +117,12 @@ class StaticBatch:
         self._device = torch.zeros(numbers, dtype=torch.int32, device=device)
         split = self.ROWS * batch
         rows = self._device[:split].view(self.ROWS, batch)
-        self.ids_B, self.positions_B, self.slots_B, self.contexts_B, self.k_B = rows[:5]
-        self.mass_B = rows[5].view(torch.float32)
+        self.ids_B, self.slots_B, self.contexts_B, self.k_B = rows[:4]
+        self.mass_B = rows[4].view(torch.float32)
         self.table_BM = self._device[split:].view(batch, most_blocks)
         host_rows = self._host[:split].view(self.ROWS, batch)
-        self._numbers = host_rows[:5].numpy()
-        self._mass = host_rows[5].view(torch.float32).numpy()
+        self._numbers = host_rows[:4].numpy()
+        self._mass = host_rows[4].view(torch.float32).numpy()
         self._table = self._host[split:].view(batch, most_blocks).numpy()
         self._blocks: list[list[int]] = [[] for _ in range(batch)]
 
@@ -135,12 +137,12 @@ class StaticBatch:
             block, offset = divmod(position, block_size)
             k, self._mass[row] = request.policy.limits(num_experts)
             slot = request.blocks[block] * block_size + offset
-            self._numbers[:, row] = (request.token_ids[position], position, slot, position + 1, k)
+            self._numbers[:, row] = (request.token_ids[position], slot, position + 1, k)
             if self._blocks[row] != request.blocks:
                 self._blocks[row] = list(request.blocks)
                 self._table[row, : len(request.blocks)] = request.blocks
         self._numbers[:, n:] = 0
-        self._numbers[2, n:] = -1
+        self._numbers[1, n:] = -1
         self._mass[n:] = NO_MASS_LIMIT
         self._device.copy_(self._host, non_blocking=True)
 
@@ -185,6 +187,7 @@ class DecodeGraphs:
         self._batches: dict[int, StaticBatch] = {}
         self._graphs: dict[GraphKey, DecodeGraph] = {}
         self._pool: Any = None
+        self._arrivals = Arrivals(cache.slots.device)
 
     @property
     def captured(self) -> list[GraphKey]:
@@ -234,15 +237,23 @@ class DecodeGraphs:
 
     def compute(self, key: GraphKey, batch: StaticBatch) -> tuple[Tensor, Tensor | None]:
         """What a graph holds: the model over the batch's tensors, with nothing read by the host."""
+        model, arrivals = self.model, self._arrivals
         decode = DecodeBatch(batch.table_BM, batch.contexts_B, key.longest)
-        attend = KernelAttend(self.cache, batch.slots_B, decode)
+        tables = model.cos, model.sin
+        attend = StepAttend(self.cache, tables, batch.slots_B, decode, arrivals)
         policy = PolicyBatch(batch.k_B, batch.mass_B, key.max_k, None, None)
-        trace = Trace()
-        logits_BV = fused_forward(self.model, batch.ids_B, batch.positions_B, attend, policy, trace)
-        if not key.max_k:
-            return logits_BV, None
-        counts_LB, union_L = trace.counts()
-        return logits_BV, torch.cat([counts_LB.sum(0), counts_LB.sum(1), union_L])
+        chosen_LBE: Tensor | None = None
+        if key.batch == 1:
+            if key.max_k:
+                shape = len(model.layers), 1, self.num_experts
+                chosen_LBE = batch.ids_B.new_empty(shape, dtype=torch.bool)
+            logits_BV = thin_forward(model, batch.ids_B, attend, policy, arrivals, chosen_LBE)
+        else:
+            trace = Trace()
+            logits_BV = fused_forward(model, batch.ids_B, attend, policy, trace)
+            if key.max_k:
+                chosen_LBE = torch.stack(trace.choices())
+        return logits_BV, None if chosen_LBE is None else count_chosen(chosen_LBE)
 
     def _capture(self, key: GraphKey, batch: StaticBatch) -> DecodeGraph:
         """Record `compute`; before, run it once on a side stream, which compiles its kernels.

@@ -13,9 +13,9 @@ Shapes: T tokens, D model, F neurons, E experts, S neurons per expert, P token-e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,13 @@ from engine.kernels import (
     grouped_training,
     masked_ffn,
     native,
+    route_step,
     routing,
+    thin_linear,
+    union_ffn,
 )
+from engine.kernels.add_norm import Norm
+from engine.kernels.arrivals import Arrivals
 from engine.kernels.expert_ffn import activate_reference
 from engine.kernels.sliced_ffn import sparse_ffn
 from engine.request import ExpertPolicy
@@ -197,19 +202,37 @@ class Trace:
 
     def counts(self) -> tuple[Tensor, Tensor]:
         """Experts of each token, [L, T], and distinct experts of all tokens, [L], by layer."""
-        layers = len(self.chosen)
-        chosen = [c for c in self.chosen if c is not None]
+        chosen = self.choices()
         if not chosen:
-            everything = torch.full((layers, self._num_tokens + 1), self._num_experts)
+            everything = torch.full((len(self.chosen), self._num_tokens + 1), self._num_experts)
             return everything[:, 1:], everything[:, 0]
-        assert len(chosen) == layers, "a batch is dense in all layers or in none"
         chosen_LTE = torch.stack(chosen)
         return chosen_LTE.sum(2), chosen_LTE.any(1).sum(1)
+
+    def choices(self) -> list[Tensor]:
+        """The choice of every layer, [T, E] each; none if the batch was dense."""
+        chosen = [c for c in self.chosen if c is not None]
+        assert len(chosen) in (0, len(self.chosen)), "a batch is dense in all layers or in none"
+        return chosen
 
 
 def released(weight: Tensor) -> nn.Parameter:
     """An empty parameter in place of one that has been packed: type and device stay known."""
     return nn.Parameter(weight.new_empty(0), requires_grad=False)
+
+
+def side_by_side(beside: Callable[[], Tensor], main: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """Both results; while a CUDA graph is captured, as two branches that run at the same time."""
+    if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        return beside(), main()
+    current = torch.cuda.current_stream()
+    branch: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    branch.wait_stream(current)
+    with torch.cuda.stream(branch):
+        first = beside()
+    second = main()
+    current.wait_stream(branch)
+    return first, second
 
 
 class ExpertFFN(nn.Module):
@@ -233,6 +256,7 @@ class ExpertFFN(nn.Module):
         self.register_buffer("router", torch.zeros(router_shape, dtype=torch.float32))
         self._packed: native.PackedExpertFFN | None = None
         self._use_kernels = False
+        self._arrivals: Arrivals | None = None
 
     def prepare(self) -> None:
         """Switch to the inference paths; on the CPU the packed form replaces both."""
@@ -248,6 +272,7 @@ class ExpertFFN(nn.Module):
     def use_kernels(self) -> None:
         """Run the GPU's kernels for inference; on the CPU that needs Triton's interpreter."""
         self._use_kernels = True
+        self._arrivals = Arrivals(self.up.device)
 
     def forward(self, x_TD: Tensor, policy: PolicyBatch, trace: Trace | None = None) -> Tensor:
         """[T, D] -> [T, D], each token by its own policy; records the choice in `trace`."""
@@ -266,6 +291,33 @@ class ExpertFFN(nn.Module):
                 )
             trace.add(x_TD, chosen_TE, self.num_experts)
         return y_TD
+
+    def add_thin(
+        self,
+        x_1D: Tensor,
+        norm: Norm,
+        policy: PolicyBatch,
+        arrivals: Arrivals,
+        chosen_1E: Tensor | None,
+    ) -> Tensor:
+        """x + FFN(norm(x)) of one token on CUDA.
+
+        Args:
+            x_1D: contiguous, not normed yet.
+            norm: of x.
+            policy: of the token.
+            arrivals: counters that no kernel of another stream uses at the same time.
+            chosen_1E: where to write the choice of a sparse token; None if it is dense.
+        """
+        if chosen_1E is None:
+            h_1F = thin_linear.thin_linear(x_1D, self.up, norm=norm, activation=self.activation)
+            return thin_linear.thin_down(h_1F, self.down, x_1D, arrivals)
+        size = self.up.shape[0] // self.num_experts
+        limits = policy.k_T, policy.mass_T, policy.max_k
+        choice = route_step.route_step(x_1D, self.router, *limits, arrivals, norm, chosen_1E)
+        ids_1K = choice.ids_TK
+        h_1KS = expert_ffn.expert_up(x_1D, self.up, ids_1K, size, self.activation, norm=norm)
+        return expert_ffn.expert_down(h_1KS, self.down, ids_1K, arrivals, add_to=x_1D)
 
     def _mixed(self, x_TD: Tensor, policy: PolicyBatch) -> tuple[Tensor, Tensor]:
         """Dense tokens and sparse tokens of one batch, each on its own path."""
@@ -332,21 +384,34 @@ class ExpertFFN(nn.Module):
         if way == "masked":
             return self._masked(x_TD, k_T, mass_T, policy.max_k)
         if way == "few":
-            few = routing.select(x_TD, self.router, k_T, mass_T, policy.max_k)
+            few = self._select(x_TD, k_T, mass_T, policy.max_k)
+            assert self._arrivals is not None
             y_TD = expert_ffn.expert_ffn(
-                x_TD, self.up, self.down, few.ids_TK, size, self.activation
+                x_TD, self.up, self.down, few.ids_TK, size, self.activation, self._arrivals
             )
             return y_TD, few.chosen_TE
-        many = routing.route(x_TD, self.router, k_T, mass_T, policy.max_k)
+        if way == "union":
+            chosen_TE = self._select(x_TD, k_T, mass_T, policy.max_k).chosen_TE
+            y_TD = union_ffn.union_ffn(x_TD, self.up, self.down, chosen_TE, self.activation)
+            return y_TD, chosen_TE
+        many = routing.sort_pairs(self._select(x_TD, k_T, mass_T, policy.max_k))
         y_TD = grouped_ffn.grouped_ffn(x_TD, self.up, self.down, many, self.activation)
         return y_TD, many.chosen_TE
 
     def _masked(
         self, x_TD: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int
     ) -> tuple[Tensor, Tensor]:
-        chosen_TE = routing.select(x_TD, self.router, k_T, mass_T, max_k).chosen_TE
-        y_TD = masked_ffn.masked_ffn(x_TD, self.up, self.down, chosen_TE, self.activation)
-        return y_TD, chosen_TE
+        chosen_TE, h_TF = side_by_side(
+            lambda: self._select(x_TD, k_T, mass_T, max_k).chosen_TE, lambda: x_TD @ self.up.T
+        )
+        return masked_ffn.activate_chosen(h_TF, chosen_TE, self.activation) @ self.down, chosen_TE
+
+    def _select(self, x_TD: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int) -> routing.Choice:
+        """The choice on CUDA, in one launch or two."""
+        if x_TD.shape[0] > route_step.MOST_TOKENS:
+            return routing.select(x_TD, self.router, k_T, mass_T, max_k)
+        assert self._arrivals is not None
+        return route_step.route_step(x_TD, self.router, k_T, mass_T, max_k, self._arrivals)
 
     @property
     def _gpu_layer(self) -> gpu_ways.Layer:

@@ -135,6 +135,10 @@ class Decoder(nn.Module):
         self.register_buffer("cos", cos.to(device), persistent=False)
         self.register_buffer("sin", sin.to(device), persistent=False)
 
+    def turns(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of each position, float32 [T, d / 2] each."""
+        return self.cos[positions_T], self.sin[positions_T]
+
     def initialize(self, generator: torch.Generator) -> None:
         """Fresh weights: normal, with residual outputs scaled by 1/sqrt(2 * layers) (GPT-2)."""
         std = self.config.initializer_range
@@ -188,7 +192,7 @@ class Decoder(nn.Module):
         """Logits [T, V] in float32, or [len(rows), V] of the given rows of the batch alone."""
         packed = self._packed_embedding
         x_TD = self.embedding(ids_T) if packed is None else packed.rows(ids_T)
-        cos_Td, sin_Td = self.cos[positions_T], self.sin[positions_T]
+        cos_Td, sin_Td = self.turns(positions_T)
         for layer in self.layers:
             x_TD = layer(x_TD, cos_Td, sin_Td, attend, policy, trace)
         if rows is not None:

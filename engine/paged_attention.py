@@ -1,24 +1,32 @@
-"""Attention over the paged cache through the kernels of `engine.kernels.paged_kv`; for CUDA.
+"""Attention over the paged cache through Triton kernels; for CUDA.
 
-One `KernelAttend` serves a flat batch: sequences that decode go through the paged kernel, each
-chunk of a prompt through PyTorch's attention over its gathered context. A batch that only decodes
-lies in tensors of one shape (`DecodeBatch`), so that `engine.cuda_graphs` can replay it; so does
-any other in a `PromptBatch`, for `engine.prompt_graphs`.
+A `HeadsAttend` takes the heads of a flat batch as the projection leaves them. `StepAttend` serves a
+batch that only decodes, in one launch over tensors of one shape, so that `engine.cuda_graphs` can
+replay it. `KernelAttend` serves any batch: sequences that decode go through the paged kernel, each
+chunk of a prompt through PyTorch's attention over its gathered context.
+That batch, too, may lie in tensors of one shape for any lengths (`PromptBatch`), for
+`engine.prompt_graphs`.
 
-Shapes: T tokens, B decoding sequences, M blocks per sequence at most, L tokens of a context, H
-query heads, G key-value heads, d head dimension.
+Shapes: T tokens, B decoding sequences, M blocks per sequence at most, L tokens of a context, N
+heads of all kinds, H query heads, G key-value heads, d head dimension, c = d / 2, P positions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.attention import KVCache, PagedAttend, SequenceSpan
+from engine.kernels.arrivals import Arrivals
+from engine.kernels.attend_step import attend_step
 from engine.kernels.paged_kv import MAX_HEAD_DIM, paged_decode, rotate_and_store
 from engine.kernels.paged_prefill import paged_prefill
+
+# (layer, heads [T, N, d]: queries, keys and values side by side, not rotated) -> [T, H, d]
+HeadsAttend = Callable[[int, Tensor], Tensor]
 
 
 def supports(cache: KVCache) -> bool:
@@ -40,6 +48,48 @@ class DecodeBatch:
     table_BM: Tensor
     contexts_B: Tensor
     longest: int
+
+
+class StepAttend:
+    """Attention of a batch whose every row is the next token of a sequence.
+
+    Args:
+        cache: keys and values.
+        tables: the model's cosines and sines, [P, c] each.
+        slots_B: int32, the slot of each token; negative for one that is not kept.
+        batch: the sequences.
+        arrivals: counters that no kernel of another stream uses at the same time.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        tables: tuple[Tensor, Tensor],
+        slots_B: Tensor,
+        batch: DecodeBatch,
+        arrivals: Arrivals,
+    ) -> None:
+        self.cache = cache
+        self._tables = tables
+        self._slots_B = slots_B
+        self._batch = batch
+        self._arrivals = arrivals
+
+    def __call__(self, layer: int, heads_BNd: Tensor) -> Tensor:
+        """Attended values [B, H, d] of one layer."""
+        batch, (keys, values) = self._batch, self.cache.slots[layer]
+        return attend_step(
+            heads_BNd,
+            *self._tables,
+            keys,
+            values,
+            self._slots_B,
+            batch.table_BM,
+            batch.contexts_B,
+            self.cache.block_size,
+            batch.longest,
+            self._arrivals,
+        )
 
 
 @dataclass(frozen=True)
@@ -68,6 +118,7 @@ class KernelAttend:
 
     Args:
         cache: keys and values.
+        turns: cosines and sines of each token's position, float32, [T, c] each.
         slots_T: int32 or int64, the slot of each token; negative for one that is not kept.
         decode: the sequences that decode, if any.
         decode_rows: their rows; None: they are the whole batch.
@@ -78,6 +129,7 @@ class KernelAttend:
     def __init__(
         self,
         cache: KVCache,
+        turns: tuple[Tensor, Tensor],
         slots_T: Tensor,
         decode: DecodeBatch | None,
         decode_rows: Tensor | None = None,
@@ -85,6 +137,7 @@ class KernelAttend:
         prompt: PromptBatch | None = None,
     ) -> None:
         self.cache = cache
+        self._turns = turns
         self._slots_T = slots_T
         self._prompt = prompt
         self._decode = decode
@@ -92,7 +145,9 @@ class KernelAttend:
         self._chunks = chunks
 
     @classmethod
-    def of_spans(cls, cache: KVCache, spans: list[SequenceSpan]) -> KernelAttend:
+    def of_spans(
+        cls, cache: KVCache, spans: list[SequenceSpan], turns: tuple[Tensor, Tensor]
+    ) -> KernelAttend:
         """Tables and slots on the cache's device, for any batch."""
         device, size = cache.slots.device, cache.block_size
         most = max(len(s.blocks) for s in spans)
@@ -113,27 +168,20 @@ class KernelAttend:
         )
         decoding = [b for b, s in enumerate(spans) if s.length == 1]
         if not decoding:
-            return cls(cache, slots_T, None, None, chunks)
+            return cls(cache, turns, slots_T, None, None, chunks)
         contexts = [spans[b].context for b in decoding]
         contexts_B = torch.tensor(contexts, dtype=torch.int32, device=device)
         if not chunks:
-            return cls(cache, slots_T, DecodeBatch(table_BM.to(device), contexts_B, max(contexts)))
+            batch = DecodeBatch(table_BM.to(device), contexts_B, max(contexts))
+            return cls(cache, turns, slots_T, batch)
         rows = torch.tensor([spans[b].start for b in decoding], device=device)
         batch = DecodeBatch(table_BM[decoding].to(device), contexts_B, max(contexts))
-        return cls(cache, slots_T, batch, rows, chunks)
+        return cls(cache, turns, slots_T, batch, rows, chunks)
 
-    def __call__(self, layer: int, heads_TNd: Tensor, cos_Tc: Tensor, sin_Tc: Tensor) -> Tensor:
+    def __call__(self, layer: int, heads_TNd: Tensor) -> Tensor:
+        """Attended values [T, H, d] of one layer."""
         keys, values = self.cache.slots[layer]
-        """Attended values [T, H, d] of one layer.
-
-        Args:
-            layer: whose part of the cache to use.
-            heads_TNd: H query heads, G key heads and G value heads, not rotated yet.
-            cos_Tc, sin_Tc: of each token's position, c = d / 2.
-        """
-        q_THd = rotate_and_store(
-            heads_TNd, cos_Tc.float(), sin_Tc.float(), keys, values, self._slots_T
-        )
+        q_THd = rotate_and_store(heads_TNd, *self._turns, keys, values, self._slots_T)
         if self._prompt is not None:
             table_BM, pieces_N4 = self._prompt.table_BM, self._prompt.pieces_N4
             return paged_prefill(q_THd, keys, values, table_BM, pieces_N4, self.cache.block_size)

@@ -28,6 +28,7 @@ from engine.cuda_graphs import Replay, k_bucket, policy_is_dense
 from engine.experts import PolicyBatch, Trace
 from engine.fused_forward import fused_forward
 from engine.graph_capture import capture
+from engine.kernels.count_chosen import count_chosen
 from engine.kernels.gpu_ways import Layer, mixed_is_masked
 from engine.kernels.paged_prefill import cut, most_pieces, prefill_blocks
 from engine.model import Decoder
@@ -266,7 +267,7 @@ class PromptGraphs:
             pieces = most_pieces(tokens, requests, self._block_q)
             self._static = StaticPrompt(tokens, requests, most_blocks, pieces, device)
             numbers = tokens + 2 * config.num_hidden_layers
-            self._counts = torch.zeros(numbers, dtype=torch.int64, device=device)
+            self._counts = torch.zeros(numbers, dtype=torch.int32, device=device)
             self._logits_RV = torch.zeros(requests, config.vocab_size, device=device)
         return self._static
 
@@ -282,16 +283,15 @@ class PromptGraphs:
         static, rows = self._static_prompt(), slice(key.tokens)
         pieces = most_pieces(key.tokens, key.requests, self._block_q)
         prompt = PromptBatch(static.table_RM[: key.requests], static.pieces_N4[:pieces])
-        attend = KernelAttend(self.cache, static.slots_T[rows], None, prompt=prompt)
+        turns = self.model.turns(static.positions_T[rows])
+        attend = KernelAttend(self.cache, turns, static.slots_T[rows], None, prompt=prompt)
         policy = PolicyBatch(static.k_T[rows], static.mass_T[rows], key.max_k, None, None)
         trace = Trace()
-        batch = static.ids_T[rows], static.positions_T[rows]
         wanted = static.rows_R[: key.requests]
-        logits_RV = fused_forward(self.model, *batch, attend, policy, trace, wanted)
+        logits_RV = fused_forward(self.model, static.ids_T[rows], attend, policy, trace, wanted)
         self._logits_RV[: key.requests].copy_(logits_RV)
         if key.max_k:
-            counts_LT, union_L = trace.counts()
-            found = torch.cat([counts_LT.sum(0), counts_LT.sum(1), union_L])
+            found = count_chosen(torch.stack(trace.choices()))
             self._counts[: found.numel()].copy_(found)
 
     def _capture(self, key: PromptKey) -> Replay:

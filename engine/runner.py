@@ -188,8 +188,8 @@ class Runner:
         if isinstance(self.cache, native.PagedCache):
             attend = NativeAttend(self.cache, self.block_size, spans)
         elif supports(self.cache):
-            kernels = KernelAttend.of_spans(self.cache, spans)
-            return fused_forward(self.model, ids_T, positions_T, kernels, *rest)
+            kernels = KernelAttend.of_spans(self.cache, spans, self.model.turns(positions_T))
+            return fused_forward(self.model, ids_T, kernels, *rest)
         else:
             attend = PagedAttend(self.cache, spans)
         logits: Tensor = self.model(ids_T, positions_T, attend, *rest)

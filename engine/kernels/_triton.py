@@ -7,14 +7,20 @@ interpreter (`TRITON_INTERPRET=1`, set before this module is imported).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 __all__ = [
     "AVAILABLE",
     "INTERPRETED",
     "TensorDescriptor",
     "cdiv",
+    "chain",
+    "gdc_launch_dependents",
+    "gdc_wait",
     "jit",
     "next_power_of_2",
     "tl",
@@ -23,9 +29,10 @@ __all__ = [
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ModuleNotFoundError:
-    triton = tl = TensorDescriptor = None
+    triton = tl = gdc_launch_dependents = gdc_wait = TensorDescriptor = None
 
 AVAILABLE: bool = triton is not None
 
@@ -37,6 +44,19 @@ INTERPRETED: bool = triton is not None and bool(triton.knobs.runtime.interpret)
 def jit(kernel: Callable[..., Any]) -> Any:
     """`triton.jit` with a type, so that kernels stay checked functions for mypy."""
     return kernel if triton is None else triton.jit(kernel)
+
+
+@functools.cache
+def chain(device: torch.device) -> dict[str, bool]:
+    """Launch options of kernels that follow each other by programmatic dependent launch.
+
+    Such a kernel starts while the one before it still runs, fetches what no kernel writes (the
+    weights), and touches everything else only after `gdc_wait`, which returns when the one before
+    has ended: each of its programs must call it, whatever it does then. Hopper and newer.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return {"CHAINED": False}
+    return {"CHAINED": True, "launch_pdl": True}
 
 
 def cdiv(a: int, b: int) -> int:

@@ -10,10 +10,28 @@ Shapes: T tokens, D model.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from engine.kernels._triton import jit, next_power_of_2, tl
+
+
+class Norm(NamedTuple):
+    """An RMSNorm: weight [D], and what is added to the mean square."""
+
+    weight_D: Tensor
+    epsilon: float
+
+
+def normed_reference(x_TD: Tensor, norm: Norm | None) -> Tensor:
+    """x in float32 (or its float64), normed if asked."""
+    x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+    if norm is None:
+        return x_TD
+    scale_T1 = (x_TD.square().mean(1, keepdim=True) + norm.epsilon).rsqrt()
+    return x_TD * scale_T1 * norm.weight_D.to(x_TD.dtype)
 
 
 def add_norm_reference(

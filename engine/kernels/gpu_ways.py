@@ -1,8 +1,10 @@
-"""Which of three ways computes a sparse FFN on a GPU, from shapes alone: nothing is asked of it.
+"""Which of four ways computes a sparse FFN on a GPU, from shapes alone: nothing is asked of it.
 
-`few` reads the weights of each token-expert pair (`expert_ffn`), `grouped` those of each expert in
-use (`grouped_ffn`), `masked` all of them, through dense products (`masked_ffn`). The last one never
-costs much more than the dense FFN, so neither does the cheapest of the three.
+`few` reads the weights of each token-expert pair (`expert_ffn`), `union` those of each expert in
+use and multiplies every token with them (`union_ffn`), `grouped` reads as much and multiplies each
+token with its own experts (`grouped_ffn`), `masked` reads all, through dense products
+(`masked_ffn`). The last one never costs much more than the dense FFN, so neither does the cheapest
+of the four.
 
 Which experts a batch uses together is known to the device alone. The rule takes what independent
 choices of k would give; real ones share experts, so a sparse way that is predicted to be as fast as
@@ -15,6 +17,8 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+
+from engine.kernels.union_ffn import MOST_TOKENS as UNION_TOKENS
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Rates:
     dense_flops: float = 7.3e8  # per microsecond
     grouped_flops: float = 3.0e8
     few_launches: float = 7.0
+    union_launches: float = 8.0
     grouped_launches: float = 11.0
     dense_launches: float = 10.5
     select: float = 6.2  # scores and choice
@@ -79,8 +84,10 @@ def sparse_us(layer: Layer, tokens: int, k: int, rates: Rates = RATES) -> dict[s
     few = rates.few_launches + pairs * layer.expert_bytes / rates.pair_bytes
     reading = union * layer.expert_bytes / rates.weight_bytes
     computing = pairs * layer.pair_flops / rates.grouped_flops
-    return {
-        "few": rates.select + few,
+    costs = {"few": rates.select + few}
+    if tokens <= UNION_TOKENS and layer.itemsize == 2:
+        costs["union"] = rates.select + rates.union_launches + reading
+    return costs | {
         "grouped": rates.select + rates.sort + rates.grouped_launches + reading + computing,
         "masked": rates.select + rates.mask + dense_us(layer, tokens, rates),
     }
@@ -88,7 +95,7 @@ def sparse_us(layer: Layer, tokens: int, k: int, rates: Rates = RATES) -> dict[s
 
 @functools.lru_cache(maxsize=4096)
 def sparse_way(layer: Layer, tokens: int, k: int) -> str:
-    """The cheapest of few, grouped and masked for at most k experts a token."""
+    """The cheapest of few, union, grouped and masked for at most k experts a token."""
     costs = sparse_us(layer, tokens, k)
     return min(costs, key=lambda way: costs[way])  # the first of equals
 

@@ -169,12 +169,12 @@ def _scores_kernel(
 
 
 @jit
-def _load_scores(pieces_ptr, e, num_experts, pieces, BLOCK_N: tl.constexpr):
-    """Scores of experts e, summed over their pieces; -inf past the last expert and for NaN."""
+def _load_scores(pieces_ptr, e, num_experts, pieces, factor, BLOCK_N: tl.constexpr):
+    """Scores of experts e, summed over pieces, times `factor`; -inf for NaN and past the end."""
     n = tl.arange(0, BLOCK_N)
     mask = (n < pieces)[:, None] & (e < num_experts)[None, :]
     at = pieces_ptr + n[:, None] * num_experts + e[None, :]
-    score = tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float32), axis=0)
+    score = tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float32), axis=0) * factor
     return tl.where((e < num_experts) & (score == score), score, float("-inf"))
 
 
@@ -185,6 +185,52 @@ def _standing(score, e, other, other_share, other_e, num_experts):
     ahead = ((other[None, :] > score[:, None]) | tie) & (other_e < num_experts)[None, :]
     rank = tl.sum(ahead.to(tl.int32), axis=1)
     return rank, tl.sum(tl.where(ahead, other_share[None, :], 0.0), axis=1)
+
+
+@jit
+def choose_token(
+    t,
+    pieces_ptr,
+    factor,
+    k_ptr,
+    mass_ptr,
+    chosen_ptr,
+    ids_ptr,
+    num_experts,
+    pieces,
+    max_k,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The choice of token t, from the pieces of its scores times `factor`."""
+    e = tl.arange(0, BLOCK_E)
+    real = e < num_experts
+    pieces_ptr += t * pieces * num_experts
+    score = _load_scores(pieces_ptr, e, num_experts, pieces, factor, BLOCK_N)
+    top = tl.max(score, axis=0)
+    total = tl.sum(tl.where(real, tl.exp(score - top), 0.0), axis=0)
+
+    # All pairs of many experts do not fit into registers, so one side comes in blocks.
+    rank = tl.zeros((BLOCK_E,), tl.int32)
+    before = tl.zeros((BLOCK_E,), tl.float32)
+    for start in range(0, num_experts, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        other = _load_scores(pieces_ptr, j, num_experts, pieces, factor, BLOCK_N)
+        ranks, shares = _standing(score, e, other, tl.exp(other - top) / total, j, num_experts)
+        rank += ranks
+        before += shares
+    k = tl.minimum(tl.load(k_ptr + t), max_k)
+    mass = tl.load(mass_ptr + t)
+    chosen = real & (rank < k) & ((rank == 0) | (before < mass))
+
+    tl.store(chosen_ptr + t * num_experts + e, chosen, mask=real)
+    slot = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+    tl.store(ids_ptr + t * max_k + slot, e, mask=chosen)
+    unused = tl.arange(0, BLOCK_K)
+    taken = tl.sum(chosen.to(tl.int32), axis=0)
+    tl.store(ids_ptr + t * max_k + unused, -1, mask=(unused >= taken) & (unused < max_k))
 
 
 @jit
@@ -203,33 +249,22 @@ def _choose_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Program t: the choice of token t."""
-    t = tl.program_id(0).to(tl.int64)
-    e = tl.arange(0, BLOCK_E)
-    real = e < num_experts
-    pieces_ptr += t * pieces * num_experts
-    score = _load_scores(pieces_ptr, e, num_experts, pieces, BLOCK_N)
-    top = tl.max(score, axis=0)
-    total = tl.sum(tl.where(real, tl.exp(score - top), 0.0), axis=0)
-
-    # All pairs of many experts do not fit into registers, so one side comes in blocks.
-    rank = tl.zeros((BLOCK_E,), tl.int32)
-    before = tl.zeros((BLOCK_E,), tl.float32)
-    for start in range(0, num_experts, BLOCK_J):
-        j = start + tl.arange(0, BLOCK_J)
-        other = _load_scores(pieces_ptr, j, num_experts, pieces, BLOCK_N)
-        ranks, shares = _standing(score, e, other, tl.exp(other - top) / total, j, num_experts)
-        rank += ranks
-        before += shares
-    k = tl.minimum(tl.load(k_ptr + t), max_k)
-    mass = tl.load(mass_ptr + t)
-    chosen = real & (rank < k) & ((rank == 0) | (before < mass))
-
-    tl.store(chosen_ptr + t * num_experts + e, chosen, mask=real)
-    slot = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-    tl.store(ids_ptr + t * max_k + slot, e, mask=chosen)
-    unused = tl.arange(0, BLOCK_K)
-    taken = tl.sum(chosen.to(tl.int32), axis=0)
-    tl.store(ids_ptr + t * max_k + unused, -1, mask=(unused >= taken) & (unused < max_k))
+    choose_token(
+        tl.program_id(0).to(tl.int64),
+        pieces_ptr,
+        1.0,
+        k_ptr,
+        mass_ptr,
+        chosen_ptr,
+        ids_ptr,
+        num_experts,
+        pieces,
+        max_k,
+        BLOCK_N,
+        BLOCK_E,
+        BLOCK_J,
+        BLOCK_K,
+    )
 
 
 @jit

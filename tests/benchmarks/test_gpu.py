@@ -29,8 +29,9 @@ def test_every_usual_section_runs_at_tiny_sizes(
         "expert_ffn share of copy",
         "way few",
         "routing select",
-        "paged_decode",
-        "rotate_and_store",
+        "routing step",
+        "union_ffn",
+        "attend_step",
         "decode device",
         "decode step",
         "decode experts in use",
@@ -40,8 +41,10 @@ def test_every_usual_section_runs_at_tiny_sizes(
         "mixed graph TMA",
         "tile up best",
         "tile down best",
-        "tile expert_ffn first best",
-        "tile expert_ffn last best",
+        "tile expert_ffn up best",
+        "tile expert_ffn down best",
+        "tile union_ffn up best",
+        "tile union_ffn down best",
     }
     assert wanted <= names
     for kind in ("expert_ffn full", "grouped_tma", "paged_prefill", "prompt graph top_k:2"):

@@ -217,13 +217,12 @@ def test_kernel_attention_equals_plain_attention_over_any_batch(plain: Decoder) 
     for kernels in (False, True):
         cache = new_cache()
         cache.slots.normal_(generator=torch.Generator().manual_seed(0))
-        batch = torch.tensor(ids), torch.tensor(positions)
+        ids_T, positions_T, rows = torch.tensor(ids), torch.tensor(positions), torch.tensor([0, 9])
         if kernels:
-            attend = KernelAttend.of_spans(cache, spans)
-            logits = fused_forward(plain, *batch, attend, policy, rows=torch.tensor([0, 9]))
+            attend = KernelAttend.of_spans(cache, spans, plain.turns(positions_T))
+            logits = fused_forward(plain, ids_T, attend, policy, rows=rows)
         else:
-            rows = torch.tensor([0, 9])
-            logits = plain(*batch, PagedAttend(cache, spans), policy, rows=rows)
+            logits = plain(ids_T, positions_T, PagedAttend(cache, spans), policy, rows=rows)
         results.append((logits, cache.slots))
     for expected, found in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 
 from engine.kernels import (
     add_norm,
+    attend_step,
     expert_ffn,
     grouped_ffn,
     grouped_pairs,
@@ -31,8 +32,11 @@ from engine.kernels import (
     masked_ffn,
     paged_kv,
     paged_prefill,
+    route_step,
     routing,
+    thin_linear,
     top_k,
+    union_ffn,
 )
 
 D, S, E, K, T = 2048, 256, 32, 6, 2048
@@ -61,6 +65,10 @@ INTS = {
     "kv_heads": 8,
     "half": 32,
     "neurons": E * S,
+    "outputs": D,
+    "elements": T * D,
+    "shares": 16,
+    "pieces_per_slot": 4,
 }
 POINTERS = {
     "chosen_ptr": "i1",
@@ -69,6 +77,7 @@ POINTERS = {
     **dict.fromkeys(("offsets_ptr", "pair_token_ptr", "tiles_ptr"), "i32"),
     **dict.fromkeys(("table_ptr", "contexts_ptr", "slot_ptr", "pieces_ptr"), "i32"),
     **dict.fromkeys(("cos_ptr", "sin_ptr", "stats_ptr"), "fp32"),
+    **dict.fromkeys(("arrived_ptr", "used_ptr"), "i32"),
 }
 FLOATS = ("scale", "epsilon")
 # What a descriptor fetches at once.
@@ -77,6 +86,8 @@ DESCRIPTORS = {
     "h_desc": ("BLOCK_P", "BLOCK_S"),
     "down_desc": ("BLOCK_S", "BLOCK_D"),
 }
+# Chained launches are for Hopper and newer; ARCH is the first argument.
+CHAINED = sys.argv[1:] == ["90"]
 PATTERNS = {
     "wide_loads": r"ld\.global\.(?:\w+\.)*v4\.b32|cp\.async\.c[ag]\.shared\.global .*0x10",
     "loads": r"ld\.global|cp\.async\.c[ag]",
@@ -105,8 +116,6 @@ def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
     for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
         found += [
             ("scores", routing._scores_kernel, routing.scores_blocks(E), dtype),
-            ("expert_ffn", expert_ffn._expert_ffn_kernel, expert_ffn.ffn_blocks(D, S), dtype),
-            ("sum", expert_ffn._sum_kernel, expert_ffn.sum_blocks(), dtype),
             ("combine", grouped_ffn._combine_kernel, grouped_ffn.combine_blocks(D), dtype),
         ]
         for pairs in (12, 96, 384) if dtype == "bf16" else (384,):
@@ -117,16 +126,15 @@ def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
                 (f"down {pairs}", grouped_ffn._down_kernel, {**down, "BLOCK_E": E}, dtype),
             ]
         full = {"GATED": True, "BIASED": True}
-        few = {**expert_ffn.ffn_blocks(D, S), **full, "EAGER": True}
         many = {**grouped_ffn.up_blocks(384, S, itemsize, gated=True), **full, "BLOCK_E": E}
         found += [
-            ("expert_ffn full", expert_ffn._expert_ffn_kernel, few, dtype),
             ("up full", grouped_ffn._up_kernel, many, dtype),
             ("add norm", add_norm._add_norm_kernel, add_norm.add_norm_blocks(D), dtype),
             ("add norm 5120", add_norm._add_norm_kernel, add_norm.add_norm_blocks(5120), dtype),
             ("activate", masked_ffn._activate_kernel, masked_ffn.activate_blocks(), dtype),
         ]
         found += [(name, *rest, dtype) for name, *rest in attention_cases(itemsize)]
+        found += [(name, *rest, dtype) for name, *rest in step_cases(itemsize)]
         for size in TRAINED_SIZES:
             found += [(f"{n} {size}", *rest, dtype) for n, *rest in training_cases(size, itemsize)]
     return found
@@ -149,6 +157,8 @@ def attention_cases(itemsize: int) -> list[tuple[str, Any, dict[str, Any]]]:
             found.append((f"decode {group}x{width}", paged_kv._decode_kernel, blocks))
             blocks = {"PAGE": 16, **paged_prefill.prefill_blocks(group, width, itemsize)}
             found.append((f"prefill {group}x{width}", paged_prefill._prefill_kernel, blocks))
+            step = {**attend_step.attend_blocks(group, width, itemsize), "CHAINED": CHAINED}
+            found.append((f"attend {group}x{width}", attend_step._attend_kernel, step))
     return found
 
 
@@ -162,6 +172,34 @@ def tma_cases() -> list[tuple[str, Any, dict[str, Any], str]]:
         ):
             switches = {"FLATTEN": blocks.pop("per_sm") > 0, "BLOCK_E": E, "BLOCK_K": 8}
             found.append((f"tma {product} {pairs}", kernel, {**blocks, **switches}, "bf16"))
+    return found
+
+
+def step_cases(itemsize: int) -> list[tuple[str, Any, dict[str, Any]]]:
+    """The kernels of a decoding step, as (name, kernel, constants)."""
+    chained = {"CHAINED": CHAINED}
+    rows, normed = {**expert_ffn.up_blocks(D), **chained}, {"NORMED": True}
+    down, every = expert_ffn.down_blocks(S), thin_linear.down_all_blocks(E * S)
+    full = {"GATED": True, "BIASED": True}
+    found = [
+        ("thin", thin_linear._thin_linear_kernel, {**rows, **normed}),
+        ("expert_up", expert_ffn._expert_up_kernel, {**rows, **normed}),
+        ("expert_up full", expert_ffn._expert_up_kernel, {**rows, **full}),
+        ("expert_down", expert_ffn.down_kernel, {**down, **chained, "ROUTED": True}),
+        ("thin_down", expert_ffn.down_kernel, {**every, **chained, "ADDED": True}),
+        ("sum", union_ffn._sum_shares_kernel, {**union_ffn.sum_blocks(16), **chained}),
+    ]
+    for experts in (E, 64, 512):
+        blocks = route_step.route_blocks(experts, D, K)
+        found.append(
+            (f"route {experts}", route_step._route_kernel, {**blocks, **normed, **chained})
+        )
+    for tokens in (16, union_ffn.MOST_TOKENS) if itemsize == 2 else ():  # what gpu_ways takes
+        lists = {"BLOCK_L": 8, "BLOCK_E": 512}
+        tiles = {**union_ffn.up_blocks(tokens, itemsize), **lists, **chained}
+        found.append((f"union_up {tokens}", union_ffn._union_up_kernel, tiles))
+        tiles = {**union_ffn.down_blocks(tokens, itemsize), **chained}
+        found.append((f"union_down {tokens}", union_ffn._union_down_kernel, tiles))
     return found
 
 
@@ -185,8 +223,18 @@ def training_cases(size: int, itemsize: int) -> list[tuple[str, Any, dict[str, A
 def source(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[ASTSource, dict[str, int]]:
     """The kernel with a launch's signature and alignments, and its compile options."""
     options = {k: v for k, v in constants.items() if k in ("num_warps", "num_stages")}
-    switches = ("SQUARE", "WIDEN", "GATED", "BIASED", "EAGER")
-    constexprs = {**dict.fromkeys(switches, False), **constants}
+    switches = (
+        "SQUARE",
+        "WIDEN",
+        "GATED",
+        "BIASED",
+        "ADDED",
+        "RECTIFIED",
+        "NORMED",
+        "ROUTED",
+        "CHAINED",
+    )
+    constexprs = {**dict.fromkeys((*switches, "CHAINED"), False), **constants}
     constexprs = {k: v for k, v in constexprs.items() if k in kernel.arg_names}
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):

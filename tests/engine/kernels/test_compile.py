@@ -56,7 +56,7 @@ class TestCompiledCode:
     def test_rows_are_loaded_16_bytes_at_a_time(
         self, arch: int, reports: dict[int, Report]
     ) -> None:
-        for name in ("expert_ffn", "sum", "combine", "scores", "up", "down"):
+        for name in ("expert_up", "thin", "union", "sum", "combine", "scores", "up", "down"):
             found = [r for k, r in reports[arch].items() if k.startswith(name)]
             assert found
             # What remains are ids, offsets and limits.
@@ -83,7 +83,7 @@ class TestCompiledCode:
     def test_half_precision_products_use_tensor_cores(
         self, arch: int, reports: dict[int, Report]
     ) -> None:
-        products = {k: r for k, r in reports[arch].items() if k.startswith(("up", "down"))}
+        products = {k: r for k, r in reports[arch].items() if k.startswith(("up", "down", "union"))}
         assert products
         assert all((r["mma"] > 0) == k.endswith("bf16") for k, r in products.items())
 
