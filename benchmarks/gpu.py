@@ -2,10 +2,12 @@
 
     python -m benchmarks.gpu [--sections check,kernels,...] [--seconds 450] [--json FILE]
 
-Sections, in the order in which they run: `check` (every kernel against its reference), `decode` and
-`prefill` (whole models, benchmarks/gpu_model.py), `kernels` (bandwidth and rate against ceilings
-measured in the same run, benchmarks/gpu_kernels.py), `tiles` (candidates for the kernels' tiles,
-benchmarks/gpu_tiles.py), and `training` (benchmarks/gpu_training.py), which runs only when asked.
+Sections, in the order in which they run: `check` (every kernel against its reference) and
+`prompt-check` (the rest of them, and captured prompt steps), `decode` and `prefill` (whole models,
+benchmarks/gpu_model.py), `kernels` (bandwidth and rate against ceilings measured in the same run,
+benchmarks/gpu_kernels.py), `prompts` (rivals for large prompts, benchmarks/gpu_prompts.py), `tiles`
+(candidates for the kernels' tiles, benchmarks/gpu_tiles.py), and `training`
+(benchmarks/gpu_training.py). `prompts` and `training` run only when asked.
 
 Every time is of work replayed from a CUDA graph, which is how the engine decodes, unless a row says
 otherwise. Rivals of one row are replayed in turn, round after round, and the median round counts.
@@ -33,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from benchmarks import gpu_kernels, gpu_model, gpu_tiles, gpu_training
+from benchmarks import gpu_kernels, gpu_model, gpu_prompts, gpu_tiles, gpu_training
 from benchmarks.gpu_kernels import Case
 from benchmarks.records import MACHINE, VERSIONS, Record, write_records
 
@@ -63,15 +65,17 @@ def sections(tiny: bool) -> dict[str, Callable[[], Iterator[Case]]]:
     shapes = gpu_model.TINY if tiny else gpu_model.FULL
     return {
         "check": partial(gpu_kernels.checks, sizes),
+        "prompt-check": partial(gpu_prompts.check_cases, sizes),
         "decode": partial(gpu_model.decode_cases, shapes),
         "prefill": partial(gpu_model.prefill_cases, shapes),
         "kernels": partial(gpu_kernels.cases, sizes),
+        "prompts": partial(gpu_prompts.cases, sizes),
         "tiles": partial(gpu_tiles.cases, sizes),
         "training": training_cases,
     }
 
 
-USUAL = ("check", "decode", "prefill", "kernels", "tiles")
+USUAL = ("check", "prompt-check", "decode", "prefill", "kernels", "tiles")
 
 
 @dataclass

@@ -60,6 +60,14 @@ class Sizes:
         (2048, 8192, 700),
     )
     tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 64, 512, 2048)
+    prompts: tuple[int, ...] = (512, 2048)
+    chunks: tuple[tuple[tuple[int, int], ...], ...] = (
+        ((0, 512),),
+        ((0, 2048),),
+        ((1536, 512),),
+        (*tuple((255, 1) for _ in range(64)), (0, 448)),
+    )
+    steps: tuple[tuple[tuple[int, int], ...], ...] = (((0, 60), (7, 1)), ((30, 21), (0, 43)))
     few: int = 16
     copied: int = 2**28
     product: int = 8192
@@ -72,9 +80,12 @@ class Sizes:
 
 FULL = Sizes()
 TINY = Sizes(
-    shapes=((16, 32 * 2),),
-    checked=((20, 32 * 2, 2),),
+    shapes=((16, 32 * 16),),
+    checked=((24, 32 * 16, 2),),
     tokens=(1, 2),
+    prompts=(3,),
+    chunks=(((0, 3), (4, 1)),),
+    steps=(((0, 4), (7, 1)),),
     few=1,
     copied=2**10,
     product=32,

@@ -9,8 +9,11 @@ alone, `step` rows what the engine waits for, from the requests in Python to the
 the host. "alike" requests are copies of each other and choose the same experts; "independent" ones
 have random states, and random routers give each its own experts: real routing lies between.
 
-`prefill` is one prompt in one chunk without a graph: `device` rows are the device's time alone,
-`launched` rows include waiting for Python.
+`prefill` is one prompt in one chunk, dense and sparse alike by one way: `launched` rows operator by
+operator, waiting for Python; `device` rows the device's time of that alone; `graph` rows the replay
+of the engine's prompt graphs (engine.prompt_graphs), whose attention reads the paged cache, and
+`graph step` rows what the engine waits for then. `TMA` rows take the products of
+engine.kernels.grouped_tma. `mixed` rows have decoding requests beside the chunk.
 """
 
 from __future__ import annotations
@@ -23,19 +26,21 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.gpu_kernels import Case
 from benchmarks.gpu_timing import DEVICE, ROUNDS, Call, eager_us, interleaved_us, replay_ms
 from benchmarks.records import Record
 from engine.attention import KVCache, SequenceSpan
 from engine.config import ExpertConfig, ModelConfig
-from engine.cuda_graphs import DecodeGraph, DecodeGraphs, GraphKey, StaticBatch
+from engine.cuda_graphs import DecodeGraph, DecodeGraphs, GraphKey, Replay, StaticBatch
 from engine.experts import PolicyBatch
 from engine.fused_forward import fused_forward
+from engine.kernels import grouped_tma
 from engine.model import Decoder
 from engine.paged_attention import KernelAttend
+from engine.prompt_graphs import PromptGraphs, PromptKey
 from engine.request import ExpertPolicy, Request, SamplingParams
+from engine.scheduler import Plan, Scheduled
 
 BLOCK = 16
 # Rounds in which graphs are captured, and in which they learn what a batch uses.
@@ -57,6 +62,7 @@ class Shape:
     batches: tuple[int, ...] = (1, 4, 16, 64)
     context: int = 256
     prompts: tuple[int, ...] = (512, 2048)
+    mixed: tuple[int, int] = (448, 64)
 
     @property
     def config(self) -> ModelConfig:
@@ -75,7 +81,7 @@ class Shape:
 
 
 FULL = (Shape("1.3B", 2048, 24, 8192, 32), Shape("6.7B", 4096, 32, 16384, 32))
-TINY = (Shape("tiny", 16, 1, 32, 2, 50, ((8, 2), (4, 1)), (1, 2), 9, (5,)),)
+TINY = (Shape("tiny", 16, 1, 64, 2, 50, ((4, 2),), (1, 2), 9, (5,), (2, 1)),)
 
 
 @torch.no_grad()
@@ -130,6 +136,23 @@ class BenchmarkGraphs(DecodeGraphs):
     def graph(self, key: GraphKey) -> Any:
         """The captured graph itself, to be timed without the step around it."""
         return self._graphs[key].graph
+
+
+class BenchmarkPrompts(PromptGraphs):
+    """The engine's prompt graphs, for a number of experts that may change between models."""
+
+    def __init__(
+        self, model: Decoder, cache: KVCache, requests: int, tokens: int, longest: int, experts: int
+    ) -> None:
+        super().__init__(model, cache, requests, tokens, longest)
+        self.num_experts = experts
+
+    def _capture(self, key: PromptKey) -> Replay:
+        return super()._capture(key) if DEVICE == "cuda" else Computed(lambda _: self.compute(key))
+
+    def graph(self, key: PromptKey) -> Any:
+        """The captured graph itself, to be timed without the step around it."""
+        return self._graphs[key]
 
 
 def requests_of(batch: int, context: int, vocabulary: int, policy: ExpertPolicy) -> list[Request]:
@@ -203,35 +226,109 @@ def replayed_ms(graph: Any) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-@torch.inference_mode()
 def prefill_case(
     model: Decoder, cache: KVCache, shape: Shape, tokens: int, experts: int, chosen: int
 ) -> list[Record]:
     """One prompt in one chunk, logits of its last token."""
-    set_experts(model, experts)
-    ids_T = torch.randint(0, shape.vocabulary, (tokens,), device=DEVICE)
-    positions_T = torch.arange(tokens, device=DEVICE)
-    last = torch.tensor([tokens - 1], device=DEVICE)
-    span = SequenceSpan(0, tokens, tokens, list(range(-(-tokens // BLOCK))))
-    attend = KernelAttend.of_spans(cache, [span], model.turns(positions_T))
 
-    def call_of(policy: ExpertPolicy) -> Call:
-        batch = PolicyBatch.uniform(policy, tokens, experts, DEVICE)
+    def plan_of(policy: ExpertPolicy) -> Plan:
+        (request,) = requests_of(1, tokens, shape.vocabulary, policy)
+        request.num_computed = 0
+        return [Scheduled(request, tokens)]
 
-        def call(_: int) -> Tensor:
-            return fused_forward(model, ids_T, attend, batch, None, last)
-
-        return call
-
-    rivals = [call_of(DENSE), call_of(ExpertPolicy.top_k(chosen))]
     params: dict[str, Any] = {"model": shape.name, "tokens": tokens, "E": experts, "k": chosen}
     params |= {"requests": "independent", "dtype": "bf16"}
-    launched = [eager_us(call) / 1e3 for call in rivals]
-    device = [us / 1e3 for us in interleaved_us(rivals, calls=1)]
+    return _plans_timed("prefill", model, cache, params, [plan_of(p) for p in modes(chosen)])
+
+
+def mixed_case(
+    model: Decoder, cache: KVCache, shape: Shape, experts: int, chosen: int
+) -> list[Record]:
+    """A chunk at the beginning of its prompt beside requests that decode."""
+    count, decoding = shape.mixed
+
+    def plan_of(policy: ExpertPolicy) -> Plan:
+        requests = requests_of(decoding, shape.context, shape.vocabulary, policy)
+        (prompt,) = requests_of(1, count, shape.vocabulary, policy)
+        prompt.num_computed = 0
+        first = decoding * -(-shape.context // BLOCK)
+        prompt.blocks = [first + block for block in prompt.blocks]
+        return [*(Scheduled(request, 1) for request in requests), Scheduled(prompt, count)]
+
+    params: dict[str, Any] = {"model": shape.name, "tokens": count, "decoding": decoding}
+    params |= {"E": experts, "k": chosen, "context": shape.context, "dtype": "bf16"}
+    return _plans_timed("mixed", model, cache, params, [plan_of(p) for p in modes(chosen)])
+
+
+def modes(chosen: int) -> tuple[ExpertPolicy, ExpertPolicy]:
+    """What is compared: all experts, and some."""
+    return DENSE, ExpertPolicy.top_k(chosen)
+
+
+@torch.inference_mode()
+def _plans_timed(
+    name: str, model: Decoder, cache: KVCache, params: dict[str, Any], plans: list[Plan]
+) -> list[Record]:
+    """Two plans that differ in their policies, the dense one first, in every way to run them."""
+    experts = params["E"]
+    set_experts(model, experts)
+    calls = [launched_call(model, cache, plan, experts) for plan in plans]
+    times = {
+        "launched": [eager_us(call) / 1e3 for call in calls],
+        "device": [us / 1e3 for us in interleaved_us(calls, calls=1)],
+    }
+    times["graph"], times["graph step"] = graph_times(model, cache, plans, experts)
+    usual, grouped_tma.LEAST_PAIRS = grouped_tma.LEAST_PAIRS, 1
+    try:
+        times["graph TMA"], _ = graph_times(model, cache, plans, experts)
+    finally:
+        grouped_tma.LEAST_PAIRS = usual
     return [
-        Record(f"prefill {name}", params, sparse, "ms", dense, dense / sparse)
-        for name, (dense, sparse) in (("device", device), ("launched", launched))
+        Record(f"{name} {way}", params, sparse, "ms", dense, dense / sparse)
+        for way, (dense, sparse) in times.items()
     ]
+
+
+def launched_call(model: Decoder, cache: KVCache, plan: Plan, experts: int) -> Call:
+    """The plan as the engine computes it without a graph; its tensors are made once."""
+    spans: list[SequenceSpan] = []
+    ids: list[int] = []
+    positions: list[int] = []
+    for request, count in plan:
+        context = request.num_computed + count
+        spans.append(SequenceSpan(len(ids), count, context, request.blocks))
+        ids += request.token_ids[request.num_computed : context]
+        positions += range(request.num_computed, context)
+    ids_T, positions_T, rows = (
+        torch.tensor(values, device=DEVICE)
+        for values in (ids, positions, [s.start + s.length - 1 for s in spans])
+    )
+    policies = PolicyBatch.build([(r.policy, n) for r, n in plan], experts, DEVICE)
+    attend = KernelAttend.of_spans(cache, spans, model.turns(positions_T))
+    return lambda _: fused_forward(model, ids_T, attend, policies, None, rows)
+
+
+def graph_times(
+    model: Decoder, cache: KVCache, plans: list[Plan], experts: int
+) -> tuple[list[float], list[float]]:
+    """Milliseconds of each plan's replay alone, and of the engine's step around it."""
+    tokens = max(sum(count for _, count in plan) for plan in plans)
+    longest = max(len(r.token_ids) for plan in plans for r, _ in plan)
+    graphs = BenchmarkPrompts(model, cache, len(plans[0]), tokens, longest, experts)
+    keys = [graphs.key(plan) for plan in plans]
+    device: list[list[float]] = [[] for _ in plans]
+    step: list[list[float]] = [[] for _ in plans]
+    for _ in range(ROUNDS + 2 if DEVICE == "cuda" else 1):
+        for which, (plan, key) in enumerate(zip(plans, keys, strict=True)):
+            assert key is not None
+            start = time.perf_counter()
+            graphs.run(plan, key)
+            synchronize()
+            step[which].append((time.perf_counter() - start) * 1e3)
+            device[which].append(replayed_ms(graphs.graph(key)))
+    # The first two rounds compile and capture.
+    of_device, of_step = ([statistics.median(t[2:] or t) for t in all] for all in (device, step))
+    return of_device, of_step
 
 
 class Loaded:
@@ -247,9 +344,8 @@ class Loaded:
             if DEVICE == "cuda":
                 torch.cuda.empty_cache()
             model = random_model(shape)
-            blocks = max(
-                -(-shape.context // BLOCK) * max(shape.batches), -(-max(shape.prompts) // BLOCK)
-            )
+            decoding = -(-shape.context // BLOCK) * max(*shape.batches, shape.mixed[1])
+            blocks = decoding + -(-max(*shape.prompts, shape.mixed[0]) // BLOCK)
             head_dim = shape.width // shape.heads
             cache = KVCache(
                 shape.layers, blocks, BLOCK, shape.heads, head_dim, torch.bfloat16, DEVICE
@@ -265,6 +361,10 @@ def _decode(loaded: Loaded, shape: Shape, batch: int, experts: int, chosen: int)
 
 def _prefill(loaded: Loaded, shape: Shape, tokens: int, experts: int, chosen: int) -> list[Record]:
     return prefill_case(*loaded.of(shape), shape, tokens, experts, chosen)
+
+
+def _mixed(loaded: Loaded, shape: Shape, experts: int, chosen: int) -> list[Record]:
+    return mixed_case(*loaded.of(shape), shape, experts, chosen)
 
 
 LOADED = Loaded()
@@ -286,3 +386,5 @@ def prefill_cases(shapes: tuple[Shape, ...]) -> Iterator[Case]:
             for tokens in shape.prompts:
                 label = f"prefill {shape.name} tokens={tokens} {chosen}/{experts}"
                 yield label, partial(_prefill, LOADED, shape, tokens, experts, chosen)
+        experts, chosen = shape.experts[0]
+        yield f"mixed {shape.name}", partial(_mixed, LOADED, shape, experts, chosen)

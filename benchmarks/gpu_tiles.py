@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from benchmarks.gpu_kernels import (
     ARRIVALS,
     CHOSEN,
@@ -20,7 +22,7 @@ from benchmarks.gpu_kernels import (
     problem,
     weight_sets,
 )
-from benchmarks.gpu_timing import Call, interleaved_us
+from benchmarks.gpu_timing import Call, interleaved_us, relative_error
 from benchmarks.records import Record
 from engine.kernels import expert_ffn, grouped_ffn, union_ffn
 
@@ -115,24 +117,40 @@ def compare(
     n: int,
 ) -> list[Record]:
     """A record for each candidate against the first, which is in use, and the fastest."""
-    working: list[tuple[Blocks, Call]] = []
-    for blocks in candidates:
+    rivals = [(brief(blocks), run(blocks)) for blocks in candidates]
+    return compare_calls(f"tile {name}", params, rivals, n)
+
+
+def compare_calls(
+    name: str,
+    params: dict[str, Any],
+    rivals: list[tuple[str, Call]],
+    n: int,
+    expected: Tensor | None = None,
+    limit: float = 0.0,
+) -> list[Record]:
+    """A record for each rival against the first, and the fastest; `n` calls make a graph.
+
+    One that fails, or whose first result is further from `expected` than `limit`, is left out.
+    """
+    working: list[tuple[str, Call]] = []
+    for label, call in rivals:
         try:
-            call = run(blocks)
-            call(0)
-            working.append((blocks, call))
+            found = call(0)
+            if expected is not None:
+                assert isinstance(found, Tensor)
+                error = relative_error(found, expected)
+                assert error <= limit, f"relative error {error:.3g}"
+            working.append((label, call))
         except Exception as error:  # whatever a compiler may raise; the others still count
-            print(f"left out {name} {blocks}: {type(error).__name__}: {str(error)[:120]}")
+            print(f"left out {name} {label}: {type(error).__name__}: {str(error)[:160]}")
     times = interleaved_us([call for _, call in working], calls=n)
-    found = [
-        Record(f"tile {name}", {**params, "tile": brief(blocks)}, us, "us", times[0], times[0] / us)
-        for (blocks, _), us in zip(working, times, strict=True)
+    records = [
+        Record(name, {**params, "tile": label}, us, "us", times[0], times[0] / us)
+        for (label, _), us in zip(working, times, strict=True)
     ]
-    best = min(found, key=lambda record: record.value)
-    return [
-        *found,
-        Record(f"tile {name} best", best.params, best.value, "us", times[0], best.ratio),
-    ]
+    best = min(records, key=lambda record: record.value)
+    return [*records, Record(f"{name} best", best.params, best.value, "us", times[0], best.ratio)]
 
 
 def brief(blocks: Blocks) -> str:

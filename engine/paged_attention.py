@@ -4,6 +4,8 @@ A `HeadsAttend` takes the heads of a flat batch as the projection leaves them. `
 batch that only decodes, in one launch over tensors of one shape, so that `engine.cuda_graphs` can
 replay it. `KernelAttend` serves any batch: sequences that decode go through the paged kernel, each
 chunk of a prompt through PyTorch's attention over its gathered context.
+That batch, too, may lie in tensors of one shape for any lengths (`PromptBatch`), for
+`engine.prompt_graphs`.
 
 Shapes: T tokens, B decoding sequences, M blocks per sequence at most, L tokens of a context, N
 heads of all kinds, H query heads, G key-value heads, d head dimension, c = d / 2, P positions.
@@ -21,6 +23,7 @@ from engine.attention import KVCache, PagedAttend, SequenceSpan
 from engine.kernels.arrivals import Arrivals
 from engine.kernels.attend_step import attend_step
 from engine.kernels.paged_kv import MAX_HEAD_DIM, paged_decode, rotate_and_store
+from engine.kernels.paged_prefill import paged_prefill
 
 # (layer, heads [T, N, d]: queries, keys and values side by side, not rotated) -> [T, H, d]
 HeadsAttend = Callable[[int, Tensor], Tensor]
@@ -90,6 +93,19 @@ class StepAttend:
 
 
 @dataclass(frozen=True)
+class PromptBatch:
+    """Any batch, cut into pieces of a sequence each.
+
+    Attributes:
+        table_BM: int32, the blocks of each sequence, in order.
+        pieces_N4: int32, as `engine.kernels.paged_prefill.cut` makes them.
+    """
+
+    table_BM: Tensor
+    pieces_N4: Tensor
+
+
+@dataclass(frozen=True)
 class Chunk:
     """A part of a prompt: its rows in the batch, and the slots of its context, itself included."""
 
@@ -107,6 +123,7 @@ class KernelAttend:
         decode: the sequences that decode, if any.
         decode_rows: their rows; None: they are the whole batch.
         chunks: parts of prompts.
+        prompt: the whole batch, instead of the three before.
     """
 
     def __init__(
@@ -117,10 +134,12 @@ class KernelAttend:
         decode: DecodeBatch | None,
         decode_rows: Tensor | None = None,
         chunks: tuple[Chunk, ...] = (),
+        prompt: PromptBatch | None = None,
     ) -> None:
         self.cache = cache
         self._turns = turns
         self._slots_T = slots_T
+        self._prompt = prompt
         self._decode = decode
         self._decode_rows = decode_rows
         self._chunks = chunks
@@ -163,6 +182,9 @@ class KernelAttend:
         """Attended values [T, H, d] of one layer."""
         keys, values = self.cache.slots[layer]
         q_THd = rotate_and_store(heads_TNd, *self._turns, keys, values, self._slots_T)
+        if self._prompt is not None:
+            table_BM, pieces_N4 = self._prompt.table_BM, self._prompt.pieces_N4
+            return paged_prefill(q_THd, keys, values, table_BM, pieces_N4, self.cache.block_size)
         if not self._chunks:
             return self._decoded(q_THd, keys, values)
         out_THd = torch.empty_like(q_THd)

@@ -23,6 +23,7 @@ from engine.kernels import native
 from engine.model import Decoder
 from engine.native_attention import NativeAttend
 from engine.paged_attention import KernelAttend, supports
+from engine.prompt_graphs import IN_USE, PromptGraphs, PromptKey
 from engine.request import Request
 from engine.sampler import Sampled, token_logprobs
 from engine.scheduler import Plan
@@ -104,6 +105,15 @@ class Runner:
         self.cache = self._make_cache(num_blocks)
         model.prepare()
         self.graphs = self._make_graphs(config, num_blocks)
+        self.prompt_graphs: PromptGraphs | None = None
+        if IN_USE and self.graphs is not None:
+            self.prompt_graphs = PromptGraphs(
+                model,
+                self.graphs.cache,
+                config.max_num_seqs,
+                config.max_num_batched_tokens,
+                self.graphs.most_tokens,
+            )
 
     def _make_cache(self, num_blocks: int) -> KVCache | native.PagedCache:
         shape, size, dtype = self.model.config, self.block_size, self.model.embedding.weight.dtype
@@ -129,6 +139,10 @@ class Runner:
             key = self.graphs.key(requests)
             if key is not None:
                 return self._replay(self.graphs, requests, key)
+        if self.prompt_graphs is not None:
+            shape = self.prompt_graphs.key(plan)
+            if shape is not None and self.prompt_graphs.worth(shape):
+                return self._replay_prompts(self.prompt_graphs, plan, shape)
         return self._run(plan)
 
     def _replay(self, graphs: DecodeGraphs, requests: list[Request], key: GraphKey) -> StepResult:
@@ -138,6 +152,15 @@ class Runner:
         per_token = totals[:n]
         per_layer, union = totals[n : n + layers], totals[n + layers :]
         return StepResult(requests, logits_BV, [], per_token, per_token, per_layer, union)
+
+    def _replay_prompts(self, graphs: PromptGraphs, plan: Plan, key: PromptKey) -> StepResult:
+        """Any plan that has a shape; none of its requests wants its prompt's log-probabilities."""
+        logits_BV, totals = graphs.run(plan, key)
+        ready = [r for r, n in plan if n == r.num_uncomputed]
+        spans = _spans(plan)
+        ready_rows, _ = _rows(plan, spans)
+        counts = _split_counts(totals, spans, ready_rows)
+        return StepResult(ready, logits_BV, [], *counts)
 
     def _run(self, plan: Plan) -> StepResult:
         """Any plan, launched operator by operator."""
@@ -230,11 +253,25 @@ def _prompt_parts(plan: Plan, rows: list[range], logits_NV: Tensor) -> list[Prom
 def _count_experts(
     trace: Trace, spans: Sequence[SequenceSpan], ready_rows: Sequence[int]
 ) -> tuple[list[int], list[int], list[int], list[int]]:
-    """(last_activated, activated, layer_activated, layer_loaded) of a `StepResult`."""
+    """As `_split_counts`, of a step that was not replayed."""
     counts_LT, union_L = trace.counts()
     # One transfer: the totals of the tokens, of the layers, and the layers' unions.
     numbers = torch.cat([counts_LT.sum(0), counts_LT.sum(1), union_L]).tolist()
-    layers, tokens = counts_LT.shape
+    return _split_counts(numbers, spans, ready_rows)
+
+
+def _split_counts(
+    numbers: list[int], spans: Sequence[SequenceSpan], ready_rows: Sequence[int]
+) -> tuple[list[int], list[int], list[int], list[int]]:
+    """(last_activated, activated, layer_activated, layer_loaded) of a `StepResult`.
+
+    Args:
+        numbers: experts of each token over all layers, of each layer over all tokens, and the
+            distinct ones of each layer.
+        spans, ready_rows: of the step's batch.
+    """
+    tokens = sum(span.length for span in spans)
+    layers = (len(numbers) - tokens) // 2
     per_token = numbers[:tokens]
     activated = [sum(per_token[s.start : s.start + s.length]) for s in spans]
     last = [per_token[row] for row in ready_rows]

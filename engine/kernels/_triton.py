@@ -16,6 +16,7 @@ import torch
 __all__ = [
     "AVAILABLE",
     "INTERPRETED",
+    "TensorDescriptor",
     "cdiv",
     "chain",
     "gdc_launch_dependents",
@@ -29,8 +30,9 @@ try:
     import triton
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ModuleNotFoundError:
-    triton = tl = gdc_launch_dependents = gdc_wait = None
+    triton = tl = gdc_launch_dependents = gdc_wait = TensorDescriptor = None
 
 AVAILABLE: bool = triton is not None
 

@@ -5,9 +5,10 @@
 With many tokens time is arithmetic, so pairs are taken in tiles of one expert each and multiplied
 on the tensor cores. `_up_kernel` gathers the tiles' rows of x and writes act(x @ up_e.T) in the
 order of the pairs; `_down_kernel` multiplies by down_e and writes each pair's result to its token's
-slot; `_combine_kernel` adds a token's slots in ascending order of expert. No tensor is padded, no
-atomic operation takes part, and nothing waits for the device: the grid has as many tiles as the
-pairs could need at most, and each program finds its expert from the offsets or returns.
+slot; `_combine_kernel` adds a token's slots in ascending order of expert. `grouped_tma` has both
+products for large prompts on newer devices. No tensor is padded, no atomic operation takes part,
+and nothing waits for the device: the grid has as many tiles as the pairs could need at most, and
+each program finds its expert from the offsets or returns.
 
 Shapes: T tokens, D model, F neurons, E experts, S neurons per expert, K slots per token, P = T * K
 capacity for pairs.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.kernels import grouped_tma
 from engine.kernels._triton import INTERPRETED, cdiv, jit, next_power_of_2, tl
 from engine.kernels.expert_ffn import ACTIVATIONS, activate, hidden_reference
 from engine.kernels.routing import Routing
@@ -320,11 +322,16 @@ def down_product(
     return slots_TKD
 
 
-def combine(slots_TKD: Tensor, ids_TK: Tensor, down_bias_D: Tensor | None = None) -> Tensor:
+def combine(
+    slots_TKD: Tensor,
+    ids_TK: Tensor,
+    down_bias_D: Tensor | None = None,
+    blocks: dict[str, int] | None = None,
+) -> Tensor:
     """The sum of each token's used slots, ascending, in float32: [T, D], dtype of the slots."""
     num_tokens, max_k, d_model = slots_TKD.shape
     y_TD = slots_TKD.new_empty((num_tokens, d_model))
-    blocks = combine_blocks(d_model)
+    blocks = blocks or combine_blocks(d_model)
     _combine_kernel[(num_tokens, cdiv(d_model, blocks["BLOCK_D"]))](
         slots_TKD,
         ids_TK,
@@ -367,5 +374,12 @@ def grouped_ffn(
     assert up_FD.is_contiguous()
     assert down_FD.is_contiguous()
     assert gate_FD is None or gate_FD.is_contiguous()
-    h_PS = up_product(x_TD.contiguous(), up_FD, routing, activation, gate_FD, up_bias_F)
+    x_TD = x_TD.contiguous()
+    num_experts, max_k = routing.counts_E.numel(), routing.ids_TK.shape[1]
+    plain = gate_FD is None and up_bias_F is None
+    if plain and grouped_tma.serves(x_TD, up_FD.shape[0] // num_experts, max_k, num_experts):
+        h_PS, slot_P = grouped_tma.up_product(x_TD, up_FD, routing, activation)
+        slots_TKD = grouped_tma.down_product(h_PS, slot_P, down_FD, routing)
+        return combine(slots_TKD, routing.ids_TK, down_bias_D)
+    h_PS = up_product(x_TD, up_FD, routing, activation, gate_FD, up_bias_F)
     return combine(down_product(h_PS, down_FD, routing), routing.ids_TK, down_bias_D)

@@ -359,13 +359,13 @@ def sort_blocks(num_tokens: int) -> dict[str, int]:
     return {"BLOCK_T": min(SORT_TOKENS, next_power_of_2(num_tokens)), "num_warps": 4}
 
 
-def score_pieces(x_TD: Tensor, router_ED: Tensor) -> Tensor:
+def score_pieces(x_TD: Tensor, router_ED: Tensor, blocks: dict[str, int] | None = None) -> Tensor:
     """x @ router.T in pieces along D: float32 [T, pieces, E]."""
     (num_tokens, d_model), num_experts = x_TD.shape, router_ED.shape[0]
     pieces = cdiv(d_model, PIECE_D)
     shape = (num_tokens, pieces, num_experts)
     pieces_TNE = torch.empty(shape, dtype=torch.float32, device=x_TD.device)
-    blocks = scores_blocks(num_experts)
+    blocks = blocks or scores_blocks(num_experts)
     grid = (cdiv(num_tokens, blocks["BLOCK_T"]), cdiv(num_experts, blocks["BLOCK_E"]), pieces)
     _scores_kernel[grid](
         x_TD.contiguous(),

@@ -35,6 +35,9 @@ def test_every_usual_section_runs_at_tiny_sizes(
         "decode step",
         "decode experts in use",
         "prefill device",
+        "prefill graph",
+        "prefill graph step",
+        "mixed graph TMA",
         "tile up best",
         "tile down best",
         "tile expert_ffn up best",
@@ -43,7 +46,8 @@ def test_every_usual_section_runs_at_tiny_sizes(
         "tile union_ffn down best",
     }
     assert wanted <= names
-    assert any(name.startswith("error expert_ffn full") for name in names)
+    for kind in ("expert_ffn full", "grouped_tma", "paged_prefill", "prompt graph top_k:2"):
+        assert any(name.startswith(f"error {kind}") for name in names), kind
     printed = capsys.readouterr().out
     assert "FAILED" not in printed
     assert "left out" not in printed

@@ -28,8 +28,10 @@ from engine.kernels import (
     expert_ffn,
     grouped_ffn,
     grouped_pairs,
+    grouped_tma,
     masked_ffn,
     paged_kv,
+    paged_prefill,
     route_step,
     routing,
     sharing,
@@ -74,17 +76,25 @@ POINTERS = {
     **dict.fromkeys(("pieces_ptr", "scores_ptr", "mass_ptr", "partial_ptr"), "fp32"),
     **dict.fromkeys(("k_ptr", "ids_ptr", "counts_ptr", "chunk_counts_ptr"), "i32"),
     **dict.fromkeys(("offsets_ptr", "pair_token_ptr", "tiles_ptr"), "i32"),
-    **dict.fromkeys(("table_ptr", "contexts_ptr", "slot_ptr"), "i32"),
+    **dict.fromkeys(("table_ptr", "contexts_ptr", "slot_ptr", "spans_ptr"), "i32"),
     **dict.fromkeys(("cos_ptr", "sin_ptr", "stats_ptr"), "fp32"),
     **dict.fromkeys(("arrived_ptr", "list_ptr"), "i32"),
 }
 FLOATS = ("scale", "epsilon")
+# What a descriptor fetches at once.
+DESCRIPTORS = {
+    "up_desc": ("BLOCK_S", "BLOCK_D"),
+    "h_desc": ("BLOCK_P", "BLOCK_S"),
+    "down_desc": ("BLOCK_S", "BLOCK_D"),
+}
 # Chained launches are for Hopper and newer; ARCH is the first argument.
 CHAINED = sys.argv[1:] == ["90"]
 PATTERNS = {
     "wide_loads": r"ld\.global\.(?:\w+\.)*v4\.b32|cp\.async\.c[ag]\.shared\.global .*0x10",
     "loads": r"ld\.global|cp\.async\.c[ag]",
     "mma": r"mma\.sync|wgmma\.mma_async",
+    "wgmma": r"wgmma\.mma_async",
+    "tma": r"cp\.async\.bulk\.tensor",
 }
 
 
@@ -150,10 +160,25 @@ def attention_cases(itemsize: int) -> list[tuple[str, Any, dict[str, Any]]]:
                 **paged_kv.decode_blocks(group, width, itemsize),
             }
             found.append((f"decode {group}x{width}", paged_kv._decode_kernel, blocks))
+            blocks = {"PAGE": 16, **paged_prefill.prefill_blocks(group, width, itemsize)}
+            found.append((f"prefill {group}x{width}", paged_prefill._prefill_kernel, blocks))
             for batch in (1, 16):
                 step = attend_step.attend_blocks(batch, group, width, itemsize)
                 name = f"attend {batch} {group}x{width}"
                 found.append((name, attend_step._attend_kernel, {**step, "CHAINED": CHAINED}))
+    return found
+
+
+def tma_cases() -> list[tuple[str, Any, dict[str, Any], str]]:
+    """The grouped products that need TMA, in the tiles in use, as `cases`."""
+    found: list[tuple[str, Any, dict[str, Any], str]] = []
+    for pairs in (48, 384):
+        for product, kernel, blocks in (
+            ("up", grouped_tma._up_kernel, grouped_tma.up_blocks(pairs)),
+            ("down", grouped_tma._down_kernel, grouped_tma.down_blocks(pairs, S)),
+        ):
+            switches = {"FLATTEN": blocks.pop("per_sm") > 0, "BLOCK_E": E, "BLOCK_K": 8}
+            found.append((f"tma {product} {pairs}", kernel, {**blocks, **switches}, "bf16"))
     return found
 
 
@@ -222,13 +247,17 @@ def source(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[ASTSourc
     for index, name in enumerate(kernel.arg_names):
         if name in constexprs:
             signature[name] = "constexpr"
+        elif name in DESCRIPTORS:
+            shape = ", ".join(str(constexprs[size]) for size in DESCRIPTORS[name])
+            signature[name] = f"tensordesc<{dtype}[{shape}]>"
         elif name in INTS:
             signature[name] = "i32"
         elif name in FLOATS:
             signature[name] = "fp32"
         else:
             signature[name] = "*" + POINTERS.get(name, dtype)
-        if name not in constexprs and name not in FLOATS and INTS.get(name, 16) % 16 == 0:
+        plain = name not in constexprs and name not in FLOATS and name not in DESCRIPTORS
+        if plain and INTS.get(name, 16) % 16 == 0:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constexprs, attributes), options
 
@@ -249,7 +278,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 def report(arch: int) -> dict[str, dict[str, int]]:
     """Compile every case for one architecture."""
     records = {}
-    for name, kernel, constants, dtype in cases():
+    for name, kernel, constants, dtype in cases() + (tma_cases() if arch >= 90 else []):
         ast, options = source(kernel, constants, dtype)
         compiled = triton.compile(ast, target=GPUTarget("cuda", arch, 32), options=options)
         counts = {key: len(re.findall(p, compiled.asm["ptx"])) for key, p in PATTERNS.items()}

@@ -86,3 +86,18 @@ class TestCompiledCode:
         products = {k: r for k, r in reports[arch].items() if k.startswith(("up", "down", "union"))}
         assert products
         assert all((r["mma"] > 0) == k.endswith("bf16") for k, r in products.items())
+
+    def test_attention_of_prompts_uses_tensor_cores(
+        self, arch: int, reports: dict[int, Report]
+    ) -> None:
+        found = {k: r for k, r in reports[arch].items() if k.startswith("prefill")}
+        assert found
+        assert all((r["mma"] > 0) == k.endswith("bf16") for k, r in found.items())
+
+
+def test_weights_come_by_tma_into_products_of_whole_warp_groups(
+    reports: dict[int, Report],
+) -> None:
+    found = [r for k, r in reports[90].items() if k.startswith("tma")]
+    assert found
+    assert all(r["tma"] > 0 and r["wgmma"] > 0 for r in found)
