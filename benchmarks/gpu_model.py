@@ -35,7 +35,6 @@ from engine.config import ExpertConfig, ModelConfig
 from engine.cuda_graphs import DecodeGraph, DecodeGraphs, GraphKey, Replay, StaticBatch
 from engine.experts import PolicyBatch
 from engine.fused_forward import fused_forward
-from engine.kernels import grouped_tma
 from engine.model import Decoder
 from engine.paged_attention import KernelAttend
 from engine.prompt_graphs import PromptGraphs, PromptKey
@@ -278,11 +277,6 @@ def _plans_timed(
         "device": [us / 1e3 for us in interleaved_us(calls, calls=1)],
     }
     times["graph"], times["graph step"] = graph_times(model, cache, plans, experts)
-    usual, grouped_tma.LEAST_PAIRS = grouped_tma.LEAST_PAIRS, 1
-    try:
-        times["graph TMA"], _ = graph_times(model, cache, plans, experts)
-    finally:
-        grouped_tma.LEAST_PAIRS = usual
     return [
         Record(f"{name} {way}", params, sparse, "ms", dense, dense / sparse)
         for way, (dense, sparse) in times.items()

@@ -65,8 +65,8 @@ def check_products(width: int, neurons: int, tokens: int, dtype: torch.dtype) ->
     label = f"D={width} F={neurons} T={tokens} {str(dtype).removeprefix('torch.')}"
     found = []
     for per_sm in (0, 1):
-        up = {**grouped_tma.up_blocks(tokens), "per_sm": per_sm}
-        down = {**grouped_tma.down_blocks(tokens, neurons // EXPERTS), "per_sm": per_sm}
+        up = {**grouped_tma.up_blocks(tokens, neurons // EXPERTS), "per_sm": per_sm}
+        down = {**grouped_tma.down_blocks(neurons // EXPERTS), "per_sm": per_sm}
         h_PS, slot_P = grouped_tma.up_product(x_TD, up_FD, routed, "relu", up)
         slots_TKD = grouped_tma.down_product(h_PS, slot_P, down_FD, routed, down)
         error = relative_error(grouped_ffn.combine(slots_TKD, routed.ids_TK), expected)

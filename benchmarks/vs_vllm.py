@@ -285,16 +285,19 @@ def start_vllm(python: str, shape: Shape, folder: Path, threads: int, kv_gib: in
 def our_servers(
     shape: Shape, sides: Sequence[Side], threads: int, kv_bytes: int
 ) -> dict[Side, EngineServer]:
-    """One engine per number of experts; all have the same weights, held once."""
-    checkpoints: list[Checkpoint] = []
-    engines: dict[int, Engine] = {}
+    """One engine per number of experts; all have the same weights, packed for each."""
+    checkpoints: dict[int, Checkpoint] = {}  # all of them first: an engine packs its weights
     for experts in sorted({side.experts for side in sides}):
         config = model_config(shape, experts, torch.bfloat16)
-        first = checkpoints[0] if checkpoints else None
-        checkpoints.append(random_checkpoint(config, weights_of=first))
+        first = next(iter(checkpoints.values()), None)
+        checkpoints[experts] = random_checkpoint(config, weights_of=first)
+    engines: dict[int, Engine] = {}
+    for experts in list(checkpoints):
+        checkpoint = checkpoints.pop(experts)  # what is packed is not kept beside
+        config = checkpoint.config
         room = MAX_SEQS * (LENGTHS[1] + NEW_TOKENS)
         tokens = min(room, kv_bytes // kv_token_bytes(config))
-        engines[experts] = Engine(checkpoints[-1], engine_config(config, tokens, threads))
+        engines[experts] = Engine(checkpoint, engine_config(config, tokens, threads))
     return {side: EngineServer(engines[side.experts], side.policy) for side in sides}
 
 

@@ -36,9 +36,6 @@ from engine.paged_attention import KernelAttend, PromptBatch
 from engine.request import NO_MASS_LIMIT, Request
 from engine.scheduler import Plan
 
-# Not measured yet against launching.
-IN_USE = False
-
 # Larger steps keep the device busy longer than Python needs to launch them.
 MAX_TOKENS = 2048
 # What does not get a graph any more runs without one.

@@ -23,7 +23,7 @@ from engine.kernels import native
 from engine.model import Decoder
 from engine.native_attention import NativeAttend
 from engine.paged_attention import KernelAttend, supports
-from engine.prompt_graphs import IN_USE, PromptGraphs, PromptKey
+from engine.prompt_graphs import PromptGraphs, PromptKey
 from engine.request import Request
 from engine.sampler import Sampled, token_logprobs
 from engine.scheduler import Plan
@@ -106,7 +106,7 @@ class Runner:
         model.prepare()
         self.graphs = self._make_graphs(config, num_blocks)
         self.prompt_graphs: PromptGraphs | None = None
-        if IN_USE and self.graphs is not None:
+        if self.graphs is not None:
             self.prompt_graphs = PromptGraphs(
                 model,
                 self.graphs.cache,

@@ -35,14 +35,16 @@ class Rates:
     weight_bytes: float = 2.9e6  # per microsecond, reading each expert once
     pair_bytes: float = 3.4e6  # reading it again for each pair, in part from the cache
     dense_flops: float = 7.0e8  # per microsecond
-    grouped_flops: float = 3.0e8
+    grouped_flops: float = 5.5e8
     few_launches: float = 6.5
     union_launches: float = 8.5
     grouped_launches: float = 9.0
     dense_launches: float = 8.0
     select: float = 4.0  # scores and choice
+    select_token: float = 0.009  # more of it, for each token
     beside: float = 1.0  # the same beside a product that does not wait for it
     sort: float = 2.8  # pairs by expert
+    sort_token: float = 0.0016
 
 
 RATES = Rates()
@@ -91,11 +93,13 @@ def sparse_us(
     few = rates.few_launches + pairs * layer.expert_bytes / rates.pair_bytes
     reading = union * layer.expert_bytes / rates.weight_bytes
     computing = pairs * layer.pair_flops / rates.grouped_flops
-    costs = {"few": rates.select + few}
+    select = rates.select + tokens * rates.select_token
+    sort = rates.sort + tokens * rates.sort_token
+    costs = {"few": select + few}
     if tokens <= UNION_TOKENS and layer.itemsize == 2:
-        costs["union"] = rates.select + rates.union_launches + reading
+        costs["union"] = select + rates.union_launches + reading
     return costs | {
-        "grouped": rates.select + rates.sort + rates.grouped_launches + reading + computing,
+        "grouped": select + sort + rates.grouped_launches + reading + computing,
         "masked": rates.beside + dense_us(layer, tokens, rates),
     }
 

@@ -41,8 +41,8 @@ ALIGNED = 16
 # Slots of a token that `_up_kernel` holds at once.
 MAX_K = 32
 
-# Mean pairs an expert from which `grouped_ffn` takes these products; None: never. Not measured yet.
-LEAST_PAIRS: int | None = None
+# Mean pairs an expert from which `grouped_ffn` takes these products.
+LEAST_PAIRS = 64
 
 
 @jit
@@ -195,19 +195,19 @@ def supports(x_TD: Tensor, expert_size: int, max_k: int) -> bool:
 def serves(x_TD: Tensor, expert_size: int, max_k: int, num_experts: int) -> bool:
     """Whether these products are the ones to take for so many pairs."""
     pairs = cdiv(x_TD.shape[0] * max_k, num_experts)
-    enough = LEAST_PAIRS is not None and pairs >= LEAST_PAIRS
-    return enough and supports(x_TD, expert_size, max_k)
+    return pairs >= LEAST_PAIRS and supports(x_TD, expert_size, max_k)
 
 
-def up_blocks(mean_pairs: int) -> dict[str, int]:
+def up_blocks(mean_pairs: int, expert_size: int) -> dict[str, int]:
     """Block sizes of `_up_kernel` for this many pairs an expert."""
-    return tile(64 if mean_pairs <= 64 else 128, 256, 64, 8, 4)
+    if expert_size < 256:
+        return tile(128, 128, 64, 8, 5) if mean_pairs > 128 else tile(64, 128, 64, 4, 4)
+    return tile(128, 256, 64, 8, 4) if mean_pairs > 128 else tile(64, 256, 64, 8, 5)
 
 
-def down_blocks(mean_pairs: int, expert_size: int) -> dict[str, int]:
+def down_blocks(expert_size: int) -> dict[str, int]:
     """Block sizes of `_down_kernel`; BLOCK_S is a power of two that divides the expert."""
-    step = min(64, expert_size & -expert_size)
-    return tile(64 if mean_pairs <= 64 else 128, step, 256, 8, 3, per_sm=1)
+    return tile(128, min(128, expert_size & -expert_size), 128, 8, 3, per_sm=1)
 
 
 @functools.lru_cache(maxsize=16)
@@ -257,7 +257,7 @@ def up_product(
     (num_tokens, max_k), num_experts = routing.ids_TK.shape, routing.counts_E.numel()
     d_model, expert_size = x_TD.shape[1], up_FD.shape[0] // num_experts
     capacity = num_tokens * max_k
-    blocks = blocks or up_blocks(cdiv(capacity, num_experts))
+    blocks = blocks or up_blocks(cdiv(capacity, num_experts), expert_size)
     h_PS = x_TD.new_empty((capacity, expert_size))
     slot_P = torch.empty(capacity, dtype=torch.int32, device=x_TD.device)
     tiles = most_tiles(capacity, num_experts, blocks["BLOCK_P"])
@@ -298,7 +298,7 @@ def down_product(
     """
     (num_tokens, max_k), num_experts = routing.ids_TK.shape, routing.counts_E.numel()
     (capacity, expert_size), d_model = h_PS.shape, down_FD.shape[1]
-    blocks = blocks or down_blocks(cdiv(capacity, num_experts), expert_size)
+    blocks = blocks or down_blocks(expert_size)
     assert expert_size % blocks["BLOCK_S"] == 0
     slots_TKD = h_PS.new_empty((num_tokens, max_k, d_model))
     tiles = most_tiles(capacity, num_experts, blocks["BLOCK_P"]) * cdiv(d_model, blocks["BLOCK_D"])

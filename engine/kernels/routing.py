@@ -337,7 +337,7 @@ def scores_blocks(num_experts: int) -> dict[str, int]:
         "BLOCK_T": 16,
         "BLOCK_E": block_e,
         "BLOCK_D": 128,
-        "num_warps": 4,
+        "num_warps": 2,
         "num_stages": 3,
     }
 

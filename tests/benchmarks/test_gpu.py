@@ -37,7 +37,6 @@ def test_every_usual_section_runs_at_tiny_sizes(
         "prefill device",
         "prefill graph",
         "prefill graph step",
-        "mixed graph TMA",
         "tile up best",
         "tile down best",
         "tile expert_ffn up best",

@@ -24,17 +24,18 @@ typedef struct {
 INLINE vec exponential(vec x) {
     bits keep = (bits)(x > -87.0f);
     x = (vec)((bits)x & keep);
-    vec n = x * 1.44269504f + 12582912.0f; /* the sum's low bits hold the nearest integer */
+    /* The sum's low bits hold the nearest integer. */
+    vec n = multiply_add(splat(12582912.0f), x, splat(1.44269504f));
     bits power = (bits)n << 23;
     n -= 12582912.0f;
-    x = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    x = multiply_add(multiply_add(x, n, splat(-0.693359375f)), n, splat(2.12194440e-4f));
     vec y = splat(1.9875691500e-4f);
-    y = y * x + 1.3981999507e-3f;
-    y = y * x + 8.3334519073e-3f;
-    y = y * x + 4.1665795894e-2f;
-    y = y * x + 1.6666665459e-1f;
-    y = y * x + 5.0000001201e-1f;
-    y = y * x * x + x + 1.0f;
+    y = multiply_add(splat(1.3981999507e-3f), y, x);
+    y = multiply_add(splat(8.3334519073e-3f), y, x);
+    y = multiply_add(splat(4.1665795894e-2f), y, x);
+    y = multiply_add(splat(1.6666665459e-1f), y, x);
+    y = multiply_add(splat(5.0000001201e-1f), y, x);
+    y = multiply_add(x, y * x, x) + 1.0f;
     return (vec)(((bits)y + power) & keep);
 }
 

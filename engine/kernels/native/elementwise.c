@@ -11,7 +11,7 @@ INLINE void rms_norm(void *x, const void *delta, const void *weight, void *out, 
         for (ix i = 0; i < D; i += LANES) {
             if (delta) store(row, i, load(row, i, half) + load(delta, t * D + i, half), half);
             vec value = load(row, i, half);
-            squares += value * value;
+            squares = multiply_add(squares, value, value);
         }
         vec scale = splat(1.0f / sqrtf(total(squares) / D + eps));
         for (ix i = 0; i < D; i += LANES)

@@ -53,7 +53,7 @@ INLINE void packed_tile(const int M, const int N, const int half, const void *co
             for (int m = 0; m < M; m++) {
                 vec value = splat(((const float *)row[m])[k]);
 #pragma GCC unroll 4
-                for (int n = 0; n < N; n++) sum[m][n] += column[n] * value;
+                for (int n = 0; n < N; n++) sum[m][n] = multiply_add(sum[m][n], column[n], value);
             }
         }
     }
@@ -92,7 +92,7 @@ INLINE void thin_product(const int N, const int half, const void *x, const void 
         for (int n = 0; n < N; n++) {
             const uint32_t *w = (const uint32_t *)panel + (k * N + n) * LANES;
             if (half) sum[n] = add_pairs(sum[n], *(const bits *)w, value);
-            else sum[n] += *(const vec *)w * splat(((const float *)x)[k]);
+            else sum[n] = multiply_add(sum[n], *(const vec *)w, splat(((const float *)x)[k]));
         }
     }
 #pragma GCC unroll 4
@@ -182,8 +182,8 @@ INLINE void row_tile(const int M, const int N, const int half, const void *const
                 vec a = load(even, n * LANES, 0), b = load(odd, n * LANES, 0);
 #pragma GCC unroll 6
                 for (int m = 0; m < M; m++) {
-                    sum[m][n] += a * splat(((const float *)h[m])[s]);
-                    sum[m][n] += b * splat(((const float *)h[m])[s + 1]);
+                    sum[m][n] = multiply_add(sum[m][n], a, splat(((const float *)h[m])[s]));
+                    sum[m][n] = multiply_add(sum[m][n], b, splat(((const float *)h[m])[s + 1]));
                 }
             }
         }

@@ -9,8 +9,10 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 /* LANES of a vector; TOKENS are computed at a time, with at most 4 vectors of outputs each, so that
@@ -35,6 +37,21 @@ typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_a
 typedef int64_t ix;
 
 INLINE vec splat(float x) { return (vec){0} + x; }
+
+/* sum + a * b in one rounding, where the processor has that. Spelled out, because a compiler that is
+ * free to fuse does so in one tile and not in another, and a token's bits would change with its
+ * company; it is told not to (build.py). */
+INLINE vec multiply_add(vec sum, vec a, vec b) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#elif defined(__aarch64__)
+    return (vec)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b);
+#else
+    return sum + a * b;
+#endif
+}
 
 INLINE float total(vec x) {
     float out = 0;
@@ -98,8 +115,8 @@ INLINE vec add_pairs(vec sum, bits a, uint32_t b) {
 #if defined(__AVX512BF16__)
     return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)_mm512_set1_epi32((int)b));
 #else
-    sum += (vec)(a & 0xffff0000u) * splat(widen((uint16_t)(b >> 16)));
-    return sum + (vec)(a << 16) * splat(widen((uint16_t)b));
+    sum = multiply_add(sum, (vec)(a & 0xffff0000u), splat(widen((uint16_t)(b >> 16))));
+    return multiply_add(sum, (vec)(a << 16), splat(widen((uint16_t)b)));
 #endif
 }
 

@@ -174,8 +174,8 @@ def tma_cases() -> list[tuple[str, Any, dict[str, Any], str]]:
     found: list[tuple[str, Any, dict[str, Any], str]] = []
     for pairs in (48, 384):
         for product, kernel, blocks in (
-            ("up", grouped_tma._up_kernel, grouped_tma.up_blocks(pairs)),
-            ("down", grouped_tma._down_kernel, grouped_tma.down_blocks(pairs, S)),
+            ("up", grouped_tma._up_kernel, grouped_tma.up_blocks(pairs, S)),
+            ("down", grouped_tma._down_kernel, grouped_tma.down_blocks(S)),
         ):
             switches = {"FLATTEN": blocks.pop("per_sm") > 0, "BLOCK_E": E, "BLOCK_K": 8}
             found.append((f"tma {product} {pairs}", kernel, {**blocks, **switches}, "bf16"))
