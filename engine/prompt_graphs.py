@@ -217,8 +217,8 @@ class PromptGraphs:
         return again and len(self._graphs) < MAX_GRAPHS
 
     def _takes(self, request: Request, count: int) -> bool:
-        if request.policy.kind == "oracle":
-            return False
+        if request.next_policy.kind in ("oracle", "shared"):
+            return False  # neither is a bound on experts and mass
         if request.sampling.prompt_logprobs and not request.num_output:
             return False  # logits of any number of rows
         return count > 1 or request.num_computed < LONGEST_DECODED

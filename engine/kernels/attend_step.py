@@ -11,6 +11,9 @@ into its tile. The last program of (g, b) to arrive adds the splits in a fixed o
 context is cut depends on its own length, and on whether the batch has more than FEW_ROWS rows; not
 on the company otherwise, nor on the bound on the length.
 
+A batch of few rows leaves memory idle between two kernels, so there a program fetches its first
+keys and values while the kernel before still runs.
+
 Nothing here knows a length on the host: a batch of one shape is replayed from a CUDA graph while
 its contexts grow.
 
@@ -71,6 +74,33 @@ def _rotated(row_ptr, c_ptr, s_ptr, d, half, mask):
 
 
 @jit
+def _cached(
+    keys_ptr,
+    values_ptr,
+    table_ptr,
+    start,
+    end,
+    last,
+    block_size,
+    kv_heads,
+    g,
+    head_dim,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Keys and values of the tokens from `start` to `end`, but for the `last` of the context."""
+    n = start + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    old = (n < end) & (n < last)
+    block = tl.load(table_ptr + n // block_size, mask=old, other=0)
+    at = ((block.to(tl.int64) * block_size + n % block_size) * kv_heads + g) * head_dim
+    mask = old[:, None] & (d < head_dim)
+    k = tl.load(keys_ptr + at[:, None] + d, mask=mask, other=0.0)
+    v = tl.load(values_ptr + at[:, None] + d, mask=mask, other=0.0)
+    return k, v
+
+
+@jit
 def _attend_kernel(
     heads_ptr,
     cos_ptr,
@@ -92,6 +122,7 @@ def _attend_kernel(
     SHORT: tl.constexpr,
     LONG: tl.constexpr,
     SHORT_TO: tl.constexpr,
+    EARLY: tl.constexpr,
     WIDEN: tl.constexpr,
     CHAINED: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -109,14 +140,31 @@ def _attend_kernel(
     d = tl.arange(0, BLOCK_D)
     in_d = d < head_dim
     in_q = (h < group)[:, None] & in_d[None, :]
-    if CHAINED:
-        gdc_launch_dependents()
-        gdc_wait()
     context = tl.load(contexts_ptr + b)
     width = tl.where(context <= SHORT_TO, SHORT, LONG)
     num_splits = tl.cdiv(context, width)
     begin = split * width
     row = (b * kv_heads + g) * group + h
+    last = context - 1
+    end = tl.minimum(begin + width, context)
+    if EARLY:  # what is in the cache already, no kernel of this step writes
+        k, v = _cached(
+            keys_ptr,
+            values_ptr,
+            table_ptr + b * most_blocks,
+            begin,
+            end,
+            last,
+            block_size,
+            kv_heads,
+            g,
+            head_dim,
+            BLOCK_N,
+            BLOCK_D,
+        )
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
     if (begin >= context) & (split > 0):
         return
     if context == 0:
@@ -125,7 +173,6 @@ def _attend_kernel(
         return
 
     half = head_dim // 2
-    last = context - 1
     cos_ptr += last.to(tl.int64) * half
     sin_ptr += last.to(tl.int64) * half
     mine = heads_ptr + b * (group + 2) * kv_heads * head_dim
@@ -137,7 +184,6 @@ def _attend_kernel(
     key_row = mine + (group * kv_heads + g) * head_dim
     new_k = _rotated(key_row, cos_ptr, sin_ptr, d, half, in_d).to(keys_ptr.dtype.element_ty)
     new_v = tl.load(key_row + kv_heads * head_dim + d, mask=in_d, other=0.0)
-    end = tl.minimum(begin + width, context)
     slot = tl.load(slot_ptr + b).to(tl.int64)
     kept = in_d & (end == context) & (slot >= 0)
     tl.store(keys_ptr + (slot * kv_heads + g) * head_dim + d, new_k, mask=kept)
@@ -148,30 +194,54 @@ def _attend_kernel(
     acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        old = n < last
-        block = tl.load(table_ptr + b * most_blocks + n // block_size, mask=old, other=0)
-        at = ((block.to(tl.int64) * block_size + n % block_size) * kv_heads + g) * head_dim
-        in_old = old[:, None] & in_d[None, :]
-        k = tl.load(keys_ptr + at[:, None] + d[None, :], mask=in_old, other=0.0)
-        v = tl.load(values_ptr + at[:, None] + d[None, :], mask=in_old, other=0.0)
         newest = (n == last)[:, None]
-        k = tl.where(newest, new_k[None, :], k)
-        v = tl.where(newest, new_v[None, :], v)
+        if not EARLY:
+            k, v = _cached(
+                keys_ptr,
+                values_ptr,
+                table_ptr + b * most_blocks,
+                start,
+                end,
+                last,
+                block_size,
+                kv_heads,
+                g,
+                head_dim,
+                BLOCK_N,
+                BLOCK_D,
+            )
+        k_tile = tl.where(newest, new_k[None, :], k)
+        v_tile = tl.where(newest, new_v[None, :], v)
+        if EARLY:  # the next tile is on its way while this one is computed
+            k, v = _cached(
+                keys_ptr,
+                values_ptr,
+                table_ptr + b * most_blocks,
+                start + BLOCK_N,
+                end,
+                last,
+                block_size,
+                kv_heads,
+                g,
+                head_dim,
+                BLOCK_N,
+                BLOCK_D,
+            )
         if BLOCK_H == 1:  # one head a program: no tile for the tensor cores
-            scores = tl.sum(q * k.to(tl.float32), axis=1)[None, :] * scale
+            scores = tl.sum(q * k_tile.to(tl.float32), axis=1)[None, :] * scale
         else:
             if WIDEN:
-                k, v = k.to(tl.float32), v.to(tl.float32)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+                k_tile, v_tile = k_tile.to(tl.float32), v_tile.to(tl.float32)
+            scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * scale
         scores = tl.where((n < end)[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))
         fade = tl.exp(top - new_top)
         weight = tl.exp(scores - new_top[:, None])
         total = total * fade + tl.sum(weight, axis=1)
         if BLOCK_H == 1:
-            added = tl.sum(tl.trans(weight) * v.to(tl.float32), axis=0)[None, :]
+            added = tl.sum(tl.trans(weight) * v_tile.to(tl.float32), axis=0)[None, :]
         else:
-            added = tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+            added = tl.dot(weight.to(v_tile.dtype), v_tile, input_precision="ieee")
         acc = acc * fade[:, None] + added
         top = new_top
 
@@ -220,7 +290,7 @@ def split_lengths(batch: int, group: int) -> tuple[int, int]:
     Short ones keep the heads of few requests busy, long ones are cheaper to add up.
     """
     if group > 1:
-        return 64, 512
+        return (64 if batch <= FEW_ROWS else 256), 512
     return (16, 128) if batch <= FEW_ROWS else (64, 256)
 
 
@@ -236,6 +306,7 @@ def attend_blocks(batch: int, group: int, head_dim: int, itemsize: int) -> dict[
     head_bytes = block_d * itemsize
     short, long = split_lengths(batch, group)
     found = {"SHORT": short, "LONG": long, "SHORT_TO": SHORT_CONTEXT, "BLOCK_D": block_d}
+    found["EARLY"] = batch <= FEW_ROWS
     # Few warps: each exchange between them costs more than the arithmetic of a small tile.
     if group == 1:
         tokens = max(16, min(short, 32, 16384 // head_bytes))
@@ -243,7 +314,7 @@ def attend_blocks(batch: int, group: int, head_dim: int, itemsize: int) -> dict[
         warps = 1 if short == 16 and head_bytes <= 128 else 4 if block_d > 128 else 2
         return {**found, **shape, "num_warps": warps, "num_stages": 2}
     warps = 16 if head_bytes > 512 else max(2, block_d // 32) if itemsize == 2 else 8
-    tokens, heads = max(16, min(32, 8192 // head_bytes)), max(16, next_power_of_2(group))
+    tokens, heads = max(16, min(64, 16384 // head_bytes)), max(16, next_power_of_2(group))
     shape = {"BLOCK_H": heads, "BLOCK_N": tokens, "BLOCK_S": 1}
     # The widest float32 heads fit into registers only without stages.
     return {**found, **shape, "num_warps": warps, "num_stages": 1 if warps == 16 else 3}

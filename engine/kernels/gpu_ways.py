@@ -92,7 +92,9 @@ def sparse_us(
         union = layer.experts * quarters / 4
     few = rates.few_launches + pairs * layer.expert_bytes / rates.pair_bytes
     reading = union * layer.expert_bytes / rates.weight_bytes
-    computing = pairs * layer.pair_flops / rates.grouped_flops
+    # Tiles are made for experts of 256 neurons and more.
+    rate = rates.grouped_flops * min(1.0, layer.expert_size / 256)
+    computing = pairs * layer.pair_flops / rate
     select = rates.select + tokens * rates.select_token
     sort = rates.sort + tokens * rates.sort_token
     costs = {"few": select + few}

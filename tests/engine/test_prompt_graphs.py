@@ -171,6 +171,11 @@ def test_what_has_no_graph(kernels: Decoder, monkeypatch: pytest.MonkeyPatch) ->
     assert graphs.key([(asks, 1)]) is None
     (judged,) = requests_of([ExpertPolicy.oracle(2)])
     assert graphs.key([(judged, 1)]) is None
+    (sharing,) = requests_of([ExpertPolicy.shared(4)])
+    assert graphs.key([(sharing, 1)]) is not None, "a prompt shares nothing"
+    sharing.num_computed = sharing.prompt_len
+    sharing.token_ids.append(5)
+    assert graphs.key([(sharing, 1), (second, 9)]) is None
     monkeypatch.setattr(prompt_graphs, "LONGEST_DECODED", 5)
     second.num_computed = 5
     assert graphs.key([(second, 1)]) is None
