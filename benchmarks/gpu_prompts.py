@@ -345,7 +345,7 @@ def routing_case(case: Problem) -> list[Record]:
     def scores(blocks: dict[str, int]) -> Call:
         return lambda i: routing.score_pieces(case.x_TD, routers[i % 8], blocks)
 
-    usual = routing.scores_blocks(EXPERTS)
+    usual = routing.scores_blocks(EXPERTS, 2)
     tiles = [usual]
     for rows, columns, warps, stages in SCORE_BLOCKS:
         changed = {"BLOCK_T": rows, "BLOCK_D": columns, "num_warps": warps, "num_stages": stages}

@@ -306,7 +306,7 @@ def attend_blocks(batch: int, group: int, head_dim: int, itemsize: int) -> dict[
     head_bytes = block_d * itemsize
     short, long = split_lengths(batch, group)
     found = {"SHORT": short, "LONG": long, "SHORT_TO": SHORT_CONTEXT, "BLOCK_D": block_d}
-    found["EARLY"] = batch <= FEW_ROWS
+    found["EARLY"] = batch <= FEW_ROWS and group == 1
     # Few warps: each exchange between them costs more than the arithmetic of a small tile.
     if group == 1:
         tokens = max(16, min(short, 32, 16384 // head_bytes))
@@ -314,7 +314,8 @@ def attend_blocks(batch: int, group: int, head_dim: int, itemsize: int) -> dict[
         warps = 1 if short == 16 and head_bytes <= 128 else 4 if block_d > 128 else 2
         return {**found, **shape, "num_warps": warps, "num_stages": 2}
     warps = 16 if head_bytes > 512 else max(2, block_d // 32) if itemsize == 2 else 8
-    tokens, heads = max(16, min(64, 16384 // head_bytes)), max(16, next_power_of_2(group))
+    room = 16384 if itemsize == 2 else 8192
+    tokens, heads = max(16, min(64, room // head_bytes)), max(16, next_power_of_2(group))
     shape = {"BLOCK_H": heads, "BLOCK_N": tokens, "BLOCK_S": 1}
     # The widest float32 heads fit into registers only without stages.
     return {**found, **shape, "num_warps": warps, "num_stages": 1 if warps == 16 else 3}

@@ -329,15 +329,15 @@ def _fill_kernel(
 # --- launchers -----------------------------------------------------------------------------------
 
 
-def scores_blocks(num_experts: int) -> dict[str, int]:
-    """Block sizes of `_scores_kernel`."""
+def scores_blocks(num_experts: int, itemsize: int) -> dict[str, int]:
+    """Block sizes of `_scores_kernel` for tokens of this many bytes an element."""
     block_e = min(64, max(16, next_power_of_2(num_experts)))
     return {
         "PIECE": PIECE_D,
         "BLOCK_T": 16,
         "BLOCK_E": block_e,
         "BLOCK_D": 128,
-        "num_warps": 2,
+        "num_warps": itemsize,
         "num_stages": 3,
     }
 
@@ -365,7 +365,7 @@ def score_pieces(x_TD: Tensor, router_ED: Tensor, blocks: dict[str, int] | None 
     pieces = cdiv(d_model, PIECE_D)
     shape = (num_tokens, pieces, num_experts)
     pieces_TNE = torch.empty(shape, dtype=torch.float32, device=x_TD.device)
-    blocks = blocks or scores_blocks(num_experts)
+    blocks = blocks or scores_blocks(num_experts, x_TD.element_size())
     grid = (cdiv(num_tokens, blocks["BLOCK_T"]), cdiv(num_experts, blocks["BLOCK_E"]), pieces)
     _scores_kernel[grid](
         x_TD.contiguous(),

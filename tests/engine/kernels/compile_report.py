@@ -120,7 +120,7 @@ def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
         ]
     for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
         found += [
-            ("scores", routing._scores_kernel, routing.scores_blocks(E), dtype),
+            ("scores", routing._scores_kernel, routing.scores_blocks(E, itemsize), dtype),
             ("combine", grouped_ffn._combine_kernel, grouped_ffn.combine_blocks(D), dtype),
         ]
         for pairs in (12, 96, 384) if dtype == "bf16" else (384,):
