@@ -178,6 +178,10 @@ def smooth(points: Sequence[Point], window: int) -> list[Point]:
     return smoothed
 
 
+# Smaller numbers lose their digits.
+TINY: Final = 1e-290
+
+
 def _limits(values: Sequence[float], *, log: bool, zero: bool) -> tuple[float, float]:
     """Limits of an axis that hold all values with a little room."""
     low, high = min(values), max(values)
@@ -186,8 +190,8 @@ def _limits(values: Sequence[float], *, log: bool, zero: bool) -> tuple[float, f
         return low / room, high * room
     if zero:
         low = min(low, 0.0)
-    if high <= low:
-        high = low + (abs(low) or 1.0) * 0.1
+    if high - low < TINY:
+        high = low + (abs(low) if abs(low) > TINY else 1.0) * 0.1
         low = low if zero else low - (high - low)
     room = 0.05 * (high - low)
     return low - (0.0 if zero and low == 0 else room), high + room

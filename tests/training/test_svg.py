@@ -7,7 +7,7 @@ import re
 import xml.etree.ElementTree as ET
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from training.svg import (
@@ -144,6 +144,7 @@ finite = st.floats(-1e100, 1e100)
 
 
 @given(st.lists(st.tuples(st.floats(0, 1e9), st.one_of(st.none(), finite)), max_size=60))
+@example([(0.0, 5e-324)])
 def test_whatever_the_values_every_coordinate_is_a_number_inside(points: list[Point]) -> None:
     drawn = chart(sorted(points, key=lambda p: p[0]))
     if not drawn.has_points:
