@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from engine.engine import Engine
 from engine.errors import EngineStopped, InvalidRequest, Overloaded, require
 from engine.request import ExpertPolicy, Request, SamplingParams, TokenEvent, Usage
+from engine.stats import Stats
 from engine.worker import EventStream, Worker
+from server import calls
+from server.calls import Call
+from server.deadlines import TimedEvents, late_error, timeout_of
 from server.errors import GenerationFailed, IncompleteGeneration
 from server.metrics import make_registry
+from server.ratelimit import RateLimiter
 from server.settings import Settings
 
 # Parameters once the prompt's length is known: how many tokens are left for the output.
@@ -28,7 +34,7 @@ class Generation:
     """An accepted request, its events, and how long the steps before the engine took."""
 
     request: Request
-    events: EventStream
+    events: TimedEvents
     started: float
     validation_seconds: float
     _release: Callable[[], None]
@@ -62,7 +68,11 @@ class Frontend:
         worker: steps the engine.
         settings: the server's limits.
         active: requests admitted and not yet closed.
+        deadlines_exceeded: requests that were ended because they took too long.
+        key_requests: HTTP requests that generated, by key.
+        key_tokens: tokens generated for them.
         draining: set when the server is about to stop; new requests are refused.
+        limiter: what each key may still use.
         registry: the metrics of this server.
     """
 
@@ -71,11 +81,19 @@ class Frontend:
         self.settings = settings
         self.active = 0
         self.draining = False
-        self.registry = make_registry(worker.engine.stats, lambda: self.ready, lambda: self.active)
+        self.deadlines_exceeded = 0
+        self.key_requests: Counter[str] = Counter()
+        self.key_tokens: Counter[str] = Counter()
+        self.limiter = RateLimiter(settings.requests_per_minute, settings.tokens_per_minute)
+        self.registry = make_registry(self)
 
     @property
     def engine(self) -> Engine:
         return self.worker.engine
+
+    @property
+    def stats(self) -> Stats:
+        return self.engine.stats
 
     @property
     def ready(self) -> bool:
@@ -110,19 +128,45 @@ class Frontend:
             InvalidRequest: the request can never be served as asked.
             Overloaded: too many requests are here already.
             EngineStopped: the server is draining or its engine has failed.
+            DeadlineExceeded: tokenising alone has taken longer than the request may.
         """
-        started = time.perf_counter()
+        started, call = time.perf_counter(), calls.current()
         with self.engine.stats.counting_rejections():
+            seconds = timeout_of(call.timeout, self.settings)
             self._admit()
+        if call.deadline is None:
+            call.deadline = asyncio.get_running_loop().time() + max(0.0, seconds - call.seconds)
         try:
             # Long prompts take a while to tokenise; the event loop goes on meanwhile.
-            request = await asyncio.to_thread(self._prepare, inputs, sampling, policy, truncate)
+            async with asyncio.timeout_at(call.deadline):
+                request = await asyncio.to_thread(self._prepare, inputs, sampling, policy, truncate)
             validated = time.perf_counter() - started
             events = await self.worker.submit(request)
+        except TimeoutError:
+            self._release()
+            self._late(call)
+            raise late_error(seconds) from None
         except BaseException:
             self._release()
             raise
-        return Generation(request, events, started, validated, self._release)
+        timed = self._timed(events, call, seconds)
+        return Generation(request, timed, started, validated, self._release)
+
+    def _timed(self, events: EventStream, call: Call, seconds: float) -> TimedEvents:
+        """`events`, counted for the call's key, until the call's deadline."""
+        assert call.deadline is not None
+        call.outcome = "abort"  # unless it ends otherwise
+
+        def see(event: TokenEvent) -> None:
+            call.note(event)
+            if event.token is not None:
+                self.limiter.generated(call.key_name, 1)
+
+        return TimedEvents(events, call.deadline, seconds, see, lambda: self._late(call))
+
+    def _late(self, call: Call) -> None:
+        call.outcome = "timeout"
+        self.deadlines_exceeded += 1
 
     async def drain(self, timeout: float) -> None:
         """Refuse new requests; return once those here have finished, aborted after `timeout`."""
@@ -130,8 +174,18 @@ class Frontend:
         await self.worker.drain(timeout)
 
     def count_invalid(self) -> None:
+        """Count a request that was refused because of what it says."""
+        self.count_rejection("invalid")
+
+    def count_rejection(self, reason: str) -> None:
         """Count a request that was refused before it got here."""
-        self.engine.stats.reject("invalid")
+        self.engine.stats.reject(reason)
+
+    def count_call(self, call: Call) -> None:
+        """Count an HTTP request that generated, for its key."""
+        if call.outcome is not None:
+            self.key_requests[call.key_name] += 1
+            self.key_tokens[call.key_name] += call.generated_tokens
 
     def _admit(self) -> None:
         limit = self.settings.max_concurrent_requests

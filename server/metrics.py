@@ -8,8 +8,8 @@ counters, so that `rate(a) / rate(b)` works over any window.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Final, Protocol
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import (
@@ -103,27 +103,37 @@ COUNTERS: Final[tuple[tuple[str, str, Callable[[Numbers], float]], ...]] = (
 )
 
 FINISH_REASONS: Final = ("length", "eos_token", "stop_sequence", "abort", "error")
-REJECT_REASONS: Final = ("invalid", "overloaded", "stopped")
+REJECT_REASONS: Final = ("invalid", "overloaded", "stopped", "unauthorized", "rate_limited")
+
+
+class Source(Protocol):
+    """What is exported beside the engine's own numbers."""
+
+    @property
+    def stats(self) -> Stats: ...
+    @property
+    def ready(self) -> bool: ...
+    @property
+    def active(self) -> int: ...
+    @property
+    def deadlines_exceeded(self) -> int: ...
+    @property
+    def key_requests(self) -> Mapping[str, int]: ...
+    @property
+    def key_tokens(self) -> Mapping[str, int]: ...
 
 
 class StatsCollector(Collector):
-    """Turns a snapshot of the engine's stats into metric families.
+    """Turns a snapshot of the numbers into metric families."""
 
-    Args:
-        stats: the engine's numbers.
-        ready: whether the worker makes progress.
-        active: requests inside the HTTP server.
-    """
-
-    def __init__(self, stats: Stats, ready: Callable[[], bool], active: Callable[[], int]) -> None:
-        self.stats = stats
-        self.ready = ready
-        self.active = active
+    def __init__(self, source: Source) -> None:
+        self.source = source
 
     def collect(self) -> Iterator[Metric]:
-        numbers = self.stats.snapshot()
+        numbers = self.source.stats.snapshot()
         yield from self._server()
-        yield from _experts(numbers, self.stats.num_experts)
+        yield from self._keys()
+        yield from _experts(numbers, self.source.stats.num_experts)
         yield _by_reason("requests_total", "Requests by how they ended.", numbers.finished)
         yield _by_reason(
             "rejections_total", "Requests that were refused.", numbers.rejected, REJECT_REASONS
@@ -140,10 +150,25 @@ class StatsCollector(Collector):
         info.add_metric([VERSION], 1)
         yield info
         yield GaugeMetricFamily(
-            "ambidex_ready", "1 while the engine makes progress and takes requests.", self.ready()
+            "ambidex_ready",
+            "1 while the engine makes progress and takes requests.",
+            self.source.ready,
         )
         yield GaugeMetricFamily(
-            "ambidex_http_requests_active", "Generation requests in the server.", self.active()
+            "ambidex_http_requests_active", "Generation requests in the server.", self.source.active
+        )
+        yield CounterMetricFamily(
+            "ambidex_deadlines_exceeded_total",
+            "Requests that were ended because they took too long.",
+            value=self.source.deadlines_exceeded,
+        )
+
+    def _keys(self) -> Iterator[Metric]:
+        yield _by_key(
+            "key_requests_total", "Requests that generated, by key.", self.source.key_requests
+        )
+        yield _by_key(
+            "key_generated_tokens_total", "Tokens generated, by key.", self.source.key_tokens
         )
 
 
@@ -179,6 +204,13 @@ def _by_layer(name: str, text: str, values: Sequence[float]) -> Metric:
     return family
 
 
+def _by_key(name: str, text: str, values: Mapping[str, int]) -> Metric:
+    family = CounterMetricFamily(f"ambidex_{name}", text, labels=["key"])
+    for key, value in values.items():
+        family.add_metric([key], value)
+    return family
+
+
 def _by_reason(
     name: str, text: str, values: dict[str, int], known: Iterable[str] = FINISH_REASONS
 ) -> Metric:
@@ -196,10 +228,8 @@ def _histogram(name: str, text: str, histogram: Histogram) -> Metric:
     return HistogramMetricFamily(name, text, buckets=buckets, sum_value=histogram.sum)
 
 
-def make_registry(
-    stats: Stats, ready: Callable[[], bool], active: Callable[[], int]
-) -> CollectorRegistry:
+def make_registry(source: Source) -> CollectorRegistry:
     """A registry of this server alone: nothing is global, so servers can share a process."""
     registry = CollectorRegistry()
-    registry.register(StatsCollector(stats, ready, active))
+    registry.register(StatsCollector(source))
     return registry

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from engine.engine import Engine
 from engine.worker import Worker
+from server import access_log
 from server.app import create_app
 from server.generation import Frontend
 from server.settings import Settings
@@ -55,6 +56,8 @@ def serve(settings: Settings, console: Console | None = None) -> None:
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
+    if settings.access_log:
+        access_log.write_to_stderr()
     engine = Engine.load(settings.model, settings.engine_config())
     worker = Worker(engine)
     app = create_app(worker, settings)
@@ -70,6 +73,8 @@ def serve(settings: Settings, console: Console | None = None) -> None:
             server_header=False,
             timeout_graceful_shutdown=CLOSE_SECONDS,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            http="h11",  # whatever else is installed: this one bounds a request's head
+            h11_max_incomplete_event_size=settings.max_url_bytes + settings.max_header_bytes,
         )
         asyncio.run(_run(_Server(config), frontend, listener))
 

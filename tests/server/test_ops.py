@@ -133,7 +133,8 @@ def test_the_documentation_describes_every_field(live: Live) -> None:
     assert live.http.get("/docs").status_code == 200
     document = live.http.get("/openapi.json").json()
     assert set(document["paths"]) == {
-        *("/", "/generate", "/generate_stream", "/health", "/info", "/metrics", "/version")
+        *("/", "/generate", "/generate_stream", "/health", "/info", "/metrics", "/version"),
+        *("/admin/status",),
     }
     for operations in document["paths"].values():
         for operation in operations.values():
