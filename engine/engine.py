@@ -14,7 +14,7 @@ import uuid
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import InvalidRequest, Overloaded, require
 from engine.kv_blocks import BlockAllocator
+from engine.model import Decoder
 from engine.output import RequestText
 from engine.request import (
     MAX_COMPLETIONS,
@@ -233,6 +234,27 @@ class Engine:
         self._record_state()
         events, self._undelivered = self._undelivered, []
         return events
+
+    def end_running(self, reason: FinishReason, error: str) -> list[TokenEvent]:
+        """End the requests that own blocks, after a step that raised; all events that are owed.
+
+        Raises:
+            AssertionError: what is left is not clean; the engine must not be used any more.
+        """
+        for request in tuple(self.scheduler.running):
+            self._undelivered.append(self._end(request.request_id, reason, error))
+        self.check_integrity()
+        assert self.allocator.num_used == 0, "blocks without an owner"
+        self._record_state()
+        events, self._undelivered = self._undelivered, []
+        return events
+
+    def release(self) -> None:
+        """Give weights and cache up; what was counted stays, but `step` never works again."""
+        with torch.device("meta"):
+            model = Decoder(self.model_config)
+        self.checkpoint = replace(self.checkpoint, model=model)
+        del self.runner
 
     def _end(self, request_id: str, reason: FinishReason, error: str | None = None) -> TokenEvent:
         """Take a request out from outside of a step; its terminal event."""

@@ -7,6 +7,7 @@ each writing method takes for a moment. Times are in seconds.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import threading
 from bisect import bisect_left
 from collections import Counter
@@ -14,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
+from itertools import zip_longest
+from typing import Any, Final
 
 from engine.errors import EngineStopped, InvalidRequest, Overloaded
 from engine.request import Request, Usage
@@ -60,14 +62,21 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
+    def __add__(self, other: Histogram) -> Histogram:
+        assert self.bounds == other.bounds
+        total = Histogram(self.bounds)
+        total.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+        total.sum = self.sum + other.sum
+        return total
+
 
 @dataclass
 class Numbers:
     """Everything that is counted.
 
     Per layer, summed over steps: `experts_activated` and `experts_available` count (token, expert)
-    pairs; `experts_loaded` counts the distinct experts that a step read, out of `num_experts` a
-    step. `finished` counts requests by finish reason, `rejected` by reason ("invalid",
+    pairs; `experts_loaded` counts the distinct experts that a step read, out of `experts_loadable`.
+    `finished` counts requests by finish reason, `rejected` by reason ("invalid",
     "overloaded", "stopped"). `batch_tokens` is the number of tokens of a step. Of the
     `prefix_queried_tokens` that admitted prompts had, `prefix_hit_tokens` came from the prefix
     cache; prompts that may not use it do not count, nor does a preempted request's return.
@@ -76,6 +85,7 @@ class Numbers:
     experts_activated: list[int]
     experts_available: list[int]
     experts_loaded: list[int]
+    experts_loadable: list[int]
     steps: int = 0
     preemptions: int = 0
     prompt_tokens: int = 0
@@ -105,6 +115,21 @@ class Numbers:
     def aborts(self) -> int:
         return self.finished["abort"]
 
+    def __add__(self, other: Numbers) -> Numbers:
+        """What two engines counted together; the one of fewer layers counts zero in the others."""
+        names = [f.name for f in dataclasses.fields(self)]
+        return Numbers(**{name: _sum(getattr(self, name), getattr(other, name)) for name in names})
+
+    def settled(self) -> Numbers:
+        """What is left of an engine that has ended: its counts, but no state."""
+        return dataclasses.replace(self, running=0, waiting=0, kv_blocks_used=0, kv_blocks_total=0)
+
+
+def _sum(one: Any, other: Any) -> Any:
+    if isinstance(one, list):
+        return [a + b for a, b in zip_longest(one, other, fillvalue=0)]
+    return one + other
+
 
 class Stats:
     """The numbers of one engine, safe to read from any thread."""
@@ -113,7 +138,7 @@ class Stats:
         self.num_experts = num_experts
         self._lock = threading.Lock()
         zeros = [0] * num_layers
-        self._numbers = Numbers(zeros[:], zeros[:], zeros[:], kv_blocks_total=kv_blocks)
+        self._numbers = Numbers(zeros[:], zeros[:], zeros[:], zeros[:], kv_blocks_total=kv_blocks)
 
     def snapshot(self) -> Numbers:
         """A consistent copy."""
@@ -139,6 +164,16 @@ class Stats:
         with self._lock:
             self._numbers.rejected[reason] += 1
 
+    def absorb(self, numbers: Numbers) -> None:
+        """Add what another engine counted in its life."""
+        with self._lock:
+            self._numbers += numbers.settled()
+
+    def record_given_up(self, reason: str, requests: int) -> None:
+        """Count requests that were ended without the engine's help."""
+        with self._lock:
+            self._numbers.finished[reason] += requests
+
     def record_step(self, tokens: int, activated: Sequence[int], loaded: Sequence[int]) -> None:
         """Count one step: its tokens, and per layer the expert pairs and the distinct experts."""
         available = tokens * self.num_experts
@@ -150,6 +185,7 @@ class Stats:
                 numbers.experts_activated[layer] += pairs
                 numbers.experts_available[layer] += available
                 numbers.experts_loaded[layer] += union
+                numbers.experts_loadable[layer] += self.num_experts
 
     def record_state(self, running: int, waiting: int, blocks_used: int) -> None:
         """Note the state of the queue and the cache."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Final
@@ -68,14 +67,15 @@ def create_app(worker: Worker, settings: Settings) -> FastAPI:
         worker: not started yet.
         settings: limits and timeouts; the engine inside `worker` has its own already.
     """
+    frontend = Frontend(worker, settings)
     app = App(
         title="Ambidex",
         version=VERSION,
         description=DESCRIPTION,
         openapi_tags=TAGS,
-        lifespan=_lifespan(worker, settings),
+        lifespan=_lifespan(frontend),
     )
-    frontend = app.state.frontend = Frontend(worker, settings)
+    app.state.frontend = frontend
     install_handlers(app)
     app.include_router(generate.router)
     app.include_router(ops.router)
@@ -117,16 +117,14 @@ def _add_middleware(app: FastAPI, frontend: Frontend, settings: Settings) -> Non
     app.add_middleware(CallMiddleware, ended=ended)
 
 
-def _lifespan(
-    worker: Worker, settings: Settings
-) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _lifespan(frontend: Frontend) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        worker.start()
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        frontend.fleet.start()
         try:
             yield
-            await app.state.frontend.drain(settings.drain_timeout)
+            await frontend.drain(frontend.settings.drain_timeout)
         finally:
-            await asyncio.to_thread(worker.stop)  # it waits for the step under way
+            await frontend.fleet.stop()
 
     return lifespan

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from engine.engine import Engine
 from engine.errors import EngineStopped, InvalidRequest, Overloaded, require
 from engine.request import ExpertPolicy, Request, SamplingParams, TokenEvent, Usage
-from engine.stats import Stats
+from engine.stats import Numbers
 from engine.worker import EventStream, Worker
 from server import calls
 from server.calls import Call
 from server.deadlines import TimedEvents, late_error, timeout_of
 from server.errors import GenerationFailed, IncompleteGeneration
+from server.fleet import Fleet
 from server.metrics import make_registry
 from server.ratelimit import RateLimiter
 from server.settings import Settings
@@ -65,22 +66,20 @@ class Frontend:
     """The worker as the routes use it.
 
     Attributes:
-        worker: steps the engine.
+        fleet: steps the engine, and replaces it.
         settings: the server's limits.
         active: requests admitted and not yet closed.
         deadlines_exceeded: requests that were ended because they took too long.
         key_requests: HTTP requests that generated, by key.
         key_tokens: tokens generated for them.
-        draining: set when the server is about to stop; new requests are refused.
         limiter: what each key may still use.
         registry: the metrics of this server.
     """
 
     def __init__(self, worker: Worker, settings: Settings) -> None:
-        self.worker = worker
+        self.fleet = Fleet(worker, settings)
         self.settings = settings
         self.active = 0
-        self.draining = False
         self.deadlines_exceeded = 0
         self.key_requests: Counter[str] = Counter()
         self.key_tokens: Counter[str] = Counter()
@@ -88,16 +87,27 @@ class Frontend:
         self.registry = make_registry(self)
 
     @property
-    def engine(self) -> Engine:
-        return self.worker.engine
+    def worker(self) -> Worker:
+        """The one that serves now."""
+        return self.fleet.worker
 
     @property
-    def stats(self) -> Stats:
-        return self.engine.stats
+    def engine(self) -> Engine:
+        """The one that serves now."""
+        return self.worker.engine
+
+    def numbers(self) -> Numbers:
+        """What has been counted since the start."""
+        return self.fleet.numbers()
 
     @property
     def ready(self) -> bool:
-        return self.worker.ready and not self.draining
+        return self.fleet.ready
+
+    @property
+    def draining(self) -> bool:
+        """Whether the server is about to stop; new requests are refused."""
+        return self.fleet.draining
 
     @property
     def dtype(self) -> str:
@@ -108,8 +118,7 @@ class Frontend:
     @property
     def max_total_tokens(self) -> int:
         """Prompt plus output of one request: the model's limit, and what the KV cache can hold."""
-        cache = self.engine.num_blocks * self.engine.config.block_size
-        return min(self.engine.max_model_len, cache)
+        return total_limit(self.engine)
 
     @property
     def max_input_tokens(self) -> int:
@@ -131,17 +140,20 @@ class Frontend:
             DeadlineExceeded: tokenising alone has taken longer than the request may.
         """
         started, call = time.perf_counter(), calls.current()
-        with self.engine.stats.counting_rejections():
+        with self.fleet.own.counting_rejections():
             seconds = timeout_of(call.timeout, self.settings)
             self._admit()
         if call.deadline is None:
             call.deadline = asyncio.get_running_loop().time() + max(0.0, seconds - call.seconds)
         try:
             # Long prompts take a while to tokenise; the event loop goes on meanwhile.
-            async with asyncio.timeout_at(call.deadline):
-                request = await asyncio.to_thread(self._prepare, inputs, sampling, policy, truncate)
-            validated = time.perf_counter() - started
-            events = await self.worker.submit(request)
+            with self.fleet.lease() as worker:
+                async with asyncio.timeout_at(call.deadline):
+                    request = await asyncio.to_thread(
+                        self._prepare, worker.engine, inputs, sampling, policy, truncate
+                    )
+                validated = time.perf_counter() - started
+                events = await worker.submit(request)
         except TimeoutError:
             self._release()
             self._late(call)
@@ -170,8 +182,7 @@ class Frontend:
 
     async def drain(self, timeout: float) -> None:
         """Refuse new requests; return once those here have finished, aborted after `timeout`."""
-        self.draining = True
-        await self.worker.drain(timeout)
+        await self.fleet.drain(timeout)
 
     def count_invalid(self) -> None:
         """Count a request that was refused because of what it says."""
@@ -179,7 +190,7 @@ class Frontend:
 
     def count_rejection(self, reason: str) -> None:
         """Count a request that was refused before it got here."""
-        self.engine.stats.reject(reason)
+        self.fleet.own.reject(reason)
 
     def count_call(self, call: Call) -> None:
         """Count an HTTP request that generated, for its key."""
@@ -198,22 +209,27 @@ class Frontend:
         self.active -= 1
 
     def _prepare(
-        self, inputs: str, sampling: SamplingFor, policy: ExpertPolicy, truncate: int | None
+        self,
+        engine: Engine,
+        inputs: str,
+        sampling: SamplingFor,
+        policy: ExpertPolicy,
+        truncate: int | None,
     ) -> Request:
         """The engine's request; runs in a thread."""
-        with self.engine.stats.counting_rejections():
-            ids = self._tokenize(inputs, truncate)
-            params = sampling(self.max_total_tokens - len(ids))
-        return self.engine.make_request(ids, params, policy)
+        with engine.stats.counting_rejections():
+            ids = self._tokenize(engine, inputs, truncate)
+            params = sampling(total_limit(engine) - len(ids))
+        return engine.make_request(ids, params, policy)
 
-    def _tokenize(self, inputs: str, truncate: int | None) -> list[int]:
-        limit = self.max_input_tokens
+    def _tokenize(self, engine: Engine, inputs: str, truncate: int | None) -> list[int]:
+        limit = self.settings.input_limit(total_limit(engine))
         require(
             truncate is None or truncate <= limit,
             f"parameters.truncate must be from 1 to {limit}, got {truncate}",
             InvalidRequest,
         )
-        ids = self.engine.tokenizer.encode(inputs)
+        ids = engine.tokenizer.encode(inputs)
         ids = ids[-truncate:] if truncate else ids
         require(
             1 <= len(ids) <= limit,
@@ -221,6 +237,11 @@ class Frontend:
             InvalidRequest,
         )
         return ids
+
+
+def total_limit(engine: Engine) -> int:
+    """Tokens of a prompt and its output together that `engine` can serve."""
+    return min(engine.max_model_len, engine.num_blocks * engine.config.block_size)
 
 
 def check(event: TokenEvent) -> None:

@@ -20,7 +20,8 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from engine.stats import Histogram, Numbers, Stats
+from engine.stats import Histogram, Numbers
+from server.fleet import Fleet
 from server.version import VERSION
 
 # (name without the prefix, help, the histogram of a snapshot)
@@ -109,14 +110,15 @@ REJECT_REASONS: Final = ("invalid", "overloaded", "stopped", "unauthorized", "ra
 class Source(Protocol):
     """What is exported beside the engine's own numbers."""
 
-    @property
-    def stats(self) -> Stats: ...
+    def numbers(self) -> Numbers: ...
     @property
     def ready(self) -> bool: ...
     @property
     def active(self) -> int: ...
     @property
     def deadlines_exceeded(self) -> int: ...
+    @property
+    def fleet(self) -> Fleet: ...
     @property
     def key_requests(self) -> Mapping[str, int]: ...
     @property
@@ -130,10 +132,10 @@ class StatsCollector(Collector):
         self.source = source
 
     def collect(self) -> Iterator[Metric]:
-        numbers = self.source.stats.snapshot()
+        numbers = self.source.numbers()
         yield from self._server()
         yield from self._keys()
-        yield from _experts(numbers, self.source.stats.num_experts)
+        yield from _experts(numbers)
         yield _by_reason("requests_total", "Requests by how they ended.", numbers.finished)
         yield _by_reason(
             "rejections_total", "Requests that were refused.", numbers.rejected, REJECT_REASONS
@@ -163,6 +165,15 @@ class StatsCollector(Collector):
             value=self.source.deadlines_exceeded,
         )
 
+        yield CounterMetricFamily(
+            "ambidex_failed_steps_total", "Steps that raised.", value=self.source.fleet.failed_steps
+        )
+        yield CounterMetricFamily(
+            "ambidex_engine_restarts_total",
+            "Engines that took the place of one that failed.",
+            value=self.source.fleet.restarts,
+        )
+
     def _keys(self) -> Iterator[Metric]:
         yield _by_key(
             "key_requests_total", "Requests that generated, by key.", self.source.key_requests
@@ -172,9 +183,8 @@ class StatsCollector(Collector):
         )
 
 
-def _experts(numbers: Numbers, num_experts: int) -> Iterator[Metric]:
+def _experts(numbers: Numbers) -> Iterator[Metric]:
     """Per layer: (token, expert) pairs, and the distinct experts that steps had to read."""
-    loadable = [numbers.steps * num_experts] * len(numbers.experts_loaded)
     yield _by_layer(
         "experts_activated_total",
         "Experts used, summed over tokens.",
@@ -193,7 +203,7 @@ def _experts(numbers: Numbers, num_experts: int) -> Iterator[Metric]:
     yield _by_layer(
         "experts_loadable_total",
         "Experts of the layer, summed over steps.",
-        loadable,
+        numbers.experts_loadable,
     )
 
 

@@ -59,7 +59,7 @@ def serve(settings: Settings, console: Console | None = None) -> None:
     if settings.access_log:
         access_log.write_to_stderr()
     engine = Engine.load(settings.model, settings.engine_config())
-    worker = Worker(engine)
+    worker = Worker(engine, settings.step_timeout)
     app = create_app(worker, settings)
     frontend: Frontend = app.state.frontend
     with _listen(settings) as listener:

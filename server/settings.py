@@ -132,6 +132,42 @@ class Settings(BaseSettings):
         description="most seconds that a request may ask for in X-Request-Timeout",
     )
 
+    step_timeout: float = Field(
+        default=120.0,
+        gt=0.0,
+        le=3600.0,
+        description="seconds after which a step counts as hung; the first ones compile kernels",
+    )
+    max_restarts: int = Field(
+        default=3, ge=0, le=1000, description="engines that may take a failed one's place"
+    )
+    restart_window: float = Field(
+        default=600.0, gt=0.0, le=86_400.0, description="seconds in which max_restarts holds"
+    )
+    exit_on_failure: bool = Field(
+        default=True,
+        description="end the process, status 1, when the engine has failed for good",
+    )
+
+    watch: Path | None = Field(
+        default=None,
+        description="serve the newest checkpoint of this directory, or this one when it changes",
+    )
+    watch_interval: float = Field(
+        default=5.0, ge=0.05, le=86_400.0, description="seconds between two looks at watch"
+    )
+    reload_memory: Literal["auto", "beside", "drain"] = Field(
+        default="auto",
+        description="load a new checkpoint beside the old one, or after draining and dropping it; "
+        "auto: beside where memory suffices",
+    )
+    retire_timeout: float = Field(
+        default=600.0,
+        ge=0.0,
+        le=86_400.0,
+        description="seconds that requests on replaced weights get to finish",
+    )
+
     api_keys: Annotated[tuple[Key, ...], NoDecode] = Field(
         default=(),
         description="keys that clients need, by commas: [name:]key or [name:]sha256:HEX",

@@ -25,7 +25,7 @@ class Status(BaseModel):
 @router.get("/status", summary="What the server is doing")
 async def status(front: Front) -> Status:
     """The state of the queue and the cache."""
-    numbers = front.stats.snapshot()
+    numbers = front.numbers()
     return Status(
         ready=front.ready,
         draining=front.draining,

@@ -156,7 +156,7 @@ def serve(checkpoint_dir: Path) -> Serve:
         engine = Engine.load(settings.model, settings.engine_config())
         if step_seconds:
             slow_down(engine, step_seconds)
-        worker = Worker(engine)
+        worker = Worker(engine, settings.step_timeout)
         app = create_app(worker, settings)
         with listening(app) as url, httpx.Client(base_url=url, trust_env=False, timeout=60) as http:
             yield Live(url, app, engine, worker, http)

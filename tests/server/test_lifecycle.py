@@ -64,67 +64,6 @@ class Client(threading.Thread):
         return json.loads(self.text.removesuffix("\n\n").rpartition("data: ")[2])
 
 
-# An engine that fails
-
-
-def fail_at_step(live: Live, message: str) -> None:
-    def broken() -> Any:
-        raise RuntimeError(message)
-
-    live.engine.step = broken  # type: ignore[method-assign]
-
-
-@pytest.mark.filterwarnings("default")
-def test_a_failing_step_ends_every_request_with_an_error(serve: Serve) -> None:
-    with serve(step_seconds=0.01) as live:
-        stream = Client(live.url, "/generate_stream", max_new_tokens=4000)
-        whole = Client(live.url, "/generate", max_new_tokens=4000)
-        wait(lambda: stream.events > 0 and live.frontend.worker.num_unfinished == 2)
-        fail_at_step(live, "the disk is on fire")
-
-        last = stream.last_event()
-        assert stream.status == 200  # it had begun
-        assert last["error_type"] == "generation"
-        assert "the disk is on fire" in last["error"]
-        whole.join(60)
-        assert whole.status == 424
-        assert json.loads(whole.text)["error_type"] == "generation"
-
-        health = live.http.get("/health")
-        assert health.status_code == 503
-        assert health.json()["error_type"] == "healthcheck"
-        refused = live.post("/generate")
-        assert refused.status_code == 503
-        assert refused.json()["error_type"] == "healthcheck"
-        assert int(refused.headers["retry-after"]) >= 1
-        metrics = live.metrics()
-        assert metrics["ambidex_ready"] == 0
-        assert metrics['ambidex_requests_total{reason="error"}'] == 2
-        assert metrics['ambidex_rejections_total{reason="stopped"}'] == 1
-        wait(lambda: live.frontend.active == 0)
-
-
-def test_an_engine_that_hangs_is_not_healthy(serve: Serve) -> None:
-    with serve() as live:
-        release = threading.Event()
-        step = live.engine.step
-
-        def stuck() -> Any:
-            release.wait(30)
-            return step()
-
-        live.engine.step = stuck  # type: ignore[method-assign]
-        live.worker.step_timeout = 0.05
-        client = Client(live.url, "/generate", max_new_tokens=2)
-        wait(lambda: live.http.get("/health").status_code == 503)
-        assert live.post("/generate").status_code == 503
-        release.set()
-        client.join(60)
-        assert client.status == 200
-        live.engine.step = step  # type: ignore[method-assign]
-        wait(lambda: live.http.get("/health").status_code == 200)
-
-
 def test_an_unforeseen_error_is_an_answer_without_its_insides(serve: Serve) -> None:
     with serve() as live:
 
