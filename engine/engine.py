@@ -8,6 +8,7 @@ and returns what readers see of them as `TokenEvent`s. Not thread-safe but for `
 
 from __future__ import annotations
 
+import gc
 import secrets
 import time
 import uuid
@@ -255,6 +256,7 @@ class Engine:
             model = Decoder(self.model_config)
         self.checkpoint = replace(self.checkpoint, model=model)
         del self.runner
+        gc.collect()
 
     def _end(self, request_id: str, reason: FinishReason, error: str | None = None) -> TokenEvent:
         """Take a request out from outside of a step; its terminal event."""

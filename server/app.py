@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Final
@@ -118,13 +119,19 @@ def _add_middleware(app: FastAPI, frontend: Frontend, settings: Settings) -> Non
 
 
 def _lifespan(frontend: Frontend) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    settings = frontend.settings
+
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         frontend.fleet.start()
+        watching = asyncio.create_task(frontend.reloader.watch()) if settings.watch else None
         try:
             yield
-            await frontend.drain(frontend.settings.drain_timeout)
+            await frontend.drain(settings.drain_timeout)
         finally:
+            if watching is not None:
+                watching.cancel()
+                await asyncio.gather(watching, return_exceptions=True)
             await frontend.fleet.stop()
 
     return lifespan

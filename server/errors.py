@@ -17,7 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from engine.errors import AmbidexError, EngineStopped, InvalidRequest, Overloaded
+from engine.errors import AmbidexError, CheckpointError, EngineStopped, InvalidRequest, Overloaded
 from server.schemas import sentences
 from server.security import Forbidden, Unauthorized
 
@@ -65,6 +65,7 @@ TABLE: Final[tuple[tuple[type[Exception], int, str], ...]] = (
     (Overloaded, 429, "overloaded"),
     (EngineStopped, 503, "healthcheck"),
     (IncompleteGeneration, 500, "incomplete_generation"),
+    (CheckpointError, 409, "checkpoint"),
     (GenerationFailed, 424, "generation"),
     (DeadlineExceeded, 504, "timeout"),
 )

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from engine.engine import Engine
-from engine.errors import AmbidexError
+from engine.errors import AmbidexError, EngineStopped, require
 from engine.stats import Numbers, Stats
 from engine.worker import Worker
 from server.settings import Settings
@@ -133,10 +133,15 @@ class Fleet:
             if not self._leases[worker]:
                 del self._leases[worker]
 
-    def replace(self, engine: Engine) -> None:
-        """Let `engine` serve from now on; the old worker finishes what it has and ends."""
-        if self.draining:
-            return
+    def replace(self, engine: Engine, *, new_weights: bool = False) -> None:
+        """Let `engine` serve from now on; the old worker finishes what it has and ends.
+
+        Raises:
+            EngineStopped: the server is about to stop.
+        """
+        require(not self.draining, "the server is shutting down", EngineStopped)
+        if new_weights:
+            self.loaded_at = time.time()
         old, self.worker = self.worker, self.new_worker(engine)
         self._start(self.worker)
         self.retiring.append(old)
@@ -144,6 +149,14 @@ class Fleet:
 
     def new_worker(self, engine: Engine) -> Worker:
         return Worker(engine, self.settings.step_timeout)
+
+    async def empty(self) -> None:
+        """Drain the present worker and give its memory up; `replace` must follow."""
+        worker = self.worker
+        await worker.drain(self.settings.retire_timeout)
+        await asyncio.to_thread(worker.stop)
+        if not worker.running:
+            worker.engine.release()
 
     async def _retire(self, worker: Worker) -> None:
         if worker.failure is not None:  # nothing to finish, and its thread may never return
@@ -178,9 +191,12 @@ class Fleet:
                 return
             try:
                 self._count_restart()
-                self.replace(await asyncio.to_thread(self._rebuild, worker))
+                engine = await asyncio.to_thread(self._rebuild, worker)
+                self.replace(engine)
                 self.restarts += 1
                 logger.warning("a new engine serves in place of one that failed")
+            except EngineStopped:  # the server stops meanwhile: nobody needs it any more
+                return
             except Exception as error:
                 self.fail(f"{worker.failure}; {error}")
 

@@ -24,6 +24,7 @@ from server.errors import GenerationFailed, IncompleteGeneration
 from server.fleet import Fleet
 from server.metrics import make_registry
 from server.ratelimit import RateLimiter
+from server.reload import Reloader
 from server.settings import Settings
 
 # Parameters once the prompt's length is known: how many tokens are left for the output.
@@ -66,7 +67,8 @@ class Frontend:
     """The worker as the routes use it.
 
     Attributes:
-        fleet: steps the engine, and replaces it.
+        fleet: steps the engine, and replaces it if it fails.
+        reloader: gives the fleet new weights.
         settings: the server's limits.
         active: requests admitted and not yet closed.
         deadlines_exceeded: requests that were ended because they took too long.
@@ -78,6 +80,7 @@ class Frontend:
 
     def __init__(self, worker: Worker, settings: Settings) -> None:
         self.fleet = Fleet(worker, settings)
+        self.reloader = Reloader(self.fleet, settings)
         self.settings = settings
         self.active = 0
         self.deadlines_exceeded = 0

@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 
 from engine.stats import Histogram, Numbers
 from server.fleet import Fleet
+from server.reload import RESULTS, Reloader
 from server.version import VERSION
 
 # (name without the prefix, help, the histogram of a snapshot)
@@ -120,6 +121,8 @@ class Source(Protocol):
     @property
     def fleet(self) -> Fleet: ...
     @property
+    def reloader(self) -> Reloader: ...
+    @property
     def key_requests(self) -> Mapping[str, int]: ...
     @property
     def key_tokens(self) -> Mapping[str, int]: ...
@@ -134,6 +137,7 @@ class StatsCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         numbers = self.source.numbers()
         yield from self._server()
+        yield from self._model()
         yield from self._keys()
         yield from _experts(numbers)
         yield _by_reason("requests_total", "Requests by how they ended.", numbers.finished)
@@ -173,6 +177,32 @@ class StatsCollector(Collector):
             "Engines that took the place of one that failed.",
             value=self.source.fleet.restarts,
         )
+
+    def _model(self) -> Iterator[Metric]:
+        checkpoint = self.source.fleet.worker.engine.checkpoint
+        info = GaugeMetricFamily(
+            "ambidex_model_info",
+            "The weights that serve; always 1.",
+            labels=["name", "fingerprint"],
+        )
+        info.add_metric([checkpoint.path.resolve().name, checkpoint.fingerprint], 1)
+        yield info
+        yield GaugeMetricFamily(
+            "ambidex_model_loaded_timestamp_seconds",
+            "When these weights began to serve.",
+            self.source.fleet.loaded_at,
+        )
+        yield GaugeMetricFamily(
+            "ambidex_engines_retiring",
+            "Replaced engines that finish what they have.",
+            len(self.source.fleet.retiring),
+        )
+        reloads = CounterMetricFamily(
+            "ambidex_reloads_total", "Reloads of the model, by result.", labels=["result"]
+        )
+        for result in RESULTS:
+            reloads.add_metric([result], self.source.reloader.counts[result])
+        yield reloads
 
     def _keys(self) -> Iterator[Metric]:
         yield _by_key(

@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from engine.engine import Engine
 from engine.worker import Worker
 from server import access_log
 from server.app import create_app
 from server.generation import Frontend
+from server.reload import first_engine
 from server.settings import Settings
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
@@ -51,14 +51,14 @@ def serve(settings: Settings, console: Console | None = None) -> None:
     Raises:
         CheckpointError: the model cannot be loaded.
         ConfigError: the settings do not fit the model.
-        SystemExit: the address cannot be used.
+        SystemExit: the address cannot be used, or the engine has failed for good.
     """
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
     if settings.access_log:
         access_log.write_to_stderr()
-    engine = Engine.load(settings.model, settings.engine_config())
+    engine = first_engine(settings)
     worker = Worker(engine, settings.step_timeout)
     app = create_app(worker, settings)
     frontend: Frontend = app.state.frontend
@@ -77,6 +77,9 @@ def serve(settings: Settings, console: Console | None = None) -> None:
             h11_max_incomplete_event_size=settings.max_url_bytes + settings.max_header_bytes,
         )
         asyncio.run(_run(_Server(config), frontend, listener))
+    failure = frontend.fleet.failure
+    if failure is not None and settings.exit_on_failure:
+        raise SystemExit(f"the server has failed for good: {failure}")
 
 
 def _listen(settings: Settings) -> socket.socket:
@@ -107,6 +110,11 @@ async def _run(server: _Server, frontend: Frontend, listener: socket.socket) -> 
         else:
             stopping.add(asyncio.create_task(_drain_and_exit(server, frontend)))
 
+    def on_failure() -> None:
+        server.should_exit = True
+
+    if frontend.settings.exit_on_failure:
+        frontend.fleet.on_failure = on_failure
     for number in SIGNALS:
         loop.add_signal_handler(number, on_signal)
     await server.serve(sockets=[listener])

@@ -46,6 +46,7 @@ class Info(BaseModel):
 
     model_id: str = Field(description="Name of the checkpoint directory.")
     model_sha: str = Field(description="SHA-256 over the weights.")
+    model_loaded_at: float = Field(description="When these weights began to serve, Unix time.")
     model_dtype: str = Field(description="Type of weights and KV cache.")
     model_device_type: str = Field(description="`cpu` or `cuda`.")
     model_pipeline_tag: str = Field(description="Always `text-generation`.")
@@ -137,6 +138,7 @@ async def info(front: Front) -> Info:
     return Info(
         model_id=engine.checkpoint.path.resolve().name,
         model_sha=engine.checkpoint.fingerprint,
+        model_loaded_at=front.fleet.loaded_at,
         model_dtype=front.dtype,
         model_device_type=settings.device,
         model_pipeline_tag="text-generation",

@@ -152,7 +152,7 @@ def serve(checkpoint_dir: Path) -> Serve:
 
     @contextmanager
     def start(step_seconds: float = 0.0, **values: Any) -> Iterator[Live]:
-        settings = Settings(model=checkpoint_dir, **{"kv_cache_bytes": 8 << 20, **values})
+        settings = Settings(**{"model": checkpoint_dir, "kv_cache_bytes": 8 << 20, **values})
         engine = Engine.load(settings.model, settings.engine_config())
         if step_seconds:
             slow_down(engine, step_seconds)

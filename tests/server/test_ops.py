@@ -134,7 +134,7 @@ def test_the_documentation_describes_every_field(live: Live) -> None:
     document = live.http.get("/openapi.json").json()
     assert set(document["paths"]) == {
         *("/", "/generate", "/generate_stream", "/health", "/info", "/metrics", "/version"),
-        *("/health/live", "/health/ready", "/admin/status"),
+        *("/health/live", "/health/ready", "/admin/status", "/admin/reload"),
     }
     for operations in document["paths"].values():
         for operation in operations.values():
