@@ -92,7 +92,8 @@ class Engine:
         self.runner = Runner(checkpoint.model, self.config, self.num_blocks)
         self.num_experts = checkpoint.config.experts.num_experts
         self.num_layers = checkpoint.config.num_hidden_layers
-        self.stats = Stats(self.num_layers, self.num_experts, self.num_blocks)
+        size = checkpoint.config.experts.expert_size
+        self.stats = Stats(self.num_layers, self.num_experts, self.num_blocks, size)
         self._outputs: dict[str, RequestText] = {}
         self._undelivered: list[TokenEvent] = []
 
@@ -320,7 +321,9 @@ class Engine:
             known = self._outputs[part.request.request_id].prompt
             known[part.first : part.first + len(part.tokens)] = part.tokens
         total = sum(tokens for _, tokens in plan)
-        self.stats.record_step(total, result.layer_activated, result.layer_loaded)
+        self.stats.record_step(total, len(plan), result.layer_activated, result.layer_loaded)
+        if result.sample is not None:
+            self.stats.record_sample(result.sample)
 
     def _emit(self, result: StepResult, tokens: list[Sampled]) -> None:
         """Hand out the drawn tokens; an event made stays owed even if a later one fails."""

@@ -23,6 +23,7 @@ from prometheus_client.registry import Collector
 from engine.stats import Histogram, Numbers
 from server.fleet import Fleet
 from server.reload import RESULTS, Reloader
+from server.settings import Settings
 from server.version import VERSION
 
 # (name without the prefix, help, the histogram of a snapshot)
@@ -77,6 +78,11 @@ HISTOGRAMS: Final[tuple[tuple[str, str, Callable[[Numbers], Histogram]], ...]] =
         "Tokens of a step: decodes and prompt chunks.",
         lambda n: n.batch_tokens,
     ),
+    (
+        "batch_requests",
+        "Requests of a step.",
+        lambda n: n.batch_requests,
+    ),
 )
 
 GAUGES: Final[tuple[tuple[str, str, Callable[[Numbers], float]], ...]] = (
@@ -84,10 +90,16 @@ GAUGES: Final[tuple[tuple[str, str, Callable[[Numbers], float]], ...]] = (
     ("requests_waiting", "Requests in the engine's queue.", lambda n: n.waiting),
     ("kv_blocks_used", "KV blocks in use.", lambda n: n.kv_blocks_used),
     ("kv_blocks", "KV blocks that exist.", lambda n: n.kv_blocks_total),
+    (
+        "kv_used_ratio",
+        "Share of the KV blocks in use.",
+        lambda n: n.kv_blocks_used / n.kv_blocks_total if n.kv_blocks_total else 0.0,
+    ),
 )
 
 COUNTERS: Final[tuple[tuple[str, str, Callable[[Numbers], float]], ...]] = (
     ("steps_total", "Steps of the engine.", lambda n: n.steps),
+    ("sampled_steps_total", "Steps in which routers were measured.", lambda n: n.sampled_steps),
     ("preemptions_total", "Times a request gave its KV blocks up.", lambda n: n.preemptions),
     ("prompt_tokens_total", "Prompt tokens of requests that began.", lambda n: n.prompt_tokens),
     ("generated_tokens_total", "Generated tokens.", lambda n: n.generated_tokens),
@@ -104,6 +116,60 @@ COUNTERS: Final[tuple[tuple[str, str, Callable[[Numbers], float]], ...]] = (
     ("aborts_total", "Requests that were aborted, as by a disconnect.", lambda n: n.aborts),
 )
 
+# per layer
+LAYERS: Final[tuple[tuple[str, str, Callable[[Numbers], Sequence[float]]], ...]] = (
+    (
+        "experts_activated_total",
+        "Experts used, summed over tokens.",
+        lambda n: n.experts_activated,
+    ),
+    (
+        "experts_available_total",
+        "Experts that dense runs of the same tokens would have used.",
+        lambda n: n.experts_available,
+    ),
+    (
+        "experts_loaded_total",
+        "Distinct experts that a step's tokens used together, summed over steps.",
+        lambda n: n.experts_loaded,
+    ),
+    (
+        "experts_loadable_total",
+        "Experts of the layer, summed over steps.",
+        lambda n: n.experts_loadable,
+    ),
+    (
+        "neurons_activated_total",
+        "Neurons of the experts used, summed over tokens.",
+        lambda n: n.neurons_activated,
+    ),
+    (
+        "neurons_available_total",
+        "Neurons that dense runs of the same tokens would have used.",
+        lambda n: n.neurons_available,
+    ),
+    (
+        "router_captured_mass_total",
+        "True activation mass of the chosen experts, over sampled sparse tokens.",
+        lambda n: n.mass_captured,
+    ),
+    (
+        "router_true_mass_total",
+        "True activation mass of all experts, over sampled sparse tokens.",
+        lambda n: n.mass_total,
+    ),
+    (
+        "neurons_fired_total",
+        "Neurons that were not zero, over sampled sparse tokens.",
+        lambda n: n.neurons_fired,
+    ),
+    (
+        "neurons_sampled_total",
+        "All neurons, over sampled sparse tokens.",
+        lambda n: n.neurons_sampled,
+    ),
+)
+
 FINISH_REASONS: Final = ("length", "eos_token", "stop_sequence", "abort", "error")
 REJECT_REASONS: Final = ("invalid", "overloaded", "stopped", "unauthorized", "rate_limited")
 
@@ -118,6 +184,8 @@ class Source(Protocol):
     def active(self) -> int: ...
     @property
     def deadlines_exceeded(self) -> int: ...
+    @property
+    def settings(self) -> Settings: ...
     @property
     def fleet(self) -> Fleet: ...
     @property
@@ -139,7 +207,9 @@ class StatsCollector(Collector):
         yield from self._server()
         yield from self._model()
         yield from self._keys()
-        yield from _experts(numbers)
+        yield from (_by_layer(name, text, read(numbers)) for name, text, read in LAYERS)
+        if self.source.settings.expert_load:
+            yield _load(numbers)
         yield _by_reason("requests_total", "Requests by how they ended.", numbers.finished)
         yield _by_reason(
             "rejections_total", "Requests that were refused.", numbers.rejected, REJECT_REASONS
@@ -213,28 +283,16 @@ class StatsCollector(Collector):
         )
 
 
-def _experts(numbers: Numbers) -> Iterator[Metric]:
-    """Per layer: (token, expert) pairs, and the distinct experts that steps had to read."""
-    yield _by_layer(
-        "experts_activated_total",
-        "Experts used, summed over tokens.",
-        numbers.experts_activated,
+def _load(numbers: Numbers) -> Metric:
+    family = CounterMetricFamily(
+        "ambidex_expert_load_total",
+        "Sampled sparse tokens that chose the expert.",
+        labels=["layer", "expert"],
     )
-    yield _by_layer(
-        "experts_available_total",
-        "Experts that dense runs of the same tokens would have used.",
-        numbers.experts_available,
-    )
-    yield _by_layer(
-        "experts_loaded_total",
-        "Distinct experts that a step's tokens used together, summed over steps.",
-        numbers.experts_loaded,
-    )
-    yield _by_layer(
-        "experts_loadable_total",
-        "Experts of the layer, summed over steps.",
-        numbers.experts_loadable,
-    )
+    for layer, load in enumerate(numbers.expert_load):
+        for expert, value in enumerate(load):
+            family.add_metric([str(layer), str(expert)], value)
+    return family
 
 
 def _by_layer(name: str, text: str, values: Sequence[float]) -> Metric:

@@ -192,6 +192,15 @@ class Settings(BaseSettings):
         description="origins whose pages may call, by commas; * is any",
     )
 
+    sample_every: int = Field(
+        default=256,
+        ge=0,
+        le=1 << 20,
+        description="measure router coverage in every n-th step, which takes longer; 0: never",
+    )
+    expert_load: bool = Field(
+        default=False, description="export how often sampled tokens chose each expert"
+    )
     access_log: bool = Field(default=False, description="log one JSON line per request")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least severe level that is logged"
@@ -253,6 +262,7 @@ class Settings(BaseSettings):
             priority_age_seconds=self.priority_age_seconds,
             num_threads=self.num_threads,
             cuda_graphs=self.cuda_graphs,
+            sample_every=self.sample_every,
         )
 
     def keyring(self) -> Keyring:
