@@ -26,6 +26,7 @@ from server.middleware import (
 from server.routes import admin, generate, ops
 from server.schemas.tgi import StreamEvent
 from server.settings import Settings
+from server.tracing import Tracing
 from server.version import VERSION
 
 DESCRIPTION: Final = """
@@ -61,12 +62,13 @@ class App(FastAPI):
         return self.openapi_schema
 
 
-def create_app(worker: Worker, settings: Settings) -> FastAPI:
+def create_app(worker: Worker, settings: Settings, tracing: Tracing | None = None) -> FastAPI:
     """The application around `worker`, which it starts, drains and stops.
 
     Args:
         worker: not started yet.
         settings: limits and timeouts; the engine inside `worker` has its own already.
+        tracing: makes spans of requests; none are made without.
     """
     frontend = Frontend(worker, settings)
     app = App(
@@ -74,19 +76,20 @@ def create_app(worker: Worker, settings: Settings) -> FastAPI:
         version=VERSION,
         description=DESCRIPTION,
         openapi_tags=TAGS,
-        lifespan=_lifespan(frontend),
+        lifespan=_lifespan(frontend, tracing),
     )
     app.state.frontend = frontend
     install_handlers(app)
     app.include_router(generate.router)
     app.include_router(ops.router)
     app.include_router(admin.router)
-    _add_middleware(app, frontend, settings)
+    _add_middleware(app, frontend, tracing)
     return app
 
 
-def _add_middleware(app: FastAPI, frontend: Frontend, settings: Settings) -> None:
+def _add_middleware(app: FastAPI, frontend: Frontend, tracing: Tracing | None) -> None:
     """From the inside out: the one added last sees a request first."""
+    settings = frontend.settings
     app.add_middleware(
         BodyLimitMiddleware, max_bytes=settings.max_body_bytes, timeout=settings.body_timeout
     )
@@ -114,11 +117,15 @@ def _add_middleware(app: FastAPI, frontend: Frontend, settings: Settings) -> Non
         frontend.count_call(call)
         if settings.access_log:
             access_log.write(call)
+        if tracing is not None:
+            tracing.record(call)
 
     app.add_middleware(CallMiddleware, ended=ended)
 
 
-def _lifespan(frontend: Frontend) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _lifespan(
+    frontend: Frontend, tracing: Tracing | None
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     settings = frontend.settings
 
     @asynccontextmanager
@@ -133,5 +140,7 @@ def _lifespan(frontend: Frontend) -> Callable[[FastAPI], AbstractAsyncContextMan
                 watching.cancel()
                 await asyncio.gather(watching, return_exceptions=True)
             await frontend.fleet.stop()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.stop)
 
     return lifespan

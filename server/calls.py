@@ -16,6 +16,15 @@ from server.ratelimit import ANONYMOUS
 from server.security import Key
 
 
+@dataclass(frozen=True)
+class Finished:
+    """One generation of a call: what it took, and when, in seconds from the call's beginning."""
+
+    usage: Usage
+    first_token: float | None
+    ended: float
+
+
 @dataclass
 class Call:
     """One HTTP request.
@@ -32,10 +41,9 @@ class Call:
         deadline: when its generation must have ended, by the event loop's clock.
         status: of the response; 0 before it begins.
         outcome: how its last generation ended, such as "length", "abort" or "timeout".
-        usages: what its finished generations took.
+        finished: its generations that have ended.
         generated_tokens: of all its generations so far.
         started: `time.time()` when it came.
-        first_token: seconds from then to its first token.
     """
 
     request_id: str = ""
@@ -49,11 +57,11 @@ class Call:
     deadline: float | None = None
     status: int = 0
     outcome: str | None = None
-    usages: list[Usage] = field(default_factory=list)
+    finished: list[Finished] = field(default_factory=list)
     generated_tokens: int = 0
     started: float = field(default_factory=time.time)
-    first_token: float | None = None
     _clock: float = field(default_factory=time.perf_counter)
+    _first_tokens: dict[str, float] = field(default_factory=dict)  # by request
 
     @property
     def seconds(self) -> float:
@@ -65,16 +73,27 @@ class Call:
         """Who calls, for limits and metrics."""
         return self.key.name if self.key else ANONYMOUS
 
+    @property
+    def first_token(self) -> float | None:
+        """Seconds from its beginning to its first token."""
+        return min(self._first_tokens.values(), default=None)
+
+    @property
+    def usages(self) -> list[Usage]:
+        """What its finished generations took."""
+        return [each.usage for each in self.finished]
+
     def note(self, event: TokenEvent) -> None:
         """Take an event of one of its generations into account."""
         if event.token is not None:
             self.generated_tokens += 1
-            if self.first_token is None:
-                self.first_token = self.seconds
+            if event.request_id not in self._first_tokens:
+                self._first_tokens[event.request_id] = self.seconds
         if event.finish_reason is not None:
             self.outcome = event.finish_reason
         if event.usage is not None:
-            self.usages.append(event.usage)
+            first = self._first_tokens.get(event.request_id)
+            self.finished.append(Finished(event.usage, first, self.seconds))
 
 
 _current: ContextVar[Call | None] = ContextVar("ambidex_call", default=None)

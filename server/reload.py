@@ -16,7 +16,8 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -43,6 +44,7 @@ logger = logging.getLogger("ambidex.server")
 MAX_ENTRIES: Final = 10_000  # of a watched directory; more are not looked at
 MAX_CANDIDATES: Final = 100  # complete checkpoints that are remembered, newest first
 RESULTS: Final = ("success", "unchanged", "failure")
+Phase = Callable[[str], AbstractContextManager[None]]
 Result = Literal["success", "unchanged", "failure"]
 
 
@@ -97,8 +99,12 @@ def inside(root: Path, given: str) -> Path:
     return path
 
 
-def first_engine(settings: Settings) -> Engine:
+def first_engine(settings: Settings, phase: Phase = lambda _: nullcontext()) -> Engine:
     """The newest checkpoint of the watched path that can serve, else the configured model's.
+
+    Args:
+        settings: say which.
+        phase: surrounds each phase of loading, which it is told.
 
     Raises:
         CheckpointError: there is none that can be loaded.
@@ -107,10 +113,17 @@ def first_engine(settings: Settings) -> Engine:
     config = settings.engine_config()
     for candidate in candidates(settings.watch) if settings.watch else ():
         try:
-            return Engine.load(candidate.path, config)
+            return _load(candidate.path, config, phase)
         except (CheckpointError, ConfigError) as error:
             logger.error("refused a checkpoint: %s", error)
-    return Engine.load(settings.model, config)
+    return _load(settings.model, config, phase)
+
+
+def _load(path: Path, config: EngineConfig, phase: Phase) -> Engine:
+    with phase(f"verifying and loading {path}"):
+        found = checkpoints.load(path, config.device, config.dtype)
+    with phase("packing weights and making the KV cache"):
+        return Engine(found, config)
 
 
 class Reloader:

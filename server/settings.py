@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -24,6 +24,33 @@ from server.security import (
     parse_keys,
     read_keys,
 )
+
+# Which settings belong together: in `ambidex serve --help` and in docs/serving.md.
+GROUPS: Final[dict[str, tuple[str, ...]]] = {
+    "Server": ("host", "port", "log_level", "access_log", "traces"),
+    "Model": (
+        *("model", "device", "dtype", "kv_cache_bytes", "block_size", "num_threads"),
+        *("cuda_graphs", "prefix_caching"),
+    ),
+    "Scheduling": (
+        *("max_num_seqs", "max_num_batched_tokens", "max_waiting", "max_waiting_tokens"),
+        "priority_age_seconds",
+    ),
+    "Limits of a request": (
+        *("max_concurrent_requests", "max_input_tokens", "max_total_tokens", "max_body_bytes"),
+        *("body_timeout", "max_url_bytes", "max_header_bytes", "request_timeout"),
+        "max_request_timeout",
+    ),
+    "Access": (
+        *("api_keys", "api_keys_file", "admin_key", "public_metrics", "public_docs"),
+        *("requests_per_minute", "tokens_per_minute", "cors_origins"),
+    ),
+    "Failure and shutdown": (
+        *("step_timeout", "max_restarts", "restart_window", "exit_on_failure", "drain_timeout"),
+    ),
+    "New checkpoints": ("watch", "watch_interval", "reload_memory", "retire_timeout"),
+    "Measuring": ("sample_every", "expert_load"),
+}
 
 
 class Settings(BaseSettings):
@@ -202,6 +229,9 @@ class Settings(BaseSettings):
         default=False, description="export how often sampled tokens chose each expert"
     )
     access_log: bool = Field(default=False, description="log one JSON line per request")
+    traces: bool = Field(
+        default=False, description="export OpenTelemetry traces (extra otel) over OTLP/HTTP"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least severe level that is logged"
     )

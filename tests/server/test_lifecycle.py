@@ -11,7 +11,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -252,6 +254,8 @@ def test_the_banner_says_what_is_served(checkpoint_dir: Path) -> None:
     for part in (
         *("tiny", " in 2 layers", "8 a layer, 8 neurons each, default top_k:4", "cpu, float32"),
         *("blocks of 16 tokens, at most 8 MiB", "4095 input, 4096 total tokens", "http://127.0."),
+        *("verifying and loading ", "packing weights and making the KV cache: ", "KV cache 8 MiB"),
+        *("open: no API keys", "600 s, at most 3600 s", "not watched"),
     ):
         assert part in banner
 
@@ -264,6 +268,69 @@ def test_sigterm_ends_what_does_not_finish_in_time(checkpoint_dir: Path) -> None
         assert client.last_event()["error_type"] == "incomplete_generation"
 
     serve_here(checkpoint_dir, visit, drain_timeout=0.1)
+
+
+def ends(url: str, number: int) -> str:
+    """How a request ended; every second one streams. Asserts that the end is said once."""
+    client = Client(url, "/generate_stream" if number % 2 else "/generate", max_new_tokens=600)
+    client.join(60)
+    assert not client.is_alive()
+    if client.status != 200 or number % 2 == 0:
+        return json.loads(client.text).get("error_type", "done")
+    events = [json.loads(f.removeprefix("data: ")) for f in client.text.split("\n\n") if f]
+    said = [e for e in events if "error" in e or e["details"]]
+    assert said == events[-1:]
+    return said[0].get("error_type", "done")
+
+
+@pytest.mark.parametrize("drain_timeout", [0.3, 60.0])
+def test_sigterm_under_load_leaves_nobody_without_an_answer(
+    checkpoint_dir: Path, drain_timeout: float
+) -> None:
+    """Running and waiting, streaming or not: finished in time or told; new ones are refused."""
+
+    def visit(url: str) -> None:
+        with ThreadPoolExecutor(14) as pool:
+            early = [pool.submit(ends, url, n) for n in range(10)]
+            wait(lambda: "ambidex_http_requests_active 10.0" in text_of(f"{url}/metrics"))
+            signal_this_process(signal.SIGTERM)
+            wait(lambda: not is_up(url))
+            late = [pool.submit(ends, url, n) for n in range(4)]
+            assert {answer.result(60) for answer in late} == {"healthcheck"}
+            answers = Counter(answer.result(60) for answer in early)
+        assert sum(answers.values()) == 10
+        if drain_timeout > 1:
+            assert answers == {"done": 10}
+        else:
+            assert answers["incomplete_generation"] >= 5
+            assert set(answers) <= {"done", "incomplete_generation"}
+
+    serve_here(checkpoint_dir, visit, drain_timeout=drain_timeout, max_num_seqs=4)
+
+
+def text_of(url: str) -> str:
+    return httpx.get(url, trust_env=False).text
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_process_whose_engine_has_failed_for_good_ends(
+    checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def boom(*_: Any) -> Any:
+        raise RuntimeError("the disk is on fire")
+
+    def visit(url: str) -> None:
+        monkeypatch.setattr("engine.runner.Runner.run", boom)
+        statuses = []
+        with suppress(httpx.TransportError):
+            while True:
+                body = {"inputs": "x"}
+                response = httpx.post(f"{url}/generate", json=body, trust_env=False, timeout=30)
+                statuses.append(response.status_code)
+        assert set(statuses) <= {424, 503}
+
+    with pytest.raises(SystemExit, match=r"failed for good.*disk is on fire"):
+        serve_here(checkpoint_dir, visit, max_restarts=0)
 
 
 def test_a_second_signal_does_not_wait(checkpoint_dir: Path) -> None:
