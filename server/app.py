@@ -131,14 +131,16 @@ def _lifespan(
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         frontend.fleet.start()
-        watching = asyncio.create_task(frontend.reloader.watch()) if settings.watch else None
+        watching = [asyncio.create_task(frontend.lag.watch())]
+        if settings.watch:
+            watching.append(asyncio.create_task(frontend.reloader.watch()))
         try:
             yield
             await frontend.drain(settings.drain_timeout)
         finally:
-            if watching is not None:
-                watching.cancel()
-                await asyncio.gather(watching, return_exceptions=True)
+            for task in watching:
+                task.cancel()
+            await asyncio.gather(*watching, return_exceptions=True)
             await frontend.fleet.stop()
             if tracing is not None:
                 await asyncio.to_thread(tracing.stop)

@@ -22,6 +22,7 @@ from server.calls import Call
 from server.deadlines import TimedEvents, late_error, timeout_of
 from server.errors import GenerationFailed, IncompleteGeneration
 from server.fleet import Fleet
+from server.loop_lag import LoopLag
 from server.metrics import make_registry
 from server.ratelimit import RateLimiter
 from server.reload import Reloader
@@ -71,6 +72,7 @@ class Frontend:
         reloader: gives the fleet new weights.
         settings: the server's limits.
         active: requests admitted and not yet closed.
+        lag: how late the event loop is.
         deadlines_exceeded: requests that were ended because they took too long.
         key_requests: HTTP requests that generated, by key.
         key_tokens: tokens generated for them.
@@ -83,6 +85,7 @@ class Frontend:
         self.reloader = Reloader(self.fleet, settings)
         self.settings = settings
         self.active = 0
+        self.lag = LoopLag()
         self.deadlines_exceeded = 0
         self.key_requests: Counter[str] = Counter()
         self.key_tokens: Counter[str] = Counter()

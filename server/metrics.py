@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 
 from engine.stats import Histogram, Numbers
 from server.fleet import Fleet
+from server.loop_lag import LoopLag
 from server.reload import RESULTS, Reloader
 from server.settings import Settings
 from server.version import VERSION
@@ -187,6 +188,8 @@ class Source(Protocol):
     @property
     def settings(self) -> Settings: ...
     @property
+    def lag(self) -> LoopLag: ...
+    @property
     def fleet(self) -> Fleet: ...
     @property
     def reloader(self) -> Reloader: ...
@@ -239,6 +242,11 @@ class StatsCollector(Collector):
             value=self.source.deadlines_exceeded,
         )
 
+        yield _histogram(
+            "ambidex_event_loop_lag_seconds",
+            "How late the event loop was, asked ten times a second.",
+            self.source.lag.histogram,
+        )
         yield CounterMetricFamily(
             "ambidex_failed_steps_total", "Steps that raised.", value=self.source.fleet.failed_steps
         )

@@ -25,6 +25,8 @@ from server.security import Keyring
 
 REQUEST_ID: Final = "X-Request-Id"
 MAX_PATH_CHARS: Final = 200
+MAX_DISCARDED_BYTES: Final = 1 << 16  # of the body of a refused request
+DISCARD_SECONDS: Final = 1.0
 _ACCEPTABLE_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 logger = logging.getLogger("ambidex.server")
@@ -119,7 +121,7 @@ class HeadLimitMiddleware:
 
 
 class KeyMiddleware:
-    """Finds the key of a request and what it may do; nobody's body is read before.
+    """Finds the key of a request and what it may do; nobody's body is kept before.
 
     Args:
         app: what runs inside.
@@ -144,7 +146,8 @@ class KeyMiddleware:
                 limited = isinstance(error, RateLimited)
                 self.rejected("rate_limited" if limited else "unauthorized")
                 response = error_response(error)
-                response.headers["Connection"] = "close"  # the body is not read
+                if not await _discard_body(scope, receive):
+                    response.headers["Connection"] = "close"  # the rest is not read
                 await response(scope, receive, send)
                 return
         await self.app(scope, receive, send)
@@ -154,6 +157,26 @@ class KeyMiddleware:
         call.key = self.keyring.authorize(path, Headers(scope=scope).get("authorization", ""))
         if scope["method"] == "POST" and not path.startswith("/admin"):
             self.limiter.admit(call.key_name)
+
+
+async def _discard_body(scope: Scope, receive: Receive) -> bool:
+    """Read a small body away; whether that was all of it.
+
+    A connection that is closed over unread bytes is reset, and its client may never see the answer.
+    """
+    if _declared_length(scope) > MAX_DISCARDED_BYTES:
+        return False
+    size = 0
+    try:
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while size <= MAX_DISCARDED_BYTES:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return True
+    except TimeoutError:
+        pass
+    return False
 
 
 class BodyLimitMiddleware:

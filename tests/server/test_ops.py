@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.version import VERSION
@@ -117,6 +118,28 @@ def test_gauges_while_requests_run_and_wait(serve: Serve) -> None:
             answer.result(60)
         live.wait_until_idle()
         assert live.metrics()["ambidex_kv_used_ratio"] == 0
+
+
+def test_the_lag_of_the_event_loop_is_measured(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve() as live:
+        original = live.frontend.numbers
+
+        def slow() -> Any:
+            time.sleep(0.3)  # in the loop: what must never happen
+            return original()
+
+        monkeypatch.setattr(live.frontend, "numbers", slow)
+        live.metrics()
+        monkeypatch.undo()
+        time.sleep(0.3)
+        metrics = live.metrics()
+    name = "ambidex_event_loop_lag_seconds"
+    assert metrics[f"{name}_count"] >= 2
+    late = metrics[f"{name}_count"] - metrics[f'{name}_bucket{{le="0.1"}}']
+    assert late >= 1
+    assert metrics[f"{name}_sum"] >= 0.1
 
 
 def test_router_metrics_of_sampled_steps(serve: Serve) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import pytest
 from pydantic import ValidationError
@@ -97,10 +99,20 @@ def test_metrics_and_documentation_can_be_closed(serve: Serve) -> None:
         assert live.http.get("/health").status_code == 200
 
 
-def test_a_refused_client_s_body_is_not_read(closed: Live) -> None:
-    response = closed.http.post("/generate", content=b"x" * (3 << 20))
-    assert response.status_code == 401
-    assert response.headers["connection"] == "close"
+def test_of_a_refused_client_s_body_little_is_read(closed: Live) -> None:
+    """A small one away, so that the answer arrives and the connection lives; a large one not."""
+    small = closed.http.post("/generate", content=b"x" * 60_000)
+    assert small.status_code == 401
+    assert "connection" not in small.headers
+    address = urlsplit(closed.url)
+    with socket.create_connection((address.hostname, address.port), timeout=10) as sock:
+        sock.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 3000000\r\n\r\n")
+        answer = b"".join(iter(lambda: sock.recv(4096), b""))  # until the server hangs up
+    assert answer.startswith(b"HTTP/1.1 401")
+    with socket.create_connection((address.hostname, address.port), timeout=10) as sock:
+        sock.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nx")
+        answer = b"".join(iter(lambda: sock.recv(4096), b""))  # who dawdles is not waited for
+    assert answer.startswith(b"HTTP/1.1 401")
 
 
 def test_refusals_are_counted_and_requests_by_key(closed: Live) -> None:
