@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 
 from engine import checkpoint as checkpoints
-from engine.attention import KVCache
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import InvalidRequest, Overloaded, require
@@ -108,18 +107,6 @@ class Engine:
         """
         config = config or EngineConfig()
         return cls(checkpoints.load(Path(path), config.device, config.dtype), config)
-
-    @property
-    def kv_bytes(self) -> int:
-        """Memory of the KV cache."""
-        model, dtype = self.model_config, self.checkpoint.model.embedding.weight.dtype
-        return self.num_blocks * KVCache.bytes_per_block(
-            model.num_hidden_layers,
-            self.config.block_size,
-            model.num_key_value_heads,
-            model.head_dim,
-            dtype,
-        )
 
     # Requests
 

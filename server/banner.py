@@ -10,6 +10,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from engine.attention import KVCache
 from engine.engine import Engine
 from server.generation import Frontend
 from server.memory import available_bytes
@@ -64,10 +65,18 @@ def _rows(frontend: Frontend, address: str) -> dict[str, str]:
 
 
 def _memory(engine: Engine, settings: Settings) -> str:
-    weights = engine.model_config.num_parameters * engine.checkpoint.model.embedding.weight.itemsize
+    model, dtype = engine.model_config, engine.checkpoint.model.embedding.weight.dtype
+    weights = model.num_parameters * dtype.itemsize
+    cache = engine.num_blocks * KVCache.bytes_per_block(
+        model.num_hidden_layers,
+        engine.config.block_size,
+        model.num_key_value_heads,
+        model.head_dim,
+        dtype,
+    )
     left = available_bytes(settings.device)
     rest = "" if left is None else f"; {_size(left)} left on this {settings.device}"
-    return f"weights {_size(weights)}, KV cache {_size(engine.kv_bytes)}{rest}"
+    return f"weights {_size(weights)}, KV cache {_size(cache)}{rest}"
 
 
 def _access(settings: Settings) -> str:

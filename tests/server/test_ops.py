@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.settings import Settings
 from server.version import VERSION
 
 if TYPE_CHECKING:
@@ -234,3 +236,14 @@ def test_the_example_of_the_documentation_works(live: Live) -> None:
     for name, path in (("GenerateRequest", "/generate"), ("RootRequest", "/")):
         for example in schemas[name]["examples"]:
             assert live.http.post(path, json=example).status_code == 200
+
+
+def test_the_handbook_names_every_setting_and_metric(serve: Serve) -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    settings, operations = ((docs / f"{n}.md").read_text() for n in ("serving", "operations"))
+    for name in Settings.model_fields:
+        assert f"`AMBIDEX_{name.upper()}`" in settings, name
+    with serve(expert_load=True) as live:
+        families = list(live.frontend.registry.collect())
+    for family in families:
+        assert f"`{family.name}" in operations, family.name
