@@ -63,11 +63,6 @@ class Fleet:
         """Whether requests are taken."""
         return self.worker.ready and not self.draining
 
-    @property
-    def live(self) -> bool:
-        """Whether the server can become ready by itself."""
-        return self.failure is None
-
     def numbers(self) -> Numbers:
         """What all engines have counted, present and past."""
         total = self.own.snapshot()
