@@ -4,11 +4,13 @@ PORT ?= 8000
 # Where the engine's benchmarks leave their records, and the interpreter that imports vllm.
 RESULTS ?= benchmarks/results
 VLLM ?= vllm/bin/python
+# How long `make soak` takes.
+MINUTES ?= 10
 VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-gpu check format bench bench-engine bench-vllm chart bench-ssd train-starter clean
+.PHONY: help install serve test test-gpu check format bench bench-engine bench-vllm chart bench-ssd soak train-starter clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -68,6 +70,9 @@ chart: install  ## Draw docs/images/decode.png from the records in RESULTS
 
 bench-ssd: install  ## Train gpt-5m dense, SSD and static on DATA and compare (an hour on 2 cores)
 	$(BIN)/python -m benchmarks.ssd_vs_dense $(addprefix --data ,$(DATA)) $(addprefix --valid ,$(VALID))
+
+soak: install  ## A server at twice its capacity with bad clients for MINUTES: what does it lose or leak?
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --json $(RESULTS)/cpu-soak.json
 
 train-starter: install  ## Train the packaged model anew (37 minutes on 2 cores) and install it
 	$(BIN)/ambidex train --preset starter

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from engine.checkpoint import Checkpoint
@@ -24,7 +25,23 @@ if TYPE_CHECKING:
     from training.correspondence import LayerComparison
     from training.study import ActivationStudy
 
+
+class Commands(TyperGroup):
+    """The commands; the options of `serve` are its settings, which are imported only for it."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        if name == "serve":
+            from server.options import with_options
+
+            with_settings = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+            with_settings.command("serve")(with_options(_serve, serve.__doc__))
+            command = typer.main.get_command(with_settings)
+        return name, command, rest
+
+
 app = typer.Typer(
+    cls=Commands,
     name="ambidex",
     help="Language models whose one set of weights runs dense or as a sparse mixture of experts.",
     no_args_is_help=True,
@@ -236,29 +253,22 @@ def report(
 
 
 @app.command()
-def serve(
-    model: Model = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1].")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on [8000].")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda [cpu].")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="auto, float32, bfloat16 or float16 [auto].")
-    ] = None,
-) -> None:
+def serve() -> None:
     """Serve a checkpoint over HTTP: POST /generate, /generate_stream, GET /info, /metrics, /docs.
 
-    Every setting is also an environment variable: AMBIDEX_PORT, AMBIDEX_MODEL,
-    AMBIDEX_KV_CACHE_BYTES, AMBIDEX_MAX_CONCURRENT_REQUESTS, AMBIDEX_DRAIN_TIMEOUT and so on (see
-    docs/serving.md); options given here win. SIGTERM finishes what runs, then exits.
+    Every option is also an environment variable, as named; options given here win. Keys are taken
+    from the environment or a file alone. SIGTERM finishes what runs, then exits.
     """
+    _serve({})
+
+
+def _serve(given: dict[str, Any]) -> None:
     from pydantic import ValidationError
 
     from engine.errors import ConfigError
     from server.serve import serve as run_server
     from server.settings import Settings
 
-    options = {"model": model, "host": host, "port": port, "device": device, "dtype": dtype}
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     try:
         settings = Settings(**given)
     except ValidationError as error:

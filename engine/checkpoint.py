@@ -54,6 +54,7 @@ class Checkpoint:
         tokenizer: its tokenizer.
         report: `training_report.json`.
         fingerprint: SHA-256 over the weight files, hex.
+        digest: SHA-256 over all its files, hex; empty if it did not come from a directory.
     """
 
     path: Path
@@ -62,6 +63,7 @@ class Checkpoint:
     tokenizer: Tokenizer
     report: dict[str, Any]
     fingerprint: str
+    digest: str = ""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -248,14 +250,31 @@ def load(path: Path | str, device: str = "cpu", dtype: str = "auto") -> Checkpoi
     tokenizer = Tokenizer.from_file(path / "tokenizer.json")
     _check_tokenizer(path / "tokenizer.json", tokenizer, config)
     weights = [e["sha256"] for name, e in sorted(entries.items()) if name.endswith("safetensors")]
-    return Checkpoint(
+    loaded = Checkpoint(
         path=path,
         config=config,
         model=_load_model(path, entries, config, device, dtype),
         tokenizer=tokenizer,
         report=read_json(path / "training_report.json"),
         fingerprint=hashlib.sha256("".join(weights).encode()).hexdigest(),
+        digest=_digest(entries),
     )
+    if content_digest(path) != loaded.digest:
+        raise CheckpointError(f"{path}: was replaced while it was read")
+    return loaded
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 over all files of the checkpoint `path`, hex, as its manifest has it.
+
+    Raises:
+        CheckpointError: there is no manifest that can be read.
+    """
+    return _digest(read_json(path / MANIFEST).get("files"))
+
+
+def _digest(entries: Any) -> str:
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def check_device(device: str) -> None:

@@ -210,6 +210,8 @@ class EngineConfig:
         num_threads: CPU threads of one step; 0 leaves torch's choice.
         cuda_graphs: on CUDA, replay decoding steps from captured graphs, which costs some memory
             and a pause whenever a new batch size is first seen.
+        sample_every: of every n-th step measure what its router missed, on a few of its tokens; 0:
+            of none. A sampled step computes their whole first product, and runs without graphs.
     """
 
     device: str = "cpu"
@@ -225,6 +227,7 @@ class EngineConfig:
     priority_age_seconds: float = 10.0
     num_threads: int = 0
     cuda_graphs: bool = True
+    sample_every: int = 0
 
     def __post_init__(self) -> None:
         check_choice("device", self.device, ("cpu", "cuda"))
@@ -239,6 +242,7 @@ class EngineConfig:
         flag = isinstance(self.prefix_caching, bool)
         require(flag, f"prefix_caching must be true or false, got {self.prefix_caching!r}")
         check_range("priority_age_seconds", self.priority_age_seconds, 1e-3, 86_400.0)
+        check_range("sample_every", self.sample_every, 0, 1 << 20)
         check_range("num_threads", self.num_threads, 0, 1024)
         require(
             self.max_num_seqs <= self.max_num_batched_tokens,

@@ -8,13 +8,14 @@ and returns what readers see of them as `TokenEvent`s. Not thread-safe but for `
 
 from __future__ import annotations
 
+import gc
 import secrets
 import time
 import uuid
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import InvalidRequest, Overloaded, require
 from engine.kv_blocks import BlockAllocator
+from engine.model import Decoder
 from engine.output import RequestText
 from engine.request import (
     MAX_COMPLETIONS,
@@ -90,7 +92,8 @@ class Engine:
         self.runner = Runner(checkpoint.model, self.config, self.num_blocks)
         self.num_experts = checkpoint.config.experts.num_experts
         self.num_layers = checkpoint.config.num_hidden_layers
-        self.stats = Stats(self.num_layers, self.num_experts, self.num_blocks)
+        size = checkpoint.config.experts.expert_size
+        self.stats = Stats(self.num_layers, self.num_experts, self.num_blocks, size)
         self._outputs: dict[str, RequestText] = {}
         self._undelivered: list[TokenEvent] = []
 
@@ -234,6 +237,28 @@ class Engine:
         events, self._undelivered = self._undelivered, []
         return events
 
+    def end_running(self, reason: FinishReason, error: str) -> list[TokenEvent]:
+        """End the requests that own blocks, after a step that raised; all events that are owed.
+
+        Raises:
+            AssertionError: what is left is not clean; the engine must not be used any more.
+        """
+        for request in tuple(self.scheduler.running):
+            self._undelivered.append(self._end(request.request_id, reason, error))
+        self.check_integrity()
+        assert self.allocator.num_used == 0, "blocks without an owner"
+        self._record_state()
+        events, self._undelivered = self._undelivered, []
+        return events
+
+    def release(self) -> None:
+        """Give weights and cache up; what was counted stays, but `step` never works again."""
+        with torch.device("meta"):
+            model = Decoder(self.model_config)
+        self.checkpoint = replace(self.checkpoint, model=model)
+        del self.runner
+        gc.collect()
+
     def _end(self, request_id: str, reason: FinishReason, error: str | None = None) -> TokenEvent:
         """Take a request out from outside of a step; its terminal event."""
         now = time.monotonic()
@@ -296,7 +321,9 @@ class Engine:
             known = self._outputs[part.request.request_id].prompt
             known[part.first : part.first + len(part.tokens)] = part.tokens
         total = sum(tokens for _, tokens in plan)
-        self.stats.record_step(total, result.layer_activated, result.layer_loaded)
+        self.stats.record_step(total, len(plan), result.layer_activated, result.layer_loaded)
+        if result.sample is not None:
+            self.stats.record_sample(result.sample)
 
     def _emit(self, result: StepResult, tokens: list[Sampled]) -> None:
         """Hand out the drawn tokens; an event made stays owed even if a later one fails."""

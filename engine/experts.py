@@ -196,12 +196,18 @@ class Trace:
         chosen: per layer, the choice [T, E]; None where every token used every expert.
         inputs: per layer, the FFN's input [T, D], if kept.
         masses: per layer, the true mass [T / n, E] of tokens 0, n, 2n and so on, if kept.
+        count_fired: with `mass_every`, also count the neurons of those tokens that are not zero.
+        fired: per layer, those counts [T / n], of batches that are not all dense.
     """
 
     # No dataclass: FSDP hands copies of those to the layers, and what a copy records is lost.
-    def __init__(self, keep_inputs: bool = False, mass_every: int = 0) -> None:
+    def __init__(
+        self, keep_inputs: bool = False, mass_every: int = 0, count_fired: bool = False
+    ) -> None:
         self.keep_inputs = keep_inputs
         self.mass_every = mass_every
+        self.count_fired = count_fired
+        self.fired: list[Tensor] = []
         self.chosen: list[Tensor | None] = []
         self.inputs: list[Tensor] = []
         self.masses: list[Tensor] = []
@@ -306,10 +312,7 @@ class ExpertFFN(nn.Module):
             y_TD, chosen_TE = self._mixed(x_TD, policy)
         if trace is not None:
             if trace.mass_every and chosen_TE is not None:
-                sampled_nD = x_TD[:: trace.mass_every]
-                trace.masses.append(
-                    true_mass(sampled_nD, self.up, self.num_experts, self.activation)
-                )
+                self._record_mass(x_TD[:: trace.mass_every], trace)
             trace.add(x_TD, chosen_TE, self.num_experts)
         return y_TD
 
@@ -339,6 +342,17 @@ class ExpertFFN(nn.Module):
         ids_1K = choice.ids_TK
         h_1KS = expert_ffn.expert_up(x_1D, self.up, ids_1K, size, self.activation, norm=norm)
         return expert_ffn.expert_down(h_1KS, self.down, ids_1K, arrivals, add_to=x_1D)
+
+    def _record_mass(self, sampled_nD: Tensor, trace: Trace) -> None:
+        """The true mass of every expert, which takes the whole first product."""
+        if self._packed is None:
+            hidden_nF = activate_reference(sampled_nD @ self.up.T, self.activation)
+        else:
+            hidden_nF = activate_reference(self._packed.first(sampled_nD), self.activation)
+        hidden_nES = hidden_nF.view(hidden_nF.shape[0], self.num_experts, -1)
+        trace.masses.append(hidden_nES.sum(-1))
+        if trace.count_fired:
+            trace.fired.append((hidden_nF > 0).sum(-1))
 
     def _mixed(self, x_TD: Tensor, policy: PolicyBatch) -> tuple[Tensor, Tensor]:
         """Dense tokens and sparse tokens of one batch, each on its own path."""

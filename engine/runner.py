@@ -25,8 +25,10 @@ from engine.native_attention import NativeAttend
 from engine.paged_attention import KernelAttend, supports
 from engine.prompt_graphs import PromptGraphs, PromptKey
 from engine.request import Request
+from engine.router_sample import read_sample, sampling_trace
 from engine.sampler import Sampled, token_logprobs
 from engine.scheduler import Plan
+from engine.stats import RouterSample
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class StepResult:
         activated: per plan entry, those used by all its tokens.
         layer_activated: per layer, the (token, expert) pairs that ran.
         layer_loaded: per layer, the distinct experts that ran.
+        sample: what the routers missed; None unless this step is one that is sampled, and sparse.
     """
 
     ready: list[Request]
@@ -59,6 +62,7 @@ class StepResult:
     activated: list[int]
     layer_activated: list[int]
     layer_loaded: list[int]
+    sample: RouterSample | None = None
 
 
 def plan_cache(model: ModelConfig, engine: EngineConfig, dtype: torch.dtype) -> tuple[int, int]:
@@ -99,6 +103,7 @@ class Runner:
     def __init__(self, model: Decoder, config: EngineConfig, num_blocks: int) -> None:
         self.model = model
         self.num_experts = model.config.experts.num_experts
+        self.num_neurons = model.config.intermediate_size
         weight = model.embedding.weight
         self.device = weight.device
         self.block_size = config.block_size
@@ -114,6 +119,8 @@ class Runner:
                 config.max_num_batched_tokens,
                 self.graphs.most_tokens,
             )
+        self.sample_every = config.sample_every
+        self._steps = 0
 
     def _make_cache(self, num_blocks: int) -> KVCache | native.PagedCache:
         shape, size, dtype = self.model.config, self.block_size, self.model.embedding.weight.dtype
@@ -134,6 +141,8 @@ class Runner:
     @torch.inference_mode()
     def run(self, plan: Plan) -> StepResult:
         """Compute the plan's tokens; `num_computed` of its requests is still that before it."""
+        if self._is_sampled():
+            return self._run(plan, sampled=True)
         if self.graphs is not None and all(n == r.num_uncomputed == 1 for r, n in plan):
             requests = [r for r, _ in plan]
             key = self.graphs.key(requests)
@@ -144,6 +153,10 @@ class Runner:
             if shape is not None and self.prompt_graphs.worth(shape):
                 return self._replay_prompts(self.prompt_graphs, plan, shape)
         return self._run(plan)
+
+    def _is_sampled(self) -> bool:
+        self._steps += 1
+        return bool(self.sample_every) and self._steps % self.sample_every == 0
 
     def _replay(self, graphs: DecodeGraphs, requests: list[Request], key: GraphKey) -> StepResult:
         """One token of each request, which are all ready then and predict no prompt token."""
@@ -162,11 +175,11 @@ class Runner:
         counts = _split_counts(totals, spans, ready_rows)
         return StepResult(ready, logits_BV, [], *counts)
 
-    def _run(self, plan: Plan) -> StepResult:
+    def _run(self, plan: Plan, *, sampled: bool = False) -> StepResult:
         """Any plan, launched operator by operator."""
         spans = _spans(plan)
         ready_rows, prompt_rows = _rows(plan, spans)
-        trace = Trace()
+        trace = sampling_trace(sum(n for _, n in plan)) if sampled else Trace()
         logits = self._forward(
             spans,
             self._tensor([i for r, n in plan for i in _tokens(r, n)]),
@@ -178,7 +191,8 @@ class Runner:
         ready = [r for r, n in plan if n == r.num_uncomputed]
         prompts = _prompt_parts(plan, prompt_rows, logits[len(ready) :])
         counts = _count_experts(trace, spans, ready_rows)
-        return StepResult(ready, logits[: len(ready)], prompts, *counts)
+        sample = read_sample(trace, self.num_neurons) if sampled else None
+        return StepResult(ready, logits[: len(ready)], prompts, *counts, sample)
 
     def _forward(
         self, spans: list[SequenceSpan], ids_T: Tensor, positions_T: Tensor, *rest: Any

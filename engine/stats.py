@@ -7,6 +7,7 @@ each writing method takes for a moment. Times are in seconds.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import threading
 from bisect import bisect_left
 from collections import Counter
@@ -14,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
+from itertools import zip_longest
+from typing import Any, Final
 
 from engine.errors import EngineStopped, InvalidRequest, Overloaded
 from engine.request import Request, Usage
@@ -60,23 +62,62 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
+    def __add__(self, other: Histogram) -> Histogram:
+        assert self.bounds == other.bounds
+        total = Histogram(self.bounds)
+        total.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+        total.sum = self.sum + other.sum
+        return total
+
+
+@dataclass(frozen=True)
+class RouterSample:
+    """What one step's routers missed, per layer, over its sampled sparse tokens.
+
+    Attributes:
+        captured: true activation mass of the chosen experts.
+        mass: that of all experts.
+        fired: neurons that were not zero.
+        neurons: all neurons.
+        load: how often each expert was chosen, [layers][experts].
+    """
+
+    captured: list[float]
+    mass: list[float]
+    fired: list[int]
+    neurons: list[int]
+    load: list[list[int]]
+
 
 @dataclass
 class Numbers:
     """Everything that is counted.
 
     Per layer, summed over steps: `experts_activated` and `experts_available` count (token, expert)
-    pairs; `experts_loaded` counts the distinct experts that a step read, out of `num_experts` a
-    step. `finished` counts requests by finish reason, `rejected` by reason ("invalid",
+    pairs; `experts_loaded` counts the distinct experts that a step read, out of `experts_loadable`.
+    `finished` counts requests by finish reason, `rejected` by reason ("invalid",
     "overloaded", "stopped"). `batch_tokens` is the number of tokens of a step. Of the
     `prefix_queried_tokens` that admitted prompts had, `prefix_hit_tokens` came from the prefix
     cache; prompts that may not use it do not count, nor does a preempted request's return.
+
+    `neurons_activated` and `neurons_available` are those of the experts. From sampled steps alone
+    (`EngineConfig.sample_every`), as in `RouterSample`: `mass_captured`, `mass_total`,
+    `neurons_fired`, `neurons_sampled`, and per layer and expert `expert_load`.
     """
 
     experts_activated: list[int]
     experts_available: list[int]
     experts_loaded: list[int]
+    experts_loadable: list[int]
+    neurons_activated: list[int]
+    neurons_available: list[int]
+    mass_captured: list[float]
+    mass_total: list[float]
+    neurons_fired: list[int]
+    neurons_sampled: list[int]
+    expert_load: list[list[int]]
     steps: int = 0
+    sampled_steps: int = 0
     preemptions: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -100,20 +141,45 @@ class Numbers:
     request_prompt_tokens: Histogram = field(default_factory=partial(Histogram, TOKEN_BUCKETS))
     request_generated_tokens: Histogram = field(default_factory=partial(Histogram, TOKEN_BUCKETS))
     batch_tokens: Histogram = field(default_factory=partial(Histogram, BATCH_BUCKETS))
+    batch_requests: Histogram = field(default_factory=partial(Histogram, BATCH_BUCKETS))
 
     @property
     def aborts(self) -> int:
         return self.finished["abort"]
 
+    def __add__(self, other: Numbers) -> Numbers:
+        """What two engines counted together; the one of fewer layers counts zero in the others."""
+        names = [f.name for f in dataclasses.fields(self)]
+        return Numbers(**{name: _sum(getattr(self, name), getattr(other, name)) for name in names})
+
+    def settled(self) -> Numbers:
+        """What is left of an engine that has ended: its counts, but no state."""
+        return dataclasses.replace(self, running=0, waiting=0, kv_blocks_used=0, kv_blocks_total=0)
+
+
+def _sum(one: Any, other: Any) -> Any:
+    """Sums of numbers, of what adds up, and of lists of these, the shorter one filled up."""
+    if not isinstance(one, list):
+        return one + other
+    if any(isinstance(part, list) for part in (*one, *other)):
+        nothing: list[int] = []
+        return [_sum(a, b) for a, b in zip_longest(one, other, fillvalue=nothing)]
+    return [a + b for a, b in zip_longest(one, other, fillvalue=0)]
+
 
 class Stats:
     """The numbers of one engine, safe to read from any thread."""
 
-    def __init__(self, num_layers: int, num_experts: int, kv_blocks: int) -> None:
+    def __init__(
+        self, num_layers: int, num_experts: int, kv_blocks: int, expert_size: int = 0
+    ) -> None:
         self.num_experts = num_experts
+        self.expert_size = expert_size
         self._lock = threading.Lock()
-        zeros = [0] * num_layers
-        self._numbers = Numbers(zeros[:], zeros[:], zeros[:], kv_blocks_total=kv_blocks)
+        per_layer = (f.name for f in dataclasses.fields(Numbers) if str(f.type).startswith("list"))
+        counts: dict[str, Any] = {name: [0] * num_layers for name in per_layer}
+        counts["expert_load"] = [[0] * num_experts for _ in range(num_layers)]
+        self._numbers = Numbers(**counts, kv_blocks_total=kv_blocks)
 
     def snapshot(self) -> Numbers:
         """A consistent copy."""
@@ -139,17 +205,46 @@ class Stats:
         with self._lock:
             self._numbers.rejected[reason] += 1
 
-    def record_step(self, tokens: int, activated: Sequence[int], loaded: Sequence[int]) -> None:
-        """Count one step: its tokens, and per layer the expert pairs and the distinct experts."""
+    def absorb(self, numbers: Numbers) -> None:
+        """Add what another engine counted in its life."""
+        with self._lock:
+            self._numbers += numbers.settled()
+
+    def record_given_up(self, reason: str, requests: int) -> None:
+        """Count requests that were ended without the engine's help."""
+        with self._lock:
+            self._numbers.finished[reason] += requests
+
+    def record_step(
+        self, tokens: int, requests: int, activated: Sequence[int], loaded: Sequence[int]
+    ) -> None:
+        """Count a step: tokens and requests; per layer, expert pairs and distinct experts."""
         available = tokens * self.num_experts
         with self._lock:
             numbers = self._numbers
             numbers.steps += 1
             numbers.batch_tokens.observe(tokens)
+            numbers.batch_requests.observe(requests)
             for layer, (pairs, union) in enumerate(zip(activated, loaded, strict=True)):
                 numbers.experts_activated[layer] += pairs
                 numbers.experts_available[layer] += available
                 numbers.experts_loaded[layer] += union
+                numbers.experts_loadable[layer] += self.num_experts
+                numbers.neurons_activated[layer] += pairs * self.expert_size
+                numbers.neurons_available[layer] += available * self.expert_size
+
+    def record_sample(self, sample: RouterSample) -> None:
+        """Count what a sampled step measured."""
+        with self._lock:
+            numbers = self._numbers
+            numbers.sampled_steps += 1
+            for layer, load in enumerate(sample.load):
+                numbers.mass_captured[layer] += sample.captured[layer]
+                numbers.mass_total[layer] += sample.mass[layer]
+                numbers.neurons_fired[layer] += sample.fired[layer]
+                numbers.neurons_sampled[layer] += sample.neurons[layer]
+                for expert, times in enumerate(load):
+                    numbers.expert_load[layer][expert] += times
 
     def record_state(self, running: int, waiting: int, blocks_used: int) -> None:
         """Note the state of the queue and the cache."""

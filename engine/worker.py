@@ -5,6 +5,11 @@ read their events from an `EventStream`; every accepted request gets exactly one
 also when a step fails, hangs, or the worker stops. Health follows the progress of the steps, not
 the mere existence of the thread.
 
+A step that raises ends the requests that were running, with an error. If the engine then proves
+clean it goes on with those that wait; otherwise, and after MAX_FAILED_STEPS in a row, the worker
+has failed for good, as it has when a step hangs: nothing can end a thread, so it is left to itself.
+`on_failure` tells whoever can put another worker in its place.
+
 Who touches what: `_inbox`, `_aborts` and `_streams` under `_lock`; the engine only from the thread
 (`Engine.make_request`, `Engine.stats` and the queue's counters are safe to use elsewhere); a stream
 only from the event loop that submitted its request.
@@ -29,6 +34,7 @@ from engine.stats import usage_of
 logger = logging.getLogger(__name__)
 
 STEP_TIMEOUT: Final = 120.0  # seconds; the first step may compile kernels
+MAX_FAILED_STEPS: Final = 3  # in a row: more are no accident
 _POLL_SECONDS: Final = 0.01
 _ABORT_SECONDS: Final = 5.0  # that `drain` grants a step under way before it ends streams itself
 
@@ -92,6 +98,12 @@ class Worker:
     Args:
         engine: the engine; nothing else may step it.
         step_timeout: seconds after which a step that has not returned counts as hung.
+
+    Attributes:
+        failure: why the worker has failed for good; None while it has not.
+        failed_steps: steps that raised.
+        on_failure: is called once the worker has failed and its requests have ended, in a thread of
+            its own.
     """
 
     def __init__(self, engine: Engine, step_timeout: float = STEP_TIMEOUT) -> None:
@@ -99,6 +111,9 @@ class Worker:
         self.engine = engine
         self.step_timeout = step_timeout
         self.failure: str | None = None
+        self.failed_steps = 0
+        self.on_failure: Callable[[], None] = lambda: None
+        self._failed_in_a_row = 0
         self.last_progress = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="ambidex-engine", daemon=True)
         self._watchdog = threading.Thread(target=self._watch, name="ambidex-watchdog", daemon=True)
@@ -166,7 +181,7 @@ class Worker:
     def _check_acceptable(self, request: Request) -> None:
         """Raise unless the engine will certainly take the request from the inbox."""
         if not self.ready:
-            raise EngineStopped(self._why_not_ready())
+            raise EngineStopped(self.why_not_ready())
         require(
             request.request_id not in self._streams,
             f"request_id {request.request_id[:64]!r} is already in use",
@@ -177,7 +192,8 @@ class Worker:
         tokens = sum(earlier.prompt_len for earlier in self._inbox)
         scheduler.check_room(request.prompt_len, len(self._inbox), tokens)
 
-    def _why_not_ready(self) -> str:
+    def why_not_ready(self) -> str:
+        """A sentence, for when it is not."""
         if self.failure is not None:
             return f"the engine has failed: {self.failure}"
         if self.hung:
@@ -225,10 +241,11 @@ class Worker:
     def _run(self) -> None:
         try:
             self._serve()
-            self._deliver(self.engine.end_all("abort"))
+            if self.failure is None:  # otherwise this thread hung, and its requests have ended
+                self._deliver(self.engine.end_all("abort"))
         except BaseException as error:  # whatever it is, nobody above this thread would hear of it
-            logger.exception("a step of the engine failed")
-            self._fail(f"{type(error).__name__}: {error}"[:500])
+            logger.exception("the engine failed")
+            self._fail(_text(error))
         finally:
             self._ended.set()
 
@@ -241,6 +258,7 @@ class Worker:
                     self._inbox.clear()
                 logger.error("the engine has failed: %s", self.failure)
                 self._end_streams("error", f"the engine has failed: {self.failure}")
+                self.on_failure()
                 return
 
     def _serve(self) -> None:
@@ -258,10 +276,23 @@ class Worker:
     def _step(self) -> None:
         self.last_progress = time.monotonic()
         self._stepping = True
-        events = self.engine.step()
+        try:
+            events = self.engine.step()
+            self._failed_in_a_row = 0
+        except Exception as error:
+            events = self._recover(error)
         self._stepping = False
         self.last_progress = time.monotonic()
         self._deliver(events)
+
+    def _recover(self, error: Exception) -> list[TokenEvent]:
+        """End what the failed step was working on; raises unless the engine can go on."""
+        self.failed_steps += 1
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row > MAX_FAILED_STEPS:
+            raise error
+        logger.exception("a step of the engine failed; its requests end, the others go on")
+        return self.engine.end_running("error", f"a step of the engine failed: {_text(error)}")
 
     def _take_messages(self) -> None:
         """Move submitted requests and aborts into the engine."""
@@ -276,7 +307,7 @@ class Worker:
             self.engine.abort(request_id)
 
     def _fail(self, message: str) -> None:
-        """A step raised: nobody can tell what it left behind, so everything in flight ends."""
+        """Nobody can tell what the engine is like now, so everything in flight ends."""
         with self._lock:
             self.failure = message
             self._inbox.clear()
@@ -287,6 +318,7 @@ class Worker:
         except Exception:
             logger.exception("the engine could not end its requests")
         self._end_streams("error", sentence)
+        self.on_failure()
 
     # Delivery
 
@@ -314,6 +346,8 @@ class Worker:
         now = time.monotonic()
         with self._lock:
             requests = [stream.request for stream in self._streams.values()]
+        if requests:
+            self.engine.stats.record_given_up(reason, len(requests))
         self._deliver(
             [
                 TokenEvent(
@@ -327,6 +361,10 @@ class Worker:
                 for request in requests
             ]
         )
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
 
 
 def _call(loop: asyncio.AbstractEventLoop, batch: Sequence[tuple[EventStream, TokenEvent]]) -> None:

@@ -8,14 +8,25 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Final
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from engine.worker import Worker
+from server import access_log
+from server.calls import Call
+from server.deadlines import TIMEOUT_HEADER
 from server.errors import install_handlers
 from server.generation import Frontend
-from server.middleware import BodyLimitMiddleware, RequestIdMiddleware
-from server.routes import generate, ops
+from server.middleware import (
+    REQUEST_ID,
+    BodyLimitMiddleware,
+    CallMiddleware,
+    HeadLimitMiddleware,
+    KeyMiddleware,
+)
+from server.routes import admin, generate, ops
 from server.schemas.tgi import StreamEvent
 from server.settings import Settings
+from server.tracing import Tracing
 from server.version import VERSION
 
 DESCRIPTION: Final = """
@@ -25,11 +36,13 @@ one set of weights, chosen per request by `parameters.experts`.
 The generation routes are those of Hugging Face's text-generation-inference: clients of it, such as
 `huggingface_hub.InferenceClient`, work unchanged. Every error is
 `{"error": sentence, "error_type": kind}`. Every response carries `X-Request-Id`: the client's own,
-or a new one.
+or a new one. `X-Request-Timeout` bounds the seconds that a request may take; then it ends with an
+error of type `timeout`. Where the server has API keys, send one as `Authorization: Bearer KEY`.
 """
 TAGS: Final = [
     {"name": "generation", "description": "Text in, text out, at once or as a stream."},
     {"name": "operations", "description": "Health, metrics, and what is served here."},
+    {"name": "administration", "description": "For the host, with the admin key."},
 ]
 
 
@@ -39,49 +52,97 @@ class App(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """The OpenAPI document; made once."""
         if self.openapi_schema is None:
-            schemas = super().openapi()["components"]["schemas"]
+            document = super().openapi()
+            components, schemas = document["components"], document["components"]["schemas"]
+            components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            document["security"] = [{"key": []}, {}]  # a server without keys asks for none
             event = StreamEvent.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas |= {**event.pop("$defs"), "StreamEvent": event}
         assert self.openapi_schema is not None
         return self.openapi_schema
 
 
-def create_app(worker: Worker, settings: Settings) -> FastAPI:
+def create_app(worker: Worker, settings: Settings, tracing: Tracing | None = None) -> FastAPI:
     """The application around `worker`, which it starts, drains and stops.
 
     Args:
         worker: not started yet.
         settings: limits and timeouts; the engine inside `worker` has its own already.
+        tracing: makes spans of requests; none are made without.
     """
+    frontend = Frontend(worker, settings)
     app = App(
         title="Ambidex",
         version=VERSION,
         description=DESCRIPTION,
         openapi_tags=TAGS,
-        lifespan=_lifespan(worker, settings),
+        lifespan=_lifespan(frontend, tracing),
     )
-    app.state.frontend = Frontend(worker, settings)
+    app.state.frontend = frontend
     install_handlers(app)
     app.include_router(generate.router)
     app.include_router(ops.router)
-    # The one added last is outermost: a refused body has a request id too.
-    app.add_middleware(
-        BodyLimitMiddleware, max_bytes=settings.max_body_bytes, timeout=settings.body_timeout
-    )
-    app.add_middleware(RequestIdMiddleware, access_log=settings.access_log)
+    app.include_router(admin.router)
+    _add_middleware(app, frontend, tracing)
     return app
 
 
+def _add_middleware(app: FastAPI, frontend: Frontend, tracing: Tracing | None) -> None:
+    """From the inside out: the one added last sees a request first."""
+    settings = frontend.settings
+    app.add_middleware(
+        BodyLimitMiddleware, max_bytes=settings.max_body_bytes, timeout=settings.body_timeout
+    )
+    app.add_middleware(
+        KeyMiddleware,
+        keyring=settings.keyring(),
+        limiter=frontend.limiter,
+        rejected=frontend.count_rejection,
+    )
+    app.add_middleware(
+        HeadLimitMiddleware,
+        max_url_bytes=settings.max_url_bytes,
+        max_header_bytes=settings.max_header_bytes,
+    )
+    if settings.cors_origins:  # outside of keys: a browser asks first without one
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", REQUEST_ID, TIMEOUT_HEADER],
+            expose_headers=["*"],
+        )
+
+    def ended(call: Call) -> None:
+        frontend.count_call(call)
+        if settings.access_log:
+            access_log.write(call)
+        if tracing is not None:
+            tracing.record(call)
+
+    app.add_middleware(CallMiddleware, ended=ended)
+
+
 def _lifespan(
-    worker: Worker, settings: Settings
+    frontend: Frontend, tracing: Tracing | None
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    settings = frontend.settings
+
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        worker.start()
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        frontend.fleet.start()
+        watching = [asyncio.create_task(frontend.lag.watch())]
+        if settings.watch:
+            watching.append(asyncio.create_task(frontend.reloader.watch()))
         try:
             yield
-            await app.state.frontend.drain(settings.drain_timeout)
+            await frontend.drain(settings.drain_timeout)
         finally:
-            await asyncio.to_thread(worker.stop)  # it waits for the step under way
+            for task in watching:
+                task.cancel()
+            await asyncio.gather(*watching, return_exceptions=True)
+            await frontend.fleet.stop()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.stop)
 
     return lifespan

@@ -17,8 +17,9 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from engine.errors import AmbidexError, EngineStopped, InvalidRequest, Overloaded
+from engine.errors import AmbidexError, CheckpointError, EngineStopped, InvalidRequest, Overloaded
 from server.schemas import sentences
+from server.security import Forbidden, Unauthorized
 
 MAX_ERROR_CHARS: Final = 1000
 RETRY_STOPPED_SECONDS: Final = 5
@@ -40,15 +41,33 @@ class BodyTooSlow(AmbidexError):
     """The request's body did not arrive in time."""
 
 
+class UrlTooLong(AmbidexError):
+    """The request's URL is longer than the server takes."""
+
+
+class HeadersTooLarge(AmbidexError):
+    """The request's headers are larger than the server takes."""
+
+
+class DeadlineExceeded(AmbidexError):
+    """The request was not finished by its deadline."""
+
+
 # Most specific first: the first class that fits decides.
 TABLE: Final[tuple[tuple[type[Exception], int, str], ...]] = (
     (InvalidRequest, 422, "validation"),
     (BodyTooLarge, 413, "validation"),
     (BodyTooSlow, 408, "validation"),
+    (UrlTooLong, 414, "validation"),
+    (HeadersTooLarge, 431, "validation"),
+    (Unauthorized, 401, "authentication"),
+    (Forbidden, 403, "permission"),
     (Overloaded, 429, "overloaded"),
     (EngineStopped, 503, "healthcheck"),
     (IncompleteGeneration, 500, "incomplete_generation"),
+    (CheckpointError, 409, "checkpoint"),
     (GenerationFailed, 424, "generation"),
+    (DeadlineExceeded, 504, "timeout"),
 )
 INTERNAL: Final = (500, "internal")
 HTTP_TYPES: Final = {404: "not_found", 405: "method_not_allowed"}
@@ -79,7 +98,10 @@ def describe(error: Exception) -> dict[str, str]:
 
 
 def retry_headers(error: Exception) -> dict[str, str]:
-    """`Retry-After` in whole seconds (RFC 9110, section 10.2.3), where trying again makes sense."""
+    """What the client should do next: `Retry-After` in whole seconds (RFC 9110, section 10.2.3)
+    where trying again makes sense, `WWW-Authenticate` where a key is missing."""
+    if isinstance(error, Unauthorized):
+        return {"WWW-Authenticate": "Bearer"}
     if isinstance(error, Overloaded):
         return {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
     if isinstance(error, EngineStopped):

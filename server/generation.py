@@ -8,15 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from engine.engine import Engine
 from engine.errors import EngineStopped, InvalidRequest, Overloaded, require
 from engine.request import ExpertPolicy, Request, SamplingParams, TokenEvent, Usage
+from engine.stats import Numbers
 from engine.worker import EventStream, Worker
+from server import calls
+from server.calls import Call
+from server.deadlines import TimedEvents, late_error, timeout_of
 from server.errors import GenerationFailed, IncompleteGeneration
+from server.fleet import Fleet
+from server.loop_lag import LoopLag
 from server.metrics import make_registry
+from server.ratelimit import RateLimiter
+from server.reload import Reloader
 from server.settings import Settings
 
 # Parameters once the prompt's length is known: how many tokens are left for the output.
@@ -28,7 +37,7 @@ class Generation:
     """An accepted request, its events, and how long the steps before the engine took."""
 
     request: Request
-    events: EventStream
+    events: TimedEvents
     started: float
     validation_seconds: float
     _release: Callable[[], None]
@@ -59,27 +68,52 @@ class Frontend:
     """The worker as the routes use it.
 
     Attributes:
-        worker: steps the engine.
+        fleet: steps the engine, and replaces it if it fails.
+        reloader: gives the fleet new weights.
         settings: the server's limits.
         active: requests admitted and not yet closed.
-        draining: set when the server is about to stop; new requests are refused.
+        lag: how late the event loop is.
+        deadlines_exceeded: requests that were ended because they took too long.
+        key_requests: HTTP requests that generated, by key.
+        key_tokens: tokens generated for them.
+        limiter: what each key may still use.
         registry: the metrics of this server.
     """
 
     def __init__(self, worker: Worker, settings: Settings) -> None:
-        self.worker = worker
+        self.fleet = Fleet(worker, settings)
+        self.reloader = Reloader(self.fleet, settings)
         self.settings = settings
         self.active = 0
-        self.draining = False
-        self.registry = make_registry(worker.engine.stats, lambda: self.ready, lambda: self.active)
+        self.lag = LoopLag()
+        self.deadlines_exceeded = 0
+        self.key_requests: Counter[str] = Counter()
+        self.key_tokens: Counter[str] = Counter()
+        self.limiter = RateLimiter(settings.requests_per_minute, settings.tokens_per_minute)
+        self.registry = make_registry(self)
+
+    @property
+    def worker(self) -> Worker:
+        """The one that serves now."""
+        return self.fleet.worker
 
     @property
     def engine(self) -> Engine:
+        """The one that serves now."""
         return self.worker.engine
+
+    def numbers(self) -> Numbers:
+        """What has been counted since the start."""
+        return self.fleet.numbers()
 
     @property
     def ready(self) -> bool:
-        return self.worker.ready and not self.draining
+        return self.fleet.ready
+
+    @property
+    def draining(self) -> bool:
+        """Whether the server is about to stop; new requests are refused."""
+        return self.fleet.draining
 
     @property
     def dtype(self) -> str:
@@ -90,8 +124,7 @@ class Frontend:
     @property
     def max_total_tokens(self) -> int:
         """Prompt plus output of one request: the model's limit, and what the KV cache can hold."""
-        cache = self.engine.num_blocks * self.engine.config.block_size
-        return min(self.engine.max_model_len, cache)
+        return total_limit(self.engine)
 
     @property
     def max_input_tokens(self) -> int:
@@ -110,28 +143,66 @@ class Frontend:
             InvalidRequest: the request can never be served as asked.
             Overloaded: too many requests are here already.
             EngineStopped: the server is draining or its engine has failed.
+            DeadlineExceeded: tokenising alone has taken longer than the request may.
         """
-        started = time.perf_counter()
-        with self.engine.stats.counting_rejections():
+        started, call = time.perf_counter(), calls.current()
+        with self.fleet.own.counting_rejections():
+            seconds = timeout_of(call.timeout, self.settings)
             self._admit()
+        if call.deadline is None:
+            call.deadline = asyncio.get_running_loop().time() + max(0.0, seconds - call.seconds)
         try:
             # Long prompts take a while to tokenise; the event loop goes on meanwhile.
-            request = await asyncio.to_thread(self._prepare, inputs, sampling, policy, truncate)
-            validated = time.perf_counter() - started
-            events = await self.worker.submit(request)
+            with self.fleet.lease() as worker:
+                async with asyncio.timeout_at(call.deadline):
+                    request = await asyncio.to_thread(
+                        self._prepare, worker.engine, inputs, sampling, policy, truncate
+                    )
+                validated = time.perf_counter() - started
+                events = await worker.submit(request)
+        except TimeoutError:
+            self._release()
+            self._late(call)
+            raise late_error(seconds) from None
         except BaseException:
             self._release()
             raise
-        return Generation(request, events, started, validated, self._release)
+        timed = self._timed(events, call, seconds)
+        return Generation(request, timed, started, validated, self._release)
+
+    def _timed(self, events: EventStream, call: Call, seconds: float) -> TimedEvents:
+        """`events`, counted for the call's key, until the call's deadline."""
+        assert call.deadline is not None
+        call.outcome = "abort"  # unless it ends otherwise
+
+        def see(event: TokenEvent) -> None:
+            call.note(event)
+            if event.token is not None:
+                self.limiter.generated(call.key_name, 1)
+
+        return TimedEvents(events, call.deadline, seconds, see, lambda: self._late(call))
+
+    def _late(self, call: Call) -> None:
+        call.outcome = "timeout"
+        self.deadlines_exceeded += 1
 
     async def drain(self, timeout: float) -> None:
         """Refuse new requests; return once those here have finished, aborted after `timeout`."""
-        self.draining = True
-        await self.worker.drain(timeout)
+        await self.fleet.drain(timeout)
 
     def count_invalid(self) -> None:
+        """Count a request that was refused because of what it says."""
+        self.count_rejection("invalid")
+
+    def count_rejection(self, reason: str) -> None:
         """Count a request that was refused before it got here."""
-        self.engine.stats.reject("invalid")
+        self.fleet.own.reject(reason)
+
+    def count_call(self, call: Call) -> None:
+        """Count an HTTP request that generated, for its key."""
+        if call.outcome is not None:
+            self.key_requests[call.key_name] += 1
+            self.key_tokens[call.key_name] += call.generated_tokens
 
     def _admit(self) -> None:
         limit = self.settings.max_concurrent_requests
@@ -144,22 +215,27 @@ class Frontend:
         self.active -= 1
 
     def _prepare(
-        self, inputs: str, sampling: SamplingFor, policy: ExpertPolicy, truncate: int | None
+        self,
+        engine: Engine,
+        inputs: str,
+        sampling: SamplingFor,
+        policy: ExpertPolicy,
+        truncate: int | None,
     ) -> Request:
         """The engine's request; runs in a thread."""
-        with self.engine.stats.counting_rejections():
-            ids = self._tokenize(inputs, truncate)
-            params = sampling(self.max_total_tokens - len(ids))
-        return self.engine.make_request(ids, params, policy)
+        with engine.stats.counting_rejections():
+            ids = self._tokenize(engine, inputs, truncate)
+            params = sampling(total_limit(engine) - len(ids))
+        return engine.make_request(ids, params, policy)
 
-    def _tokenize(self, inputs: str, truncate: int | None) -> list[int]:
-        limit = self.max_input_tokens
+    def _tokenize(self, engine: Engine, inputs: str, truncate: int | None) -> list[int]:
+        limit = self.settings.input_limit(total_limit(engine))
         require(
             truncate is None or truncate <= limit,
             f"parameters.truncate must be from 1 to {limit}, got {truncate}",
             InvalidRequest,
         )
-        ids = self.engine.tokenizer.encode(inputs)
+        ids = engine.tokenizer.encode(inputs)
         ids = ids[-truncate:] if truncate else ids
         require(
             1 <= len(ids) <= limit,
@@ -167,6 +243,11 @@ class Frontend:
             InvalidRequest,
         )
         return ids
+
+
+def total_limit(engine: Engine) -> int:
+    """Tokens of a prompt and its output together that `engine` can serve."""
+    return min(engine.max_model_len, engine.num_blocks * engine.config.block_size)
 
 
 def check(event: TokenEvent) -> None:

@@ -1,6 +1,6 @@
-"""Pure ASGI middleware: a request's identity, and a bound on its body.
+"""Pure ASGI middleware: a request's identity, its key, and bounds on its head and body.
 
-Both work on messages as they pass, so a stream stays a stream.
+All work on messages as they pass, so a stream stays a stream.
 """
 
 from __future__ import annotations
@@ -8,16 +8,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import time
 import uuid
+from collections.abc import Callable
 from typing import Final
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import BodyTooLarge, BodyTooSlow, error_response
+from engine.errors import AmbidexError
+from server import calls
+from server.calls import Call
+from server.deadlines import TIMEOUT_HEADER
+from server.errors import BodyTooLarge, BodyTooSlow, HeadersTooLarge, UrlTooLong, error_response
+from server.ratelimit import RateLimited, RateLimiter
+from server.security import Keyring
 
 REQUEST_ID: Final = "X-Request-Id"
+MAX_PATH_CHARS: Final = 200
+MAX_DISCARDED_BYTES: Final = 1 << 16  # of the body of a refused request
+DISCARD_SECONDS: Final = 1.0
 _ACCEPTABLE_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 logger = logging.getLogger("ambidex.server")
@@ -29,47 +38,145 @@ def request_id(headers: Headers) -> str:
     return given if _ACCEPTABLE_ID.fullmatch(given) else uuid.uuid4().hex
 
 
-class RequestIdMiddleware:
-    """Echoes or makes `X-Request-Id`; logs the request; turns a crash into a plain 500.
+class CallMiddleware:
+    """Opens a request's `Call`, echoes or makes `X-Request-Id`, turns a crash into a plain 500.
 
     Outermost, so that every response carries the id, the 500 included.
+
+    Args:
+        app: what runs inside.
+        ended: is called with every call that has ended.
     """
 
-    def __init__(self, app: ASGIApp, access_log: bool = False) -> None:
+    def __init__(self, app: ASGIApp, ended: Callable[[Call], None]) -> None:
         self.app = app
-        self.access_log = access_log
+        self.ended = ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        identity = request_id(Headers(scope=scope))
-        status = 0
+        call = _call(scope)
+        calls.begin(call)
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID] = identity
+                call.status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID] = call.request_id
             await send(message)
 
-        started = time.perf_counter()
         try:
             await self.app(scope, receive, send_with_id)
         except Exception as error:
-            logger.exception("request %s failed", identity)
-            if status:  # too late for another answer: the connection must break
+            logger.exception("request %s failed", call.request_id)
+            if call.status:  # too late for another answer: the connection must break
                 raise
             await error_response(error)(scope, receive, send_with_id)
         finally:
-            if self.access_log:
-                self._log(scope, identity, status, time.perf_counter() - started)
+            call.route = getattr(scope.get("route"), "path", None)
+            self.ended(call)
 
-    @staticmethod
-    def _log(scope: Scope, identity: str, status: int, seconds: float) -> None:
-        # the raw path is percent-encoded: a newline in it cannot forge a log line
-        path = scope.get("raw_path", b"").partition(b"?")[0].decode("ascii", "replace")[:200]
-        logger.info("%s %s %d %.1fms id=%s", scope["method"], path, status, 1e3 * seconds, identity)
+
+def _call(scope: Scope) -> Call:
+    headers = Headers(scope=scope)
+    # the raw path is percent-encoded: a newline in it cannot forge a log line
+    path = scope.get("raw_path", b"").partition(b"?")[0].decode("ascii", "replace")
+    return Call(
+        request_id=request_id(headers),
+        method=scope["method"],
+        path=path[:MAX_PATH_CHARS],
+        client=scope["client"][0] if scope.get("client") else None,
+        timeout=headers.get(TIMEOUT_HEADER),
+        traceparent=headers.get("traceparent"),
+    )
+
+
+class HeadLimitMiddleware:
+    """Bounds the URL and the headers.
+
+    uvicorn bounds a head that arrives in many pieces, this one a head that arrives at once.
+    """
+
+    def __init__(self, app: ASGIApp, max_url_bytes: int, max_header_bytes: int) -> None:
+        self.app = app
+        self.max_url_bytes = max_url_bytes
+        self.max_header_bytes = max_header_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                self._check(scope)
+            except AmbidexError as error:
+                await error_response(error)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        url, most = len(scope.get("raw_path", b"")) + len(scope["query_string"]), self.max_url_bytes
+        if url > most:
+            raise UrlTooLong(f"the URL must have at most {most} bytes (max_url_bytes)")
+        most = self.max_header_bytes
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > most:
+            raise HeadersTooLarge(f"headers must have at most {most} bytes (max_header_bytes)")
+
+
+class KeyMiddleware:
+    """Finds the key of a request and what it may do; nobody's body is kept before.
+
+    Args:
+        app: what runs inside.
+        keyring: the keys.
+        limiter: of every POST outside of /admin.
+        rejected: is called with the reason of a refusal.
+    """
+
+    def __init__(
+        self, app: ASGIApp, keyring: Keyring, limiter: RateLimiter, rejected: Callable[[str], None]
+    ) -> None:
+        self.app = app
+        self.keyring = keyring
+        self.limiter = limiter
+        self.rejected = rejected
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                self._check(scope)
+            except AmbidexError as error:
+                limited = isinstance(error, RateLimited)
+                self.rejected("rate_limited" if limited else "unauthorized")
+                response = error_response(error)
+                if not await _discard_body(scope, receive):
+                    response.headers["Connection"] = "close"  # the rest is not read
+                await response(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        call, path = calls.current(), scope["path"]
+        call.key = self.keyring.authorize(path, Headers(scope=scope).get("authorization", ""))
+        if scope["method"] == "POST" and not path.startswith("/admin"):
+            self.limiter.admit(call.key_name)
+
+
+async def _discard_body(scope: Scope, receive: Receive) -> bool:
+    """Read a small body away; whether that was all of it.
+
+    A connection that is closed over unread bytes is reset, and its client may never see the answer.
+    """
+    if _declared_length(scope) > MAX_DISCARDED_BYTES:
+        return False
+    size = 0
+    try:
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while size <= MAX_DISCARDED_BYTES:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return True
+    except TimeoutError:
+        pass
+    return False
 
 
 class BodyLimitMiddleware:

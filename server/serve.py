@@ -14,18 +14,20 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Final
 
 import uvicorn
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from engine.engine import Engine
 from engine.worker import Worker
+from server import access_log
 from server.app import create_app
+from server.banner import banner, phase
 from server.generation import Frontend
+from server.reload import first_engine
 from server.settings import Settings
+from server.tracing import Tracing, otlp_provider
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 CLOSE_SECONDS: Final = 5  # for connections to close once their requests have ended
@@ -50,17 +52,21 @@ def serve(settings: Settings, console: Console | None = None) -> None:
     Raises:
         CheckpointError: the model cannot be loaded.
         ConfigError: the settings do not fit the model.
-        SystemExit: the address cannot be used.
+        SystemExit: the address cannot be used, or the engine has failed for good.
     """
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
-    engine = Engine.load(settings.model, settings.engine_config())
-    worker = Worker(engine)
-    app = create_app(worker, settings)
+    if settings.access_log:
+        access_log.write_to_stderr()
+    console = console or Console()
+    tracing = Tracing(otlp_provider()) if settings.traces else None
+    engine = first_engine(settings, partial(phase, console))
+    app = create_app(Worker(engine, settings.step_timeout), settings, tracing)
     frontend: Frontend = app.state.frontend
     with _listen(settings) as listener:
-        (console or Console()).print(banner(frontend, _address(listener)))
+        console.print(banner(frontend, _address(listener), as_table=console.is_terminal))
+        _warn_if_open(settings)
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -70,8 +76,13 @@ def serve(settings: Settings, console: Console | None = None) -> None:
             server_header=False,
             timeout_graceful_shutdown=CLOSE_SECONDS,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            http="h11",  # whatever else is installed: this one bounds a request's head
+            h11_max_incomplete_event_size=settings.max_url_bytes + settings.max_header_bytes,
         )
         asyncio.run(_run(_Server(config), frontend, listener))
+    failure = frontend.fleet.failure
+    if failure is not None and settings.exit_on_failure:
+        raise SystemExit(f"the server has failed for good: {failure}")
 
 
 def _listen(settings: Settings) -> socket.socket:
@@ -84,6 +95,15 @@ def _listen(settings: Settings) -> socket.socket:
             f"cannot listen on {settings.host} port {settings.port} (AMBIDEX_HOST, AMBIDEX_PORT): "
             f"{error.strerror or error}"
         ) from error
+
+
+def _warn_if_open(settings: Settings) -> None:
+    if not settings.keyring().keys and settings.host not in ("127.0.0.1", "::1", "localhost"):
+        logger.warning(
+            "listening on %s without API keys: everybody who reaches it may use it "
+            "(AMBIDEX_API_KEYS, AMBIDEX_API_KEYS_FILE)",
+            settings.host,
+        )
 
 
 def _address(listener: socket.socket) -> str:
@@ -102,6 +122,11 @@ async def _run(server: _Server, frontend: Frontend, listener: socket.socket) -> 
         else:
             stopping.add(asyncio.create_task(_drain_and_exit(server, frontend)))
 
+    def on_failure() -> None:
+        server.should_exit = True
+
+    if frontend.settings.exit_on_failure:
+        frontend.fleet.on_failure = on_failure
     for number in SIGNALS:
         loop.add_signal_handler(number, on_signal)
     await server.serve(sockets=[listener])
@@ -114,26 +139,3 @@ async def _drain_and_exit(server: _Server, frontend: Frontend) -> None:
         await frontend.drain(timeout)
     finally:
         server.should_exit = True
-
-
-def banner(frontend: Frontend, address: str) -> Table:
-    """What is served, where, and within which limits."""
-    engine, settings = frontend.engine, frontend.settings
-    model = engine.model_config
-    experts = model.experts
-    table = Table(title="Ambidex", show_header=False, title_justify="left")
-    rows = {
-        "model": f"{engine.checkpoint.path} ({engine.checkpoint.fingerprint[:12]})",
-        "parameters": f"{model.num_parameters:,} in {model.num_hidden_layers} layers",
-        "experts": f"{experts.num_experts} a layer, {experts.expert_size} neurons each, "
-        f"default {experts.default_policy}",
-        "device": f"{settings.device}, {frontend.dtype}",
-        "KV cache": f"{engine.num_blocks} blocks of {engine.config.block_size} tokens, at most "
-        f"{settings.kv_cache_bytes / (1 << 20):,.0f} MiB (AMBIDEX_KV_CACHE_BYTES)",
-        "limits": f"{frontend.max_input_tokens} input, {frontend.max_total_tokens} total tokens; "
-        f"{settings.max_num_seqs} running, {settings.max_concurrent_requests} concurrent requests",
-        "address": f"{address} (documentation at /docs)",
-    }
-    for name, value in rows.items():
-        table.add_row(name, Text(value))  # not markup: a path may have brackets
-    return table

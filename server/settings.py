@@ -6,14 +6,51 @@ later. `Settings.engine_config` is the part that the engine sees.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from engine.checkpoint import STARTER
 from engine.config import EngineConfig
+from server.security import (
+    DOCS_PATHS,
+    HEALTH_PATHS,
+    METRICS_PATHS,
+    Key,
+    Keyring,
+    parse_keys,
+    read_keys,
+)
+
+# Which settings belong together: in `ambidex serve --help` and in docs/serving.md.
+GROUPS: Final[dict[str, tuple[str, ...]]] = {
+    "Server": ("host", "port", "log_level", "access_log", "traces"),
+    "Model": (
+        *("model", "device", "dtype", "kv_cache_bytes", "block_size", "num_threads"),
+        *("cuda_graphs", "prefix_caching"),
+    ),
+    "Scheduling": (
+        *("max_num_seqs", "max_num_batched_tokens", "max_waiting", "max_waiting_tokens"),
+        "priority_age_seconds",
+    ),
+    "Limits of a request": (
+        *("max_concurrent_requests", "max_input_tokens", "max_total_tokens", "max_body_bytes"),
+        *("body_timeout", "max_url_bytes", "max_header_bytes", "request_timeout"),
+        "max_request_timeout",
+    ),
+    "Access": (
+        *("api_keys", "api_keys_file", "admin_key", "public_metrics", "public_docs"),
+        *("requests_per_minute", "tokens_per_minute", "cors_origins"),
+    ),
+    "Failure and shutdown": (
+        *("step_timeout", "max_restarts", "restart_window", "exit_on_failure", "drain_timeout"),
+    ),
+    "New checkpoints": ("watch", "watch_interval", "reload_memory", "retire_timeout"),
+    "Measuring": ("sample_every", "expert_load"),
+}
 
 
 class Settings(BaseSettings):
@@ -23,10 +60,12 @@ class Settings(BaseSettings):
         pydantic.ValidationError: for a value out of range, or settings that contradict each other.
     """
 
-    model_config = SettingsConfigDict(env_prefix="AMBIDEX_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="AMBIDEX_", extra="forbid", frozen=True, hide_input_in_errors=True
+    )
 
-    # No key protects the API, so it listens on this machine alone until somebody decides otherwise;
-    # the container image sets AMBIDEX_HOST=0.0.0.0, where the published port is that decision.
+    # Without keys anybody may call, so it listens on this machine alone until told otherwise; the
+    # container image sets AMBIDEX_HOST=0.0.0.0, where the published port is that decision.
     host: str = Field(
         default="127.0.0.1", min_length=1, max_length=255, description="address to listen on"
     )
@@ -101,7 +140,98 @@ class Settings(BaseSettings):
         le=3600.0,
         description="seconds that running requests get after SIGTERM",
     )
-    access_log: bool = Field(default=False, description="log one line per request")
+    max_url_bytes: int = Field(
+        default=8 << 10, ge=64, le=1 << 16, description="length of an URL, bytes"
+    )
+    max_header_bytes: int = Field(
+        default=16 << 10, ge=1 << 10, le=1 << 20, description="size of a request's headers, bytes"
+    )
+    request_timeout: float = Field(
+        default=600.0,
+        gt=0.0,
+        le=86_400.0,
+        description="seconds from a request's arrival to its last token, unless it asks otherwise",
+    )
+    max_request_timeout: float = Field(
+        default=3600.0,
+        gt=0.0,
+        le=86_400.0,
+        description="most seconds that a request may ask for in X-Request-Timeout",
+    )
+
+    step_timeout: float = Field(
+        default=120.0,
+        gt=0.0,
+        le=3600.0,
+        description="seconds after which a step counts as hung; the first ones compile kernels",
+    )
+    max_restarts: int = Field(
+        default=3, ge=0, le=1000, description="engines that may take a failed one's place"
+    )
+    restart_window: float = Field(
+        default=600.0, gt=0.0, le=86_400.0, description="seconds in which max_restarts holds"
+    )
+    exit_on_failure: bool = Field(
+        default=True,
+        description="end the process, status 1, when the engine has failed for good",
+    )
+
+    watch: Path | None = Field(
+        default=None,
+        description="serve the newest checkpoint of this directory, or this one when it changes",
+    )
+    watch_interval: float = Field(
+        default=5.0, ge=0.05, le=86_400.0, description="seconds between two looks at watch"
+    )
+    reload_memory: Literal["auto", "beside", "drain"] = Field(
+        default="auto",
+        description="load a new checkpoint beside the old one, or after draining and dropping it; "
+        "auto: beside where memory suffices",
+    )
+    retire_timeout: float = Field(
+        default=600.0,
+        ge=0.0,
+        le=86_400.0,
+        description="seconds that requests on replaced weights get to finish",
+    )
+
+    api_keys: Annotated[tuple[Key, ...], NoDecode] = Field(
+        default=(),
+        description="keys that clients need, by commas: [name:]key or [name:]sha256:HEX",
+    )
+    api_keys_file: Path | None = Field(
+        default=None, description="file with such keys, one a line, beside those above"
+    )
+    admin_key: Annotated[Key | None, NoDecode] = Field(
+        default=None, description="key of the admin routes, which are closed without it"
+    )
+    public_metrics: bool = Field(default=True, description="/metrics needs no key")
+    public_docs: bool = Field(default=True, description="/docs and /openapi.json need no key")
+    requests_per_minute: int = Field(
+        default=0, ge=0, le=10**9, description="requests of a key in a minute; 0: no limit"
+    )
+    tokens_per_minute: int = Field(
+        default=0, ge=0, le=10**12, description="generated tokens of a key in a minute; 0: no limit"
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        max_length=100,
+        description="origins whose pages may call, by commas; * is any",
+    )
+
+    sample_every: int = Field(
+        default=256,
+        ge=0,
+        le=1 << 20,
+        description="measure router coverage in every n-th step, which takes longer; 0: never",
+    )
+    expert_load: bool = Field(
+        default=False, description="export how often sampled tokens chose each expert"
+    )
+    access_log: bool = Field(default=False, description="log one JSON line per request")
+    traces: bool = Field(
+        default=False, description="export OpenTelemetry traces (extra otel) over OTLP/HTTP"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least severe level that is logged"
     )
@@ -117,6 +247,24 @@ class Settings(BaseSettings):
             )
         return value
 
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _parse_keys(cls, value: Any) -> Any:
+        return parse_keys(value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("admin_key", mode="before")
+    @classmethod
+    def _parse_admin_key(cls, value: Any) -> Any:
+        """A name in the text is a mistake: this key is called admin."""
+        if not isinstance(value, str):
+            return value
+        return Key("admin", Key.parse(value.strip()).digest) if value.strip() else None
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(_listed(value)) if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.max_total_tokens and self.max_input_tokens >= self.max_total_tokens:
@@ -125,6 +273,7 @@ class Settings(BaseSettings):
                 f"{self.max_total_tokens}: a request generates at least one token"
             )
         self.engine_config()  # its own rules hold at start-up too
+        self.keyring()
         return self
 
     def engine_config(self) -> EngineConfig:
@@ -143,11 +292,24 @@ class Settings(BaseSettings):
             priority_age_seconds=self.priority_age_seconds,
             num_threads=self.num_threads,
             cuda_graphs=self.cuda_graphs,
+            sample_every=self.sample_every,
         )
+
+    def keyring(self) -> Keyring:
+        """Who may call what."""
+        from_file = read_keys(self.api_keys_file) if self.api_keys_file else ()
+        public = HEALTH_PATHS
+        public |= METRICS_PATHS if self.public_metrics else frozenset()
+        public |= DOCS_PATHS if self.public_docs else frozenset()
+        return Keyring((*self.api_keys, *from_file), self.admin_key, public)
 
     def input_limit(self, max_model_len: int) -> int:
         """Tokens that a prompt may have when it may have `max_model_len` with its output."""
         return min(self.max_input_tokens or max_model_len, max_model_len - 1)
+
+
+def _listed(text: str) -> Iterable[str]:
+    return filter(None, map(str.strip, text.split(",")))
 
 
 def explain(error: ValidationError) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, Final, TypeVar
@@ -11,7 +12,13 @@ from typing import Any, Final, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from server import calls
+
 T = TypeVar("T")
+
+logger = logging.getLogger("ambidex.server")
+
+SLOW_READER_SECONDS: Final = 5.0  # that a client gets after its deadline to read the last event
 
 # X-Accel-Buffering keeps nginx from collecting events before it passes them on.
 STREAM_HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -49,7 +56,9 @@ class EventResponse(Response):
     """A `text/event-stream` response over `frames`, watched for a disconnect from the start.
 
     Starlette's own streaming response sees a lost client only when it next sends; a request that
-    still waits in the queue must not wait for that. `close` runs exactly once, however it ends.
+    still waits in the queue must not wait for that. A client that reads so slowly that the last
+    event does not get through after the deadline is cut off. `close` runs exactly once, however it
+    ends.
     """
 
     media_type = "text/event-stream"
@@ -67,8 +76,13 @@ class EventResponse(Response):
         self.init_headers({**STREAM_HEADERS, **headers})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        deadline = calls.current().deadline
+        limit = None if deadline is None else deadline + SLOW_READER_SECONDS
         try:
-            await while_connected(receive, self._send_frames(send))
+            async with asyncio.timeout_at(limit):
+                await while_connected(receive, self._send_frames(send))
+        except TimeoutError:
+            logger.warning("a client that does not read its stream was cut off")
         finally:
             await self.close()
 

@@ -69,6 +69,37 @@ def test_help_explains(command: list[str], ambidex: Command) -> None:
     assert len(result.stdout) > 300
 
 
+def test_every_setting_of_the_server_is_an_option_in_one_group(ambidex: Command) -> None:
+    from server.options import ENVIRONMENT_ONLY
+    from server.settings import GROUPS, Settings
+
+    grouped = [name for names in GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(Settings.model_fields)
+    text = ambidex("serve", "--help").stdout
+    for group in GROUPS:
+        assert group in text
+    for name in grouped:
+        assert (f"--{name.replace('_', '-')} " in text) == (name not in ENVIRONMENT_ONLY), name
+
+
+def test_options_of_serve_become_settings(
+    ambidex: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from server.settings import Settings
+
+    served: list[Settings] = []
+    monkeypatch.setattr("server.serve.serve", served.append)
+    monkeypatch.setenv("AMBIDEX_PORT", "9000")
+    monkeypatch.setenv("AMBIDEX_MAX_WAITING", "7")
+    options = ["--port", "9001", "--no-prefix-caching", "--watch", "runs", "--request-timeout", "5"]
+    assert ambidex("serve", *options).returncode == 0
+    (settings,) = served
+    assert (settings.port, settings.max_waiting) == (9001, 7)
+    assert settings.prefix_caching is False
+    assert settings.watch == Path("runs")
+    assert settings.request_timeout == 5.0
+
+
 def test_generate_continues_a_text_and_says_what_it_activated(ambidex: Command) -> None:
     result = ambidex("generate", "-", "--experts", "top_k:8", stdin="import os\n")
     assert result.returncode == 0, result.stderr

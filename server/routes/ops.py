@@ -46,6 +46,7 @@ class Info(BaseModel):
 
     model_id: str = Field(description="Name of the checkpoint directory.")
     model_sha: str = Field(description="SHA-256 over the weights.")
+    model_loaded_at: float = Field(description="When these weights began to serve, Unix time.")
     model_dtype: str = Field(description="Type of weights and KV cache.")
     model_device_type: str = Field(description="`cpu` or `cuda`.")
     model_pipeline_tag: str = Field(description="Always `text-generation`.")
@@ -77,17 +78,56 @@ class Version(BaseModel):
     version: str = Field(description="Version of the server.")
 
 
+NOT_READY: Final[dict[int | str, dict[str, Any]]] = {
+    503: {"model": ErrorResponse, "description": "Not serving."}
+}
+
+
 @router.get(
     "/health",
     response_model=Health,
-    responses={503: {"model": ErrorResponse, "description": "Not serving."}},
+    responses=NOT_READY,
     summary="Whether the engine makes progress and takes requests",
 )
 async def health(front: Front) -> Response:
-    """200 while the engine makes progress; 503 once it hangs, has failed, or the server drains."""
+    """As `/health/ready`, for those who ask for one thing only."""
+    return await ready(front)
+
+
+@router.get(
+    "/health/ready",
+    response_model=Health,
+    responses=NOT_READY,
+    summary="Whether requests are taken: for load balancers",
+)
+async def ready(front: Front) -> Response:
+    """200 while the engine makes progress and takes requests.
+
+    503 while the server drains, while a step hangs, while a failed engine is replaced, and while a
+    new checkpoint is loaded in the place of the old one.
+    """
     if front.ready:
         return JSONResponse({"status": "ok"})
-    reason = "the server is shutting down" if front.draining else "the engine does not respond"
+    return _unhealthy(front)
+
+
+@router.get(
+    "/health/live",
+    response_model=Health,
+    responses=NOT_READY,
+    summary="Whether a restart is needed: for supervisors",
+)
+async def live(front: Front) -> Response:
+    """503 only once the engine has failed for good, so that a new process must take over."""
+    if front.fleet.failure is None:
+        return JSONResponse({"status": "ok"})
+    return _unhealthy(front)
+
+
+def _unhealthy(front: Frontend) -> Response:
+    reason = "the server is shutting down" if front.draining else front.worker.why_not_ready()
+    if front.fleet.failure is not None:
+        reason = f"the server has failed for good: {front.fleet.failure}"
     return JSONResponse(error_body(reason, "healthcheck"), 503)
 
 
@@ -98,6 +138,7 @@ async def info(front: Front) -> Info:
     return Info(
         model_id=engine.checkpoint.path.resolve().name,
         model_sha=engine.checkpoint.fingerprint,
+        model_loaded_at=front.fleet.loaded_at,
         model_dtype=front.dtype,
         model_device_type=settings.device,
         model_pipeline_tag="text-generation",

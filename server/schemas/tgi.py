@@ -402,5 +402,6 @@ class ErrorResponse(BaseModel):
     error: str = Field(description="One sentence.", max_length=1000)
     error_type: str = Field(
         description="`validation`, `generation`, `overloaded`, `incomplete_generation`, "
-        "`healthcheck`, `not_found`, `method_not_allowed` or `internal`."
+        "`healthcheck`, `timeout`, `authentication`, `permission`, `checkpoint`, `not_found`, "
+        "`method_not_allowed` or `internal`."
     )

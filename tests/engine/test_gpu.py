@@ -52,6 +52,24 @@ def naive(model: Decoder, prompt: list[int], tokens: int, policy: ExpertPolicy) 
     return ids[len(prompt) :]
 
 
+def test_sampled_steps_measure_what_the_cpu_measures(model: Decoder) -> None:
+    """Sampling leaves the graphs for a step, and changes neither tokens nor numbers."""
+    sampling, policy = SamplingParams(max_new_tokens=12, ignore_eos=True), ExpertPolicy.top_k(2)
+    runs = []
+    for device, every in (("cpu", 3), ("cuda", 3), ("cuda", 0)):
+        moved = copy.deepcopy(model).to(device)
+        checkpoint = Checkpoint(Path("t"), model.config, moved, tiny_tokenizer(), {}, "0" * 64)
+        engine = Engine(checkpoint, EngineConfig(device=device, block_size=4, sample_every=every))
+        (made,) = engine.generate([[5, 6, 7, 8]], sampling, policy)
+        runs.append((made.token_ids, engine.stats.snapshot()))
+    (ids, host), (sampled_ids, sampled), (plain_ids, plain) = runs
+    assert ids == sampled_ids == plain_ids
+    assert (host.sampled_steps, sampled.sampled_steps, plain.sampled_steps) == (4, 4, 0)
+    assert sampled.expert_load == host.expert_load
+    assert sampled.mass_captured == pytest.approx(host.mass_captured, rel=1e-3)
+    assert sampled.mass_total == pytest.approx(host.mass_total, rel=1e-3)
+
+
 def test_engine_equals_naive_generate_under_mixed_policies(model: Decoder) -> None:
     plain = copy.deepcopy(model)
     checkpoint = Checkpoint(Path("t"), model.config, model, tiny_tokenizer(), {}, "0" * 64)

@@ -13,7 +13,7 @@ import pytest
 from engine.engine import Engine
 from engine.errors import ConfigError, EngineStopped, InvalidRequest, Overloaded
 from engine.request import ExpertPolicy, Request, SamplingParams, TokenEvent
-from engine.worker import EventStream, Worker
+from engine.worker import MAX_FAILED_STEPS, EventStream, Worker
 
 MakeEngine = Callable[..., Engine]
 DENSE = ExpertPolicy.dense()
@@ -168,26 +168,75 @@ def test_abort_by_id(make_engine: MakeEngine) -> None:
     run(test)
 
 
-def test_a_failing_step_ends_everything_in_flight(
-    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    engine = make_engine(max_num_seqs=2)
-    gate = Gate(engine)
+def boom(*_: object) -> None:
+    raise RuntimeError("out of luck")
 
-    def boom(plan: object) -> None:
-        raise RuntimeError("out of luck")
+
+@pytest.mark.parametrize("where", ["engine.engine.sample", "engine.runner.Runner.run"])
+def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(
+    make_engine: MakeEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    where: str,
+) -> None:
+    """Two run and end with an error; three wait and are served as if nothing had been."""
+    engine = make_engine(max_num_seqs=2)
+    sampling = SamplingParams(max_new_tokens=5, ignore_eos=True)
+    expected = make_engine().generate(["the cat"], sampling, DENSE)[0].text
+    gate = Gate(engine)
+    original = engine.step
+
+    def fail_once() -> list[TokenEvent]:
+        monkeypatch.setattr(engine, "step", original)
+        with monkeypatch.context() as patch:
+            patch.setattr(where, boom)
+            return original()
 
     async def test() -> None:
         with serving(engine) as worker:
-            first = await worker.submit(make(engine))
+            streams = [await worker.submit(make(engine)) for _ in range(5)]
             await until(gate.entered.is_set)
-            streams = [first, *[await worker.submit(make(engine)) for _ in range(4)]]
+            monkeypatch.setattr(engine, "step", fail_once)
+            gate.open.set()
+            ends = [await read(stream) for stream in streams]
+            assert [events[-1].finish_reason for events in ends] == ["error"] * 2 + ["length"] * 3
+            for events in ends[:2]:
+                assert events[-1].error == "a step of the engine failed: RuntimeError: out of luck"
+            for events in ends[2:]:
+                assert "".join(event.text for event in events) == expected
+            assert worker.ready
+            assert worker.failed_steps == 1
+            assert (await read(await worker.submit(make(engine))))[-1].finish_reason == "length"
+
+    run(test)
+    assert dict(engine.stats.snapshot().finished) == {"error": 2, "length": 4}
+    assert engine.allocator.num_used == 0
+    assert "a step of the engine failed" in caplog.text
+
+
+def test_too_many_failing_steps_in_a_row_are_for_good(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(max_num_seqs=1)
+    gate = Gate(engine)
+    failed = threading.Event()
+
+    async def test() -> None:
+        with serving(engine) as worker:
+            worker.on_failure = failed.set
+            streams = [await worker.submit(make(engine)) for _ in range(MAX_FAILED_STEPS + 3)]
+            await until(gate.entered.is_set)
             monkeypatch.setattr(engine.runner, "run", boom)
             gate.open.set()
-            for stream in streams:
-                events = await read(stream)
-                assert [event.finish_reason for event in events] == ["error"]
-                assert events[0].error == "the engine has failed: RuntimeError: out of luck"
+            errors = [(await read(stream))[-1].error for stream in streams]
+            assert (
+                errors[:MAX_FAILED_STEPS]
+                == ["a step of the engine failed: RuntimeError: out of luck"] * MAX_FAILED_STEPS
+            )
+            assert set(errors[MAX_FAILED_STEPS:]) == {
+                "the engine has failed: RuntimeError: out of luck"
+            }
+            await until(failed.is_set)
             assert not worker.alive
             assert not worker.ready
             with pytest.raises(EngineStopped, match="the engine has failed: RuntimeError"):
@@ -195,16 +244,36 @@ def test_a_failing_step_ends_everything_in_flight(
 
     run(test)
     assert engine.stats.snapshot().rejected["stopped"] == 1
-    assert "a step of the engine failed" in caplog.text
+    assert dict(engine.stats.snapshot().finished) == {"error": MAX_FAILED_STEPS + 3}
+
+
+def test_an_engine_that_does_not_prove_clean_is_not_used_again(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(max_num_seqs=1)
+    gate = Gate(engine)
+
+    def leak(*_: object) -> None:
+        engine.allocator.allocate(1)
+        boom()
+
+    async def test() -> None:
+        with serving(engine) as worker:
+            streams = [await worker.submit(make(engine)) for _ in range(2)]
+            await until(gate.entered.is_set)
+            monkeypatch.setattr(engine.runner, "run", leak)
+            gate.open.set()
+            assert [(await read(s))[-1].finish_reason for s in streams] == ["error"] * 2
+            await until(lambda: worker.failure is not None)
+            assert "AssertionError" in str(worker.failure)
+
+    run(test)
 
 
 def test_an_engine_too_broken_to_end_its_requests(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine()
-
-    def boom(*_: object) -> None:
-        raise RuntimeError("beyond repair")
 
     async def test() -> None:
         with serving(engine) as worker:

@@ -31,6 +31,7 @@ from server.app import create_app
 from server.generation import Frontend
 from server.serve import CLOSE_SECONDS, KEEP_ALIVE_SECONDS
 from server.settings import Settings
+from server.tracing import Tracing
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 CONFIG = ModelConfig(
@@ -151,13 +152,15 @@ def serve(checkpoint_dir: Path) -> Serve:
     """Start a server: `with serve(step_seconds=0.01, max_waiting=1) as live`."""
 
     @contextmanager
-    def start(step_seconds: float = 0.0, **values: Any) -> Iterator[Live]:
-        settings = Settings(model=checkpoint_dir, **{"kv_cache_bytes": 8 << 20, **values})
+    def start(
+        step_seconds: float = 0.0, tracing: Tracing | None = None, **values: Any
+    ) -> Iterator[Live]:
+        settings = Settings(**{"model": checkpoint_dir, "kv_cache_bytes": 8 << 20, **values})
         engine = Engine.load(settings.model, settings.engine_config())
         if step_seconds:
             slow_down(engine, step_seconds)
-        worker = Worker(engine)
-        app = create_app(worker, settings)
+        worker = Worker(engine, settings.step_timeout)
+        app = create_app(worker, settings, tracing)
         with listening(app) as url, httpx.Client(base_url=url, trust_env=False, timeout=60) as http:
             yield Live(url, app, engine, worker, http)
 

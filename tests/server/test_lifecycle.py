@@ -11,7 +11,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,67 +64,6 @@ class Client(threading.Thread):
         self.join(60)
         assert self.text.endswith("\n\n")
         return json.loads(self.text.removesuffix("\n\n").rpartition("data: ")[2])
-
-
-# An engine that fails
-
-
-def fail_at_step(live: Live, message: str) -> None:
-    def broken() -> Any:
-        raise RuntimeError(message)
-
-    live.engine.step = broken  # type: ignore[method-assign]
-
-
-@pytest.mark.filterwarnings("default")
-def test_a_failing_step_ends_every_request_with_an_error(serve: Serve) -> None:
-    with serve(step_seconds=0.01) as live:
-        stream = Client(live.url, "/generate_stream", max_new_tokens=4000)
-        whole = Client(live.url, "/generate", max_new_tokens=4000)
-        wait(lambda: stream.events > 0 and live.frontend.worker.num_unfinished == 2)
-        fail_at_step(live, "the disk is on fire")
-
-        last = stream.last_event()
-        assert stream.status == 200  # it had begun
-        assert last["error_type"] == "generation"
-        assert "the disk is on fire" in last["error"]
-        whole.join(60)
-        assert whole.status == 424
-        assert json.loads(whole.text)["error_type"] == "generation"
-
-        health = live.http.get("/health")
-        assert health.status_code == 503
-        assert health.json()["error_type"] == "healthcheck"
-        refused = live.post("/generate")
-        assert refused.status_code == 503
-        assert refused.json()["error_type"] == "healthcheck"
-        assert int(refused.headers["retry-after"]) >= 1
-        metrics = live.metrics()
-        assert metrics["ambidex_ready"] == 0
-        assert metrics['ambidex_requests_total{reason="error"}'] == 2
-        assert metrics['ambidex_rejections_total{reason="stopped"}'] == 1
-        wait(lambda: live.frontend.active == 0)
-
-
-def test_an_engine_that_hangs_is_not_healthy(serve: Serve) -> None:
-    with serve() as live:
-        release = threading.Event()
-        step = live.engine.step
-
-        def stuck() -> Any:
-            release.wait(30)
-            return step()
-
-        live.engine.step = stuck  # type: ignore[method-assign]
-        live.worker.step_timeout = 0.05
-        client = Client(live.url, "/generate", max_new_tokens=2)
-        wait(lambda: live.http.get("/health").status_code == 503)
-        assert live.post("/generate").status_code == 503
-        release.set()
-        client.join(60)
-        assert client.status == 200
-        live.engine.step = step  # type: ignore[method-assign]
-        wait(lambda: live.http.get("/health").status_code == 200)
 
 
 def test_an_unforeseen_error_is_an_answer_without_its_insides(serve: Serve) -> None:
@@ -313,6 +254,8 @@ def test_the_banner_says_what_is_served(checkpoint_dir: Path) -> None:
     for part in (
         *("tiny", " in 2 layers", "8 a layer, 8 neurons each, default top_k:4", "cpu, float32"),
         *("blocks of 16 tokens, at most 8 MiB", "4095 input, 4096 total tokens", "http://127.0."),
+        *("verifying and loading ", "packing weights and making the KV cache: ", "KV cache 8 MiB"),
+        *("open: no API keys", "600 s, at most 3600 s", "not watched"),
     ):
         assert part in banner
 
@@ -325,6 +268,69 @@ def test_sigterm_ends_what_does_not_finish_in_time(checkpoint_dir: Path) -> None
         assert client.last_event()["error_type"] == "incomplete_generation"
 
     serve_here(checkpoint_dir, visit, drain_timeout=0.1)
+
+
+def ends(url: str, number: int) -> str:
+    """How a request ended; every second one streams. Asserts that the end is said once."""
+    client = Client(url, "/generate_stream" if number % 2 else "/generate", max_new_tokens=600)
+    client.join(60)
+    assert not client.is_alive()
+    if client.status != 200 or number % 2 == 0:
+        return json.loads(client.text).get("error_type", "done")
+    events = [json.loads(f.removeprefix("data: ")) for f in client.text.split("\n\n") if f]
+    said = [e for e in events if "error" in e or e["details"]]
+    assert said == events[-1:]
+    return said[0].get("error_type", "done")
+
+
+@pytest.mark.parametrize("drain_timeout", [0.3, 60.0])
+def test_sigterm_under_load_leaves_nobody_without_an_answer(
+    checkpoint_dir: Path, drain_timeout: float
+) -> None:
+    """Running and waiting, streaming or not: finished in time or told; new ones are refused."""
+
+    def visit(url: str) -> None:
+        with ThreadPoolExecutor(14) as pool:
+            early = [pool.submit(ends, url, n) for n in range(10)]
+            wait(lambda: "ambidex_http_requests_active 10.0" in text_of(f"{url}/metrics"))
+            signal_this_process(signal.SIGTERM)
+            wait(lambda: not is_up(url))
+            late = [pool.submit(ends, url, n) for n in range(4)]
+            assert {answer.result(60) for answer in late} == {"healthcheck"}
+            answers = Counter(answer.result(60) for answer in early)
+        assert sum(answers.values()) == 10
+        if drain_timeout > 1:
+            assert answers == {"done": 10}
+        else:
+            assert answers["incomplete_generation"] >= 5
+            assert set(answers) <= {"done", "incomplete_generation"}
+
+    serve_here(checkpoint_dir, visit, drain_timeout=drain_timeout, max_num_seqs=4)
+
+
+def text_of(url: str) -> str:
+    return httpx.get(url, trust_env=False).text
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_process_whose_engine_has_failed_for_good_ends(
+    checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def boom(*_: Any) -> Any:
+        raise RuntimeError("the disk is on fire")
+
+    def visit(url: str) -> None:
+        monkeypatch.setattr("engine.runner.Runner.run", boom)
+        statuses = []
+        with suppress(httpx.TransportError):
+            while True:
+                body = {"inputs": "x"}
+                response = httpx.post(f"{url}/generate", json=body, trust_env=False, timeout=30)
+                statuses.append(response.status_code)
+        assert set(statuses) <= {424, 503}
+
+    with pytest.raises(SystemExit, match=r"failed for good.*disk is on fire"):
+        serve_here(checkpoint_dir, visit, max_restarts=0)
 
 
 def test_a_second_signal_does_not_wait(checkpoint_dir: Path) -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.settings import Settings
 from server.version import VERSION
 
 if TYPE_CHECKING:
@@ -82,6 +87,10 @@ def test_metrics_equal_what_the_responses_reported(serve: Serve) -> None:
     assert metrics["ambidex_request_generated_tokens_sum"] == generated
     assert metrics["ambidex_inter_token_seconds_count"] == generated - 4
     assert metrics["ambidex_batch_tokens_count"] == metrics["ambidex_steps_total"]
+    assert metrics["ambidex_batch_requests_count"] == metrics["ambidex_steps_total"]
+    assert metrics["ambidex_batch_requests_sum"] == generated  # one chunk each, then decodes
+    assert total("neurons_activated") == 8 * total("experts_activated")
+    assert total("neurons_available") == 8 * total("experts_available")
     assert metrics["ambidex_ready"] == 1
 
 
@@ -94,6 +103,72 @@ def test_prefix_cache_metrics(serve: Serve) -> None:
         metrics = live.metrics()
     assert metrics["ambidex_prefix_cache_queried_tokens_total"] == 33
     assert metrics["ambidex_prefix_cache_hit_tokens_total"] == 8
+
+
+def test_gauges_while_requests_run_and_wait(serve: Serve) -> None:
+    with serve(step_seconds=0.01, max_num_seqs=1) as live, ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(live.generate, "x" * 40, max_new_tokens=30) for _ in range(3)]
+        deadline = time.monotonic() + 20
+        while (metrics := live.metrics())["ambidex_requests_waiting"] < 2:
+            assert time.monotonic() < deadline
+        assert metrics["ambidex_requests_running"] == 1
+        assert metrics["ambidex_http_requests_active"] == 3
+        assert metrics["ambidex_kv_blocks_used"] >= 3
+        share = metrics["ambidex_kv_blocks_used"] / metrics["ambidex_kv_blocks"]
+        assert metrics["ambidex_kv_used_ratio"] == share
+        for answer in answers:
+            answer.result(60)
+        live.wait_until_idle()
+        assert live.metrics()["ambidex_kv_used_ratio"] == 0
+
+
+def test_the_lag_of_the_event_loop_is_measured(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve() as live:
+        original = live.frontend.numbers
+
+        def slow() -> Any:
+            time.sleep(0.3)  # in the loop: what must never happen
+            return original()
+
+        monkeypatch.setattr(live.frontend, "numbers", slow)
+        live.metrics()
+        monkeypatch.undo()
+        time.sleep(0.3)
+        metrics = live.metrics()
+    name = "ambidex_event_loop_lag_seconds"
+    assert metrics[f"{name}_count"] >= 2
+    late = metrics[f"{name}_count"] - metrics[f'{name}_bucket{{le="0.1"}}']
+    assert late >= 1
+    assert metrics[f"{name}_sum"] >= 0.1
+
+
+def test_router_metrics_of_sampled_steps(serve: Serve) -> None:
+    """Every second step is sampled; what is exported is what the engine counted."""
+    with serve(sample_every=2, expert_load=True) as live:
+        live.generate("hello", max_new_tokens=9, experts="top_k:2")
+        live.wait_until_idle()
+        metrics, numbers = live.metrics(), live.frontend.numbers()
+    assert metrics["ambidex_sampled_steps_total"] == 4  # of 9
+    for layer in range(2):
+        label = f'{{layer="{layer}"}}'
+        assert metrics[f"ambidex_neurons_sampled_total{label}"] == 4 * 64  # one token a step
+        assert 0 < metrics[f"ambidex_neurons_fired_total{label}"] < 4 * 64
+        captured = metrics[f"ambidex_router_captured_mass_total{label}"]
+        assert captured == numbers.mass_captured[layer]
+        assert 0 < captured < metrics[f"ambidex_router_true_mass_total{label}"]
+        load = [
+            metrics[f'ambidex_expert_load_total{{expert="{e}",layer="{layer}"}}'] for e in range(8)
+        ]
+        assert load == numbers.expert_load[layer]
+        assert sum(load) == 4 * 2
+
+
+def test_the_load_of_experts_is_not_exported_unless_asked(serve: Serve) -> None:
+    with serve(sample_every=1) as live:
+        live.generate(max_new_tokens=3)
+        assert not [name for name in live.metrics() if "expert_load" in name]
 
 
 def test_metrics_keep_the_rules_of_prometheus(live: Live) -> None:
@@ -133,7 +208,8 @@ def test_the_documentation_describes_every_field(live: Live) -> None:
     assert live.http.get("/docs").status_code == 200
     document = live.http.get("/openapi.json").json()
     assert set(document["paths"]) == {
-        *("/", "/generate", "/generate_stream", "/health", "/info", "/metrics", "/version")
+        *("/", "/generate", "/generate_stream", "/health", "/info", "/metrics", "/version"),
+        *("/health/live", "/health/ready", "/admin/status", "/admin/reload"),
     }
     for operations in document["paths"].values():
         for operation in operations.values():
@@ -160,3 +236,14 @@ def test_the_example_of_the_documentation_works(live: Live) -> None:
     for name, path in (("GenerateRequest", "/generate"), ("RootRequest", "/")):
         for example in schemas[name]["examples"]:
             assert live.http.post(path, json=example).status_code == 200
+
+
+def test_the_handbook_names_every_setting_and_metric(serve: Serve) -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    settings, operations = ((docs / f"{n}.md").read_text() for n in ("serving", "operations"))
+    for name in Settings.model_fields:
+        assert f"`AMBIDEX_{name.upper()}`" in settings, name
+    with serve(expert_load=True) as live:
+        families = list(live.frontend.registry.collect())
+    for family in families:
+        assert f"`{family.name}" in operations, family.name

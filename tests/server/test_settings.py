@@ -19,7 +19,7 @@ def test_defaults_are_the_engine_s_and_stay_on_this_machine() -> None:
     assert settings.host == "127.0.0.1"
     assert settings.port == 8000
     assert settings.model == STARTER
-    assert settings.engine_config() == EngineConfig()
+    assert settings.engine_config() == EngineConfig(sample_every=256)
 
 
 def test_the_environment_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,7 +33,11 @@ def test_the_environment_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.port == 9000
     assert settings.access_log is True
     assert settings.engine_config() == EngineConfig(
-        max_num_seqs=3, max_model_len=77, prefix_caching=False, priority_age_seconds=2.5
+        max_num_seqs=3,
+        max_model_len=77,
+        prefix_caching=False,
+        priority_age_seconds=2.5,
+        sample_every=256,
     )
     assert Settings(port=1).port == 1  # arguments come first
 

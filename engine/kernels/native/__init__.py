@@ -312,6 +312,22 @@ class PackedExpertFFN:
         )  # fmt: skip
         return out_TD
 
+    def first(self, x_TD: Tensor) -> Tensor:
+        """``x @ up.T`` over all neurons, [T, F], before the activation.
+
+        The experts' panels lie one after another, so they are one packed matrix, whose outputs
+        include the padding of each expert's last panel.
+        """
+        assert x_TD.dtype == self.dtype
+        x_TD = x_TD.contiguous()
+        T, padded = x_TD.shape[0], self.up.shape[1] * self.width
+        y_TN = torch.empty(T, self.num_experts * padded, dtype=self.dtype)
+        _call(
+            "linear", self.dtype, _pointer(x_TD), _pointer(self.up), _pointer(y_TN), _LONG(T),
+            _LONG(self.num_experts * padded), _LONG(self.model), _INT(self.width // lanes()),
+        )  # fmt: skip
+        return y_TN.view(T, self.num_experts, padded)[:, :, : self.expert_size].flatten(1)
+
     def up_FD(self) -> Tensor:
         """The first matrix, unpacked: [F, D]."""
         return torch.cat([unpack(packed, self.expert_size) for packed in self.up])

@@ -146,6 +146,17 @@ def test_experts_are_the_dense_ffn_without_the_others(
 
 
 @DTYPES
+@pytest.mark.parametrize(("D", "E", "S"), SHAPES)
+def test_the_first_product_of_all_experts(dtype: torch.dtype, D: int, E: int, S: int) -> None:
+    ffn, up_FD, _ = make_ffn(D, E, S, dtype)
+    for T in (1, 3, 8):
+        x_TD = random(T, D, dtype=dtype)
+        expected_TF = x_TD.double() @ up_FD.double().T
+        assert ffn.first(x_TD).shape == (T, E * S)
+        assert_near(ffn.first(x_TD), expected_TF, TOLERANCE[dtype])
+
+
+@DTYPES
 def test_one_expert_may_have_many_tokens_while_most_have_one(dtype: torch.dtype) -> None:
     ffn, up_FD, down_FD = make_ffn(64, 40, 24, dtype)
     chosen_TE = torch.eye(40, dtype=torch.bool)
