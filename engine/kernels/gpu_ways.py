@@ -28,7 +28,7 @@ from engine.kernels.union_ffn import MOST_TOKENS as UNION_TOKENS
 class Rates:
     """What each way costs; times in microseconds, as replayed from a CUDA graph.
 
-    Fitted to benchmarks/results/h100-kernels.txt (H100, bfloat16). The rule compares ways on one
+    Fitted to benchmarks/results/h100-engine.txt (H100, bfloat16). The rule compares ways on one
     device, so only ratios matter.
     """
 
@@ -43,6 +43,7 @@ class Rates:
     select: float = 4.0  # scores and choice
     select_token: float = 0.009  # more of it, for each token
     beside: float = 1.0  # the same beside a product that does not wait for it
+    beside_token: float = 0.03  # what each token's takes from the product
     sort: float = 2.8  # pairs by expert
     sort_token: float = 0.0016
 
@@ -102,7 +103,7 @@ def sparse_us(
         costs["union"] = select + rates.union_launches + reading
     return costs | {
         "grouped": select + sort + rates.grouped_launches + reading + computing,
-        "masked": rates.beside + dense_us(layer, tokens, rates),
+        "masked": rates.beside + tokens * rates.beside_token + dense_us(layer, tokens, rates),
     }
 
 

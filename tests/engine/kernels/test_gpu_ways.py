@@ -55,7 +55,8 @@ def test_no_batch_costs_more_than_dense_and_its_routing(
     k = data.draw(st.integers(1, experts))
     cost = sparse_us(layer, tokens, k)[sparse_way(layer, tokens, k)]
     rates = gpu_ways.RATES
-    assert cost <= dense_us(layer, tokens) + rates.select
+    routing = rates.select + tokens * rates.beside_token
+    assert cost <= dense_us(layer, tokens) + routing
 
 
 def test_a_few_dense_tokens_among_sparse_ones() -> None:
