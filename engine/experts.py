@@ -281,7 +281,7 @@ class ExpertFFN(nn.Module):
         self.down = nn.Parameter(torch.empty(shape))
         router_shape = (self.num_experts, config.hidden_size)
         self.register_buffer("router", torch.zeros(router_shape, dtype=torch.float32))
-        self._packed: native.PackedExpertFFN | None = None
+        self.packed: native.PackedExpertFFN | None = None
         self._use_kernels = False
         self._arrivals: Arrivals | None = None
 
@@ -289,8 +289,8 @@ class ExpertFFN(nn.Module):
         """Switch to the inference paths; on the CPU the packed form replaces both."""
         if self.up.is_cuda:
             self.use_kernels()
-        elif self._packed is None and native.supports(self.up.dtype, self.up.shape[1]):
-            self._packed = native.PackedExpertFFN(
+        elif self.packed is None and native.supports(self.up.dtype, self.up.shape[1]):
+            self.packed = native.PackedExpertFFN(
                 self.up, self.down, self.num_experts, self.activation
             )
             self.up = released(self.up)
@@ -306,7 +306,7 @@ class ExpertFFN(nn.Module):
         if policy.all_dense:
             chosen_TE = None
             y_TD = self.dense(x_TD, trace)
-        elif policy.sparse_rows is None or self._packed is not None:  # which takes any mixture
+        elif policy.sparse_rows is None or self.packed is not None:  # which takes any mixture
             y_TD, chosen_TE = self.sparse(x_TD, policy.k_T, policy.mass_T, policy)
         else:
             y_TD, chosen_TE = self._mixed(x_TD, policy)
@@ -345,10 +345,10 @@ class ExpertFFN(nn.Module):
 
     def _record_mass(self, sampled_nD: Tensor, trace: Trace) -> None:
         """The true mass of every expert, which takes the whole first product."""
-        if self._packed is None:
+        if self.packed is None:
             hidden_nF = activate_reference(sampled_nD @ self.up.T, self.activation)
         else:
-            hidden_nF = activate_reference(self._packed.first(sampled_nD), self.activation)
+            hidden_nF = activate_reference(self.packed.first(sampled_nD), self.activation)
         hidden_nES = hidden_nF.view(hidden_nF.shape[0], self.num_experts, -1)
         trace.masses.append(hidden_nES.sum(-1))
         if trace.count_fired:
@@ -374,8 +374,8 @@ class ExpertFFN(nn.Module):
 
     def dense(self, x_TD: Tensor, trace: Trace | None = None) -> Tensor:
         """Every neuron: act(x @ up.T) @ down; leaves the experts' mass in `trace` if wanted."""
-        if self._packed is not None:
-            return self._packed(x_TD, native.every_pair(x_TD.shape[0], self.num_experts))
+        if self.packed is not None:
+            return self.packed(x_TD, native.every_pair(x_TD.shape[0], self.num_experts))
         hidden_TF = activate_reference(x_TD @ self.up.T, self.activation)
         if trace is not None and trace.mass_every:
             sampled_nF = hidden_TF[:: trace.mass_every]
@@ -388,9 +388,9 @@ class ExpertFFN(nn.Module):
         """The chosen experts only; returns (y [T, D], chosen [T, E])."""
         if self._use_kernels:
             return self._sparse_kernels(x_TD, k_T, mass_T, policy)
-        if self._packed is not None and not policy.oracle:
+        if self.packed is not None and not policy.oracle:
             chosen_TE = native.choose(x_TD, self.router, k_T, mass_T, policy.shared_T)
-            return self._packed(x_TD, native.sort_pairs(chosen_TE)), chosen_TE
+            return self.packed(x_TD, native.sort_pairs(chosen_TE)), chosen_TE
         scores_TE = self.scores(x_TD, oracle=policy.oracle)
         if policy.same_k is not None and self._trains_with_kernels(x_TD):
             routed = grouped_training.route_top_k(scores_TE, policy.same_k)
@@ -403,8 +403,8 @@ class ExpertFFN(nn.Module):
             chosen_TE = routing.choose_reference(scores_TE, k_T, mass_T)
         if policy.shared_T is not None:
             chosen_TE = sharing.share_reference(scores_TE, chosen_TE, policy.shared_T)
-        if self._packed is not None:
-            return self._packed(x_TD, native.sort_pairs(chosen_TE)), chosen_TE
+        if self.packed is not None:
+            return self.packed(x_TD, native.sort_pairs(chosen_TE)), chosen_TE
         return sparse_ffn(x_TD, self.up, self.down, chosen_TE, self.activation), chosen_TE
 
     def _trains_with_kernels(self, x_TD: Tensor) -> bool:
@@ -462,7 +462,7 @@ class ExpertFFN(nn.Module):
     def scores(self, x_TD: Tensor, *, oracle: bool = False) -> Tensor:
         """Scores [T, E] whose softmax is the (predicted or true) share of activation mass."""
         if oracle:
-            up_FD = self.up if self._packed is None else self._packed.up_FD()
+            up_FD = self.up if self.packed is None else self.packed.up_FD()
             mass_TE = true_mass(x_TD, up_FD, self.num_experts, self.activation)
             return mass_TE.detach().float().clamp_min(1e-30).log()
         x_TD = x_TD.detach().float()

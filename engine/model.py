@@ -20,6 +20,8 @@ from engine.attention import Attend, causal_attend, rope_table, rotate
 from engine.config import ModelConfig
 from engine.experts import ExpertFFN, PolicyBatch, Trace, released
 from engine.kernels import native
+from engine.kernels.native.layers import LayerParts, Limits, PackedLayers
+from engine.native_attention import NativeAttend
 from engine.request import ExpertPolicy
 
 
@@ -28,15 +30,15 @@ class Linear(nn.Linear):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
-        self._packed: native.PackedLinear | None = None
+        self.packed: native.PackedLinear | None = None
 
     def prepare(self) -> None:
-        if self._packed is None:
-            self._packed = native.PackedLinear(self.weight)
+        if self.packed is None:
+            self.packed = native.PackedLinear(self.weight)
             self.weight = released(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._packed(x) if self._packed is not None else super().forward(x)
+        return self.packed(x) if self.packed is not None else super().forward(x)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -126,6 +128,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config)
         self._packed_embedding: native.PackedLinear | None = None
+        self._packed_layers: PackedLayers | None = None
         self.materialize_tables(self.embedding.weight.device)
 
     def materialize_tables(self, device: torch.device | str) -> None:
@@ -171,6 +174,7 @@ class Decoder(nn.Module):
             for module in self.modules():
                 if isinstance(module, Linear | RMSNorm | Attention | ExpertFFN):
                     module.prepare()
+            self._packed_layers = self._pack_layers()
 
     @property
     def runs_natively(self) -> bool:
@@ -192,15 +196,64 @@ class Decoder(nn.Module):
         """Logits [T, V] in float32, or [len(rows), V] of the given rows of the batch alone."""
         packed = self._packed_embedding
         x_TD = self.embedding(ids_T) if packed is None else packed.rows(ids_T)
-        cos_Td, sin_Td = self.turns(positions_T)
-        for layer in self.layers:
-            x_TD = layer(x_TD, cos_Td, sin_Td, attend, policy, trace)
-        if rows is not None:
-            x_TD = x_TD[rows]
-        x_TD = self.norm(x_TD)
+        if isinstance(attend, NativeAttend) and self._runs_whole(policy, trace):
+            x_TD = self._run_whole(x_TD, positions_T, attend, policy, trace, rows)
+        else:
+            cos_Td, sin_Td = self.turns(positions_T)
+            for layer in self.layers:
+                x_TD = layer(x_TD, cos_Td, sin_Td, attend, policy, trace)
+            x_TD = self.norm(x_TD if rows is None else x_TD[rows])
         # The head is the embedding's transpose.
         logits_TV = F.linear(x_TD, self.embedding.weight) if packed is None else packed(x_TD)
         return logits_TV.float()
+
+    def _pack_layers(self) -> PackedLayers:
+        config = self.config
+        parts = []
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            qkv, out, ffn = layer.attention.qkv.packed, layer.attention.out.packed, layer.ffn.packed
+            assert qkv is not None
+            assert out is not None
+            assert ffn is not None
+            norms = layer.attention_norm.weight, layer.ffn_norm.weight
+            parts.append(LayerParts(norms[0], qkv, out, norms[1], ffn))
+        heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        return PackedLayers(parts, *heads, config.rms_norm_eps)
+
+    def _runs_whole(self, policy: PolicyBatch, trace: Trace | None) -> bool:
+        """Whether one call may run all layers: it chooses by the router and keeps choices alone."""
+        kept = trace is not None and (trace.keep_inputs or trace.mass_every)
+        return self._packed_layers is not None and not policy.oracle and not kept
+
+    def _run_whole(
+        self,
+        x_TD: Tensor,
+        positions_T: Tensor,
+        attend: NativeAttend,
+        policy: PolicyBatch,
+        trace: Trace | None,
+        rows: Tensor | None,
+    ) -> Tensor:
+        """All layers and the last norm, on the CPU's kernels."""
+        assert self._packed_layers is not None
+        limits = None
+        if not policy.all_dense:
+            experts = self.config.experts.num_experts
+            most = policy.max_k if policy.dense_rows is None else experts
+            limits = Limits(policy.k_T, policy.mass_T, policy.shared_T, most)
+        routers = [ffn.router for ffn in self.ffns()]
+        x_TD = x_TD.contiguous()
+        delta_TD, chosen_LTE = self._packed_layers(
+            x_TD, self.turns(positions_T), attend.sequences, routers, limits
+        )
+        if trace is not None:
+            for layer in range(len(routers)):
+                chosen_TE = None if chosen_LTE is None else chosen_LTE[layer]
+                trace.add(x_TD, chosen_TE, self.config.experts.num_experts)
+        if rows is not None:
+            x_TD, delta_TD = x_TD[rows], delta_TD[rows]
+        return self.norm.add(x_TD, delta_TD)[1]
 
     def logits(self, ids_BL: Tensor, policy: ExpertPolicy, trace: Trace | None = None) -> Tensor:
         """Logits [B, L, V] of whole sequences under one policy."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.attention import SequenceSpan
 from engine.kernels import native
+from engine.kernels.native.layers import CachedSequences
 
 
 class NativeAttend:
@@ -42,6 +43,18 @@ class NativeAttend:
         self._first_B, self._rows_B, self._context_B = (
             torch.tensor(numbers, dtype=torch.int32)
             for numbers in zip(*((s.start, s.length, s.context) for s in spans), strict=True)
+        )
+
+    @property
+    def sequences(self) -> CachedSequences:
+        """The batch, for kernels that run whole layers."""
+        return CachedSequences(
+            self._cache,
+            self._slot_T,
+            self._table_BM,
+            self._first_B,
+            self._rows_B,
+            self._context_B,
         )
 
     def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:

@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.attention import SequenceSpan
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig, ExpertConfig
 from engine.engine import Engine
+from engine.experts import PolicyBatch, Trace
 from engine.kernels import native
 from engine.kernels.native import build
 from engine.model import Decoder, generate
+from engine.native_attention import NativeAttend
 from engine.request import ExpertPolicy, Request, SamplingParams
 from tests.engine.conftest import tiny_config, tiny_model, tiny_tokenizer
 
@@ -77,6 +80,45 @@ def serve(engine: Engine, arrivals: list[tuple[int, Request]]) -> dict[str, list
         step += 1
         assert step < 5000, "no progress"
     return logprobs
+
+
+# --- whole layers in one call ---------------------------------------------------------------------
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize(
+    "policies",
+    [POLICIES[:1], POLICIES[1:], POLICIES, [ExpertPolicy.shared(4), POLICIES[2]]],
+    ids=["dense", "sparse", "mixed", "shared"],
+)
+@torch.inference_mode()
+def test_one_call_computes_what_the_layers_do(
+    policies: list[ExpertPolicy], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: logits, choices and what is left in the cache, over chunks and single rows."""
+    model = wide_model(dtype).requires_grad_(False)
+    model.prepare()
+    found = []
+    for whole in (True, False):
+        if not whole:
+            monkeypatch.setattr(Decoder, "_runs_whole", lambda *_: False)
+        cache = native.PagedCache(2, 64 * len(policies), 2, 32, dtype)
+        logits, chosen = [], []
+        for start, length in ((0, 17), (17, 1), (18, 5)):
+            spans = [
+                SequenceSpan(i * length, length, start + length, list(range(4 * i, 4 * i + 4)))
+                for i in range(len(policies))
+            ]
+            ids = torch.arange(length * len(policies)) % 299 + 1
+            positions = torch.arange(start, start + length).repeat(len(policies))
+            batch = PolicyBatch.build([(policy, length) for policy in policies], 8)
+            trace, rows = Trace(), torch.tensor([0, len(ids) - 1])
+            attend = NativeAttend(cache, 16, spans)
+            logits.append(model(ids, positions, attend, batch, trace, rows))
+            chosen.append(trace.counts())
+        found.append((logits, chosen, cache.keys, cache.values))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
 
 # --- equal to the naive generate ------------------------------------------------------------------

@@ -53,7 +53,7 @@ def supports(dtype: torch.dtype, hidden_size: int, head_dim: int = 32) -> bool:
     return available() and dtype in DTYPES and hidden_size % 32 == 0 and head_dim % 32 == 0
 
 
-def _call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
+def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
     lib = library()
     assert lib is not None
     assert dtype in DTYPES
@@ -65,7 +65,7 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
     return _POINTER(tensor.data_ptr())
 
 
-def _scratch(name: str, elements: int, dtype: torch.dtype) -> Tensor:
+def scratch(name: str, elements: int, dtype: torch.dtype) -> Tensor:
     """Working memory of this thread, overwritten by the next call that asks for this name."""
     held: dict[tuple[str, torch.dtype], Tensor] = _local.__dict__.setdefault("held", {})
     found = held.get((name, dtype))
@@ -157,7 +157,7 @@ class PackedLinear:
         x_TK = x_TK.contiguous()
         T = x_TK.shape[0]
         y_TN = torch.empty(T, self.outputs, dtype=self.dtype)
-        _call(
+        call(
             "linear", self.dtype, _pointer(x_TK), _pointer(self.packed), _pointer(y_TN),
             _LONG(T), _LONG(self.outputs), _LONG(self.inputs), _INT(self._vectors()),
         )  # fmt: skip
@@ -221,7 +221,7 @@ def choose(
     (T, D), E = x_TD.shape, router_ED.shape[0]
     chosen_TE = torch.empty(T, E, dtype=torch.bool)
     scores_TE = torch.empty(T, E, dtype=torch.float32) if shared_T is not None else None
-    _call(
+    call(
         "choose", x_TD.dtype, _pointer(x_TD), _pointer(router_ED), _pointer(k_T), _pointer(mass_T),
         _POINTER(None) if scores_TE is None else _pointer(scores_TE), _pointer(chosen_TE),
         _LONG(T), _LONG(E), _LONG(D),
@@ -301,9 +301,9 @@ class PackedExpertFFN:
         x_TD = x_TD.contiguous()
         T, D, S = x_TD.shape[0], self.model, self.expert_size
         out_TD = torch.empty_like(x_TD)
-        h = _scratch("h", pairs.count * (S + S % 2), self.dtype)
-        y_TD = _scratch("y", T * D, torch.float32)
-        _call(
+        h = scratch("h", pairs.count * (S + S % 2), self.dtype)
+        y_TD = scratch("y", T * D, torch.float32)
+        call(
             "expert_ffn", self.dtype, _pointer(x_TD), _pointer(self.up), _pointer(self.down),
             _pointer(pairs.expert_U), _pointer(pairs.offsets), _pointer(pairs.token_P),
             _LONG(pairs.used), _LONG(T), _LONG(D), _LONG(S), _INT(self.width // lanes()),
@@ -322,7 +322,7 @@ class PackedExpertFFN:
         x_TD = x_TD.contiguous()
         T, padded = x_TD.shape[0], self.up.shape[1] * self.width
         y_TN = torch.empty(T, self.num_experts * padded, dtype=self.dtype)
-        _call(
+        call(
             "linear", self.dtype, _pointer(x_TD), _pointer(self.up), _pointer(y_TN), _LONG(T),
             _LONG(self.num_experts * padded), _LONG(self.model), _INT(self.width // lanes()),
         )  # fmt: skip
@@ -341,7 +341,7 @@ def rms_norm(x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float
     T, D = x_TD.shape
     out_TD = torch.empty_like(x_TD)
     delta = _POINTER(None) if delta_TD is None else _pointer(delta_TD)
-    _call(
+    call(
         "rms_norm", x_TD.dtype, _pointer(x_TD), delta, _pointer(weight_D), _pointer(out_TD),
         _LONG(T), _LONG(D), _FLOAT(eps),
     )  # fmt: skip
@@ -351,7 +351,7 @@ def rms_norm(x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float
 def rotate_(x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
     """`attention.rotate` in place, on heads that lie one after another in each row."""
     T, heads, d = x_THd.shape
-    _call(
+    call(
         "rotate", x_THd.dtype, _pointer(x_THd), _pointer(cos_Td), _pointer(sin_Td), _LONG(T),
         _LONG(heads), _LONG(d), _LONG(x_THd.stride(0)),
     )  # fmt: skip
@@ -385,7 +385,7 @@ class PagedCache:
     def store(self, layer: int, slot_T: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> None:
         """Put keys and values [T, G, d] into slots, int64 [T]; heads lie together in each row."""
         T, G, d = k_TGd.shape
-        _call(
+        call(
             "store_kv", self.dtype, _pointer(k_TGd), _pointer(v_TGd), _pointer(slot_T),
             _pointer(self.keys[layer]), _pointer(self.values[layer]), _LONG(T), _LONG(G), _LONG(d),
             _LONG(k_TGd.stride(0)), _LONG(v_TGd.stride(0)),
@@ -411,7 +411,7 @@ class PagedCache:
         T, H, d = q_THd.shape
         out_THd = torch.empty(T, H, d, dtype=self.dtype)
         B, M = table_BM.shape
-        _call(
+        call(
             "attend", self.dtype, _pointer(q_THd), _pointer(self.keys[layer]),
             _pointer(self.values[layer]), _pointer(table_BM), _pointer(first_B), _pointer(rows_B),
             _pointer(context_B), _pointer(out_THd), _LONG(B), _LONG(H), _LONG(self.heads), _LONG(d),

@@ -39,10 +39,35 @@ INLINE vec exponential(vec x) {
     return (vec)(((bits)y + power) & keep);
 }
 
+/* Asks for one head's part of a block. Blocks lie anywhere, so the processor foresees none. */
+INLINE void ask_for(const void *cache, const attend_call *call, ix block, ix g, const int half) {
+    const char *part = at(cache, (block * call->G + g) * BLOCK * call->d, half);
+    for (ix i = 0; i < bytes(BLOCK * call->d, half); i += 64) __builtin_prefetch(part + i, 0, 2);
+}
+
 /* Scores of M queries for `blocks` blocks of keys: scores[m * stride + j]. */
 INLINE void score(const attend_call *call, const int32_t *table, ix g, const void *const *q, int M,
                   ix blocks, float *scores, ix stride, const int half) {
-    for (ix b = 0; b < blocks; b++) {
+    ix b = 0;
+#if VECTORS == 1
+    /* Several blocks side by side: one alone is a single chain of sums, each waiting for the last. */
+    for (; b + MOST_VECTORS <= blocks; b += MOST_VECTORS) {
+        vec sums[TOKENS][MOST_VECTORS] = {};
+        for (int n = 0; M < TOKENS && n < MOST_VECTORS; n++) { /* more rows take longer to compute */
+            ix next = b + MOST_VECTORS + n;
+            if (next < blocks) ask_for(call->keys, call, table[next], g, half);
+            ask_for(call->values, call, table[b + n], g, half);
+        }
+        const void *keys[MOST_VECTORS];
+        for (int n = 0; n < MOST_VECTORS; n++)
+            keys[n] = at(call->keys, ((ix)table[b + n] * call->G + g) * BLOCK * call->d, half);
+        panels_product(M, half, q, keys, call->d, sums);
+        for (int m = 0; m < M; m++)
+            for (int n = 0; n < MOST_VECTORS; n++)
+                *(vec *)(scores + m * stride + (b + n) * BLOCK) = sums[m][n] * call->scale;
+    }
+#endif
+    for (; b < blocks; b++) {
         vec sums[TOKENS][MOST_VECTORS] = {};
         ix block = ((ix)table[b] * call->G + g) * BLOCK * call->d;
         packed_product(M, VECTORS, half, q, at(call->keys, block, half), call->d, sums);

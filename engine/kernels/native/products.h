@@ -80,6 +80,52 @@ INLINE void packed_product(int M, int N, const int half, const void *const *x, c
     }
 }
 
+/* `packed_tile` of MOST_VECTORS panels of one vector each. */
+INLINE void panels_tile(const int M, const int half, const void *const *x, const void *const *panel,
+                        ix K, vec sums[TOKENS][MOST_VECTORS]) {
+    vec sum[TOKENS][MOST_VECTORS];
+#pragma GCC unroll 6
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int n = 0; n < MOST_VECTORS; n++) sum[m][n] = sums[m][n];
+    for (ix k = 0; k < (half ? K / 2 : K); k++) {
+        bits column[MOST_VECTORS];
+#pragma GCC unroll 4
+        for (int n = 0; n < MOST_VECTORS; n++)
+            column[n] = *(const bits *)((const uint32_t *)panel[n] + k * LANES);
+#pragma GCC unroll 6
+        for (int m = 0; m < M; m++) {
+            uint32_t value = ((const uint32_t *)x[m])[k]; /* a pair in bfloat16, one in float32 */
+#pragma GCC unroll 4
+            for (int n = 0; n < MOST_VECTORS; n++) {
+                if (half) sum[m][n] = add_pairs(sum[m][n], column[n], value);
+                else sum[m][n] = multiply_add(sum[m][n], (vec)column[n],
+                                              splat(((const float *)x[m])[k]));
+            }
+        }
+    }
+#pragma GCC unroll 6
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int n = 0; n < MOST_VECTORS; n++) sums[m][n] = sum[m][n];
+}
+
+#define PANELS_OF(m) \
+    case m: panels_tile(m, half, x, panel, K, sums); break;
+
+INLINE void panels_product(int M, const int half, const void *const *x, const void *const *panel, ix K,
+                           vec sums[TOKENS][MOST_VECTORS]) {
+    switch (M) {
+        PANELS_OF(1) PANELS_OF(2) PANELS_OF(3)
+#if TOKENS >= 4
+        PANELS_OF(4)
+#endif
+#if TOKENS >= 6
+        PANELS_OF(5) PANELS_OF(6)
+#endif
+    }
+}
+
 /* `packed_tile` of one token with many zeros among its inputs: their weights are not read. */
 INLINE void thin_product(const int N, const int half, const void *x, const void *panel, ix K, vec *sums) {
     vec sum[MOST_VECTORS];

@@ -8,7 +8,7 @@ INLINE void scores_of(const void *x, const float *router, ix E, ix D, float *sco
     for (ix e = 0; e < E; e++) {
         vec sum = splat(0);
         ix i = 0;
-        for (; i + LANES <= D; i += LANES) 
+        for (; i + LANES <= D; i += LANES)
             sum = multiply_add(sum, load(x, i, half), *(const vec *)(router + e * D + i));
         float score = total(sum);
         for (; i < D; i++) score += read_one(x, i, half) * router[e * D + i];
