@@ -26,6 +26,7 @@ from torch import Tensor
 from engine.attention import KVCache
 from engine.experts import PolicyBatch, Trace
 from engine.fused_forward import fused_forward, thin_forward
+from engine.graph_capture import capture
 from engine.kernels import sharing
 from engine.kernels.arrivals import Arrivals
 from engine.kernels.count_chosen import count_chosen
@@ -299,21 +300,12 @@ class DecodeGraphs:
         return logits_BV, None if chosen_LBE is None else count_chosen(chosen_LBE)
 
     def _capture(self, key: GraphKey, batch: StaticBatch) -> DecodeGraph:
-        """Record `compute`; before, run it once on a side stream, which compiles its kernels.
-
-        That run writes the same keys and values as the replay that follows.
-        """
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        current = torch.cuda.current_stream()
-        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            self.compute(key, batch)
-        current.wait_stream(side)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # Only this thread's calls must be capturable: others may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits_BV, totals = self.compute(key, batch)
-        return DecodeGraph(graph, logits_BV, totals)
+        outputs: list[tuple[Tensor, Tensor | None]] = []
+
+        def compute() -> None:
+            outputs[:] = [self.compute(key, batch)]
+
+        graph = capture(compute, self._pool)
+        return DecodeGraph(graph, *outputs[0])
