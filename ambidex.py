@@ -19,6 +19,9 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
+from benchmarks.commands import bench_app
+from benchmarks.result_file import JsonFile, check_writable, write_result
+
 if TYPE_CHECKING:
     from engine.checkpoint import Checkpoint
     from engine.request import ExpertPolicy
@@ -48,9 +51,6 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     add_completion=False,
 )
-bench_app = typer.Typer(
-    help="Measure speed on this machine, sparse against dense.", no_args_is_help=True
-)
 app.add_typer(bench_app, name="bench")
 
 err = Console(stderr=True)
@@ -73,7 +73,6 @@ Valid = Annotated[
         help="Files or folders of text to hold out, instead of a share of --data. Repeatable.",
     ),
 ]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the results here.")]
 
 
 def main() -> None:
@@ -367,7 +366,7 @@ def evaluate(
     from training.progress import EvaluationProgress
     from training.suite import prepare
 
-    _check_writable(json_file)
+    check_writable(json_file)
     checkpoint = _load(model)
     suite = prepare(checkpoint, data or [], task or [], experts or [], max_tokens, max_examples)
     with EvaluationProgress(suite.work, err) as progress:
@@ -382,7 +381,7 @@ def evaluate(
     for note in result.notes():
         console.print(note, highlight=False, markup=False)
     if json_file is not None:
-        _write_json(json_file, result.to_dict(VERSION))
+        write_result(json_file, result.to_dict(VERSION))
 
 
 @app.command()
@@ -426,7 +425,7 @@ def inspect(
     given = {"--data": data, "--top-k": top_k, "--against": against, "--json": json_file}
     for option, setting in given.items():
         require(activations or setting in (None, []), f"{option} needs --activations")
-    _check_writable(json_file)
+    check_writable(json_file)
     path = _model_path(model)
     checkpoint = _load(model)
     config = checkpoint.config
@@ -529,158 +528,10 @@ def _print_comparison(layers: tuple[LayerComparison, ...], against: Path | None)
         )
 
 
-@bench_app.command()
-def ffn(json_file: JsonFile = None) -> None:
-    """Time one feed-forward layer, sparse against dense, side by side on this CPU.
-
-    Widths 768 and 2048 with 6 of 32 experts, 1 to 256 tokens, float32 and bfloat16, weights
-    prepacked for both; every token with the same experts, and every token with its own.
-    """
-    from benchmarks.ffn import main as run_bench
-
-    _check_writable(json_file)
-    run_bench(["--json", str(json_file)] if json_file is not None else [])
-
-
-@bench_app.command(name="train")
-def train_steps(json_file: JsonFile = None) -> None:
-    """Time whole training steps, sparse against dense, in turn on this CPU.
-
-    Widths 256, 768 and 1024, three layers, 8 of 64 experts, 2048 and 4096 tokens a step, float32:
-    forward and backward pass, penalty, clipping and optimiser. About two minutes on two cores.
-    """
-    from benchmarks.sparse_step import main as run_bench
-
-    _check_writable(json_file)
-    run_bench(["--json", str(json_file)] if json_file is not None else [])
-
-
-Shape = Annotated[
-    str,
-    typer.Option("--shape", help="Of the random model: opt-125m, opt-1.3b, or tiny (for tests)."),
-]
-NumExperts = Annotated[
-    int, typer.Option("--experts", help="Experts a layer: 32 (6 are used) or 64 (8 are).")
-]
-Threads = Annotated[int, typer.Option("--threads", help="CPU threads; 0: torch's choice.")]
-
-
-@bench_app.command()
-def decode(
-    shape: Shape = "opt-125m",
-    experts: NumExperts = 32,
-    routing: Annotated[
-        str,
-        typer.Option(
-            help="own: every request has its own prompt, so each token chooses its own experts; "
-            "same: one prompt for the whole batch, so that all choose the same. Text lies between."
-        ),
-    ] = "own",
-    compare: Annotated[
-        str,
-        typer.Option(help="sparse: top_k against dense; shared: the policy shared against top_k."),
-    ] = "sparse",
-    seconds: Annotated[float, typer.Option(help="To spend on each batch size, about.")] = 20.0,
-    threads: Threads = 0,
-    json_file: JsonFile = None,
-) -> None:
-    """Time the engine's decoding steps at 1 to 64 requests, sparse against dense, in turn.
-
-    A model of the given shape with random weights, bfloat16, context 64 to 200 tokens. Also says
-    which share of the memory's limit each side reaches: the bytes that a step must read, at the
-    speed at which the packed dense FFN reads in the same run, over the measured time.
-    """
-    _bench_engine(
-        "decode",
-        json_file,
-        shape=shape,
-        experts=experts,
-        routing=routing,
-        compare=compare,
-        seconds=seconds,
-        threads=threads,
-    )
-
-
-@bench_app.command()
-def prefill(
-    shape: Shape = "opt-125m",
-    experts: NumExperts = 32,
-    seconds: Annotated[float, typer.Option(help="To spend on each length, about.")] = 20.0,
-    threads: Threads = 0,
-    json_file: JsonFile = None,
-) -> None:
-    """Time lone prompts of 1 to 1024 tokens to their first token, sparse against dense, in turn."""
-    _bench_engine(
-        "prefill", json_file, shape=shape, experts=experts, seconds=seconds, threads=threads
-    )
-
-
-@bench_app.command(name="serve")
-def serve_load(
-    shape: Shape = "opt-125m",
-    experts: NumExperts = 32,
-    requests: Annotated[int, typer.Option(help="Requests of a load.")] = 64,
-    rate: Annotated[
-        float, typer.Option(help="Arrivals a second; 0: 0.7 of dense's greatest throughput.")
-    ] = 0.0,
-    seconds: Annotated[
-        float, typer.Option(help="Begin no further load of a kind after so long (at most 3).")
-    ] = 20.0,
-    threads: Threads = 0,
-    json_file: JsonFile = None,
-) -> None:
-    """Serve a load of requests in this process, sparse against dense, load by load.
-
-    Prompts of 32 to 512 tokens, 128 output tokens each: first all requests at once, then Poisson
-    arrivals. Output tokens a second, time to the first token and between tokens.
-    """
-    _bench_engine(
-        "serve",
-        json_file,
-        shape=shape,
-        experts=experts,
-        requests=requests,
-        rate=rate,
-        seconds=seconds,
-        threads=threads,
-    )
-
-
-def _bench_engine(command: str, json_file: Path | None, **options: object) -> None:
-    from benchmarks.engine_speed import main as run_bench
-
-    _check_writable(json_file)
-    arguments = [command, *(f"--{name}={value}" for name, value in options.items())]
-    run_bench(arguments + (["--json", str(json_file)] if json_file is not None else []))
-
-
 def _model_path(model: Path | None) -> Path:
     from engine.checkpoint import STARTER
 
     return model or Path(os.environ.get("AMBIDEX_MODEL", STARTER))
-
-
-def _check_writable(json_file: Path | None) -> None:
-    """Refuse a results file that could not be written, before the work is done."""
-    from engine.errors import require
-
-    if json_file is not None:
-        folder = json_file.parent
-        require(folder.is_dir(), f"--json must name a file in an existing directory, not {folder}")
-        require(not json_file.is_dir(), f"--json must name a file, {json_file} is a directory")
-
-
-def _write_json(json_file: Path, value: Any) -> None:
-    """Write a results file whole, or leave what was there."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    # Renaming over a link (/dev/stdout is one), a device or a pipe would replace it by a file.
-    if json_file.is_symlink() or (json_file.exists() and not json_file.is_file()):
-        json_file.write_text(text, encoding="utf-8")
-        return
-    temporary = json_file.with_name(f".{json_file.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(json_file)
 
 
 def _load(model: Path | None) -> Checkpoint:
