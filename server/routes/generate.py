@@ -14,7 +14,8 @@ from starlette.responses import JSONResponse, Response
 from engine.errors import AmbidexError, InvalidRequest, require
 from engine.request import TokenEvent, TokenLogprob, Usage
 from server.errors import describe
-from server.generation import Frontend, Generation, Output, checked_events, collect
+from server.events import Output, checked_events, collect
+from server.generation import Frontend, Generation
 from server.routes.dependencies import Front
 from server.schemas.tgi import ErrorResponse, GenerateRequest, GenerateResponse, RootRequest
 from server.streaming import EventResponse, sse_event, while_connected
