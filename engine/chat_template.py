@@ -35,7 +35,7 @@ def read_chat_template(directory: Path, files: Container[str]) -> str | None:
     path = directory / TOKENIZER_CONFIG
     try:
         found = json.loads(_read(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
     template = found.get("chat_template") if isinstance(found, dict) else None
     if isinstance(template, list):
