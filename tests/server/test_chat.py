@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import byte_tokenizer, random_model
 
 from engine import checkpoint as checkpoints
 
@@ -122,12 +122,19 @@ def test_a_stream_says_what_the_whole_says(live: Live) -> None:
 # Templates
 
 
+def copy_with(checkpoint_dir: Path, path: Path, name: str, text: str) -> Path:
+    """The checkpoint of the tests with one more file, at `path`."""
+    loaded = checkpoints.load(checkpoint_dir)
+    checkpoints.save(path, loaded.model, loaded.tokenizer, loaded.report, {name: text})
+    return path
+
+
 @pytest.fixture(scope="module")
-def templated(serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def templated(
+    serve: Serve, checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Live]:
     path = tmp_path_factory.mktemp("templated") / "chatty"
-    files = {"chat_template.jinja": TEMPLATE}
-    checkpoints.save(path, random_model(), byte_tokenizer(), {"steps": 0}, files)
-    with serve(model=path) as live:
+    with serve(model=copy_with(checkpoint_dir, path, "chat_template.jinja", TEMPLATE)) as live:
         yield live
 
 
@@ -155,11 +162,11 @@ def test_a_template_can_refuse_messages(templated: Live) -> None:
     assert error["param"] == "messages"
 
 
-def test_a_template_that_does_not_work_breaks_chats_alone(serve: Serve, tmp_path: Path) -> None:
-    path = tmp_path / "broken"
-    config = json.dumps({"chat_template": "{% if %}"})
-    files = {"tokenizer_config.json": config}
-    checkpoints.save(path, random_model(), byte_tokenizer(), {"steps": 0}, files)
+def test_a_template_that_does_not_work_breaks_chats_alone(
+    serve: Serve, checkpoint_dir: Path, tmp_path: Path
+) -> None:
+    text = json.dumps({"chat_template": "{% if %}"})
+    path = copy_with(checkpoint_dir, tmp_path / "broken", "tokenizer_config.json", text)
     with serve(model=path) as live:
         response = live.http.post(PATH, json={"messages": HI})
         assert response.status_code == 400

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import tokenizers
-from conftest import byte_tokenizer
 from tokenizers import models
 
 from engine.chat_template import MAX_BYTES, read_chat_template
@@ -55,8 +54,8 @@ def test_what_a_template_must_not_do(source: str, complaint: str) -> None:
     assert time.monotonic() - started < 2
 
 
-def test_what_a_message_spells_is_never_a_special_token() -> None:
-    tokenizer = byte_tokenizer()
+def test_what_a_message_spells_is_never_a_special_token(checkpoint_dir: Path) -> None:
+    tokenizer = Tokenizer.from_file(checkpoint_dir / "tokenizer.json")
     source = "{% for m in messages %}{{ m.content | trim }}{{ eos_token }}{% endfor %}"
     spelled = f" a{END_OF_TEXT}b "
     ids = prompt_ids(tokenizer, source, [{"role": "user", "content": spelled}])

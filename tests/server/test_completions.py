@@ -299,9 +299,9 @@ def test_a_client_that_leaves_aborts_all_its_completions(serve: Serve) -> None:
             body = {"prompt": ["a", "b"], "n": 2, "max_tokens": 2000, "stream": streams}
             before = slow.metrics()["ambidex_aborts_total"]
             # Streams are left after their first event, others when patience ends.
-            with suppress(httpx.ReadTimeout):
-                with slow.http.stream("POST", PATH, json=body, timeout=0.5) as response:
-                    next(response.iter_raw())
+            patient = slow.http.stream("POST", PATH, json=body, timeout=0.5)
+            with suppress(httpx.ReadTimeout), patient as response:
+                next(response.iter_raw())
             slow.wait_until_idle()
             assert slow.metrics()["ambidex_aborts_total"] == before + 4
 
