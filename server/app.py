@@ -14,7 +14,7 @@ from engine.worker import Worker
 from server import access_log
 from server.calls import Call
 from server.deadlines import TIMEOUT_HEADER
-from server.errors import install_handlers
+from server.errors import OPENAI_PATHS, install_handlers
 from server.generation import Frontend
 from server.middleware import (
     REQUEST_ID,
@@ -61,11 +61,22 @@ class App(FastAPI):
             components, schemas = document["components"], document["components"]["schemas"]
             components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             document["security"] = [{"key": []}, {}]  # a server without keys asks for none
+            _drop_default_errors(document)
             for kind in (StreamEvent, ChatChunk):
                 event = kind.model_json_schema(ref_template="#/components/schemas/{model}")
                 schemas |= {**event.pop("$defs"), kind.__name__: event}
         assert self.openapi_schema is not None
         return self.openapi_schema
+
+
+def _drop_default_errors(document: dict[str, Any]) -> None:
+    """Take out FastAPI's own 422, which no route answers: those that have one describe it."""
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            if path.startswith(OPENAI_PATHS):
+                operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
 
 
 def create_app(worker: Worker, settings: Settings, tracing: Tracing | None = None) -> FastAPI:

@@ -65,7 +65,7 @@ def main(url: str, directory: Path) -> None:
     os.environ["HF_DATASETS_CACHE"] = str(directory / "cache")
     results = lm_eval.simple_evaluate(
         model="local-completions",
-        model_args={"model": "tiny", "base_url": f"{url}/v1/completions", "batch_size": 4},
+        model_args={"model": "tiny", "base_url": f"{url}/v1/completions"},
         tasks=[f"tiny_{name}" for name in tasks],
         task_manager=TaskManager(include_path=str(directory), include_defaults=False),
         batch_size=4,
