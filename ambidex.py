@@ -174,6 +174,7 @@ def train(
     if team.is_main:
         _print_quality(path)
         typer.echo(f"checkpoint: {path}")
+    team.end_process()
 
 
 @app.command()

@@ -14,6 +14,7 @@ Any function here that says "collective" waits for all processes: each must call
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -122,6 +123,18 @@ class Team:
         """Leave the group; for the end of a run that went well."""
         if self.size > 1:
             dist.destroy_process_group()
+
+    def end_process(self) -> None:
+        """End this process with status 0 if it is one of several; for when all its work is done.
+
+        The interpreter's own end waits for none of torch's threads, and one that wants to run
+        Python meanwhile aborts the process ("terminate called without an active exception"), which
+        torchrun would take for a failed run.
+        """
+        if self.size > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
     def __enter__(self) -> Team:
         return self

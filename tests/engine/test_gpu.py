@@ -249,6 +249,9 @@ class TestTrainingKernels:
         self.assert_gradients(ffn, x_TD, y_TD, chosen(trace), 1.5e-2)
         assert ffn.up.dtype == torch.float32
 
+    # What the compiler warns of: its own imports, and products that are exact on purpose.
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+    @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
     def test_torch_compile(self, ffn: ExpertFFN) -> None:
         """One graph, and the numbers of eager mode."""
         batch, dy_TD = uniform(300), torch.randn(300, 200, device="cuda")
