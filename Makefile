@@ -6,11 +6,14 @@ RESULTS ?= benchmarks/results
 VLLM ?= vllm/bin/python
 # How long `make soak` takes.
 MINUTES ?= 10
+# Inputs of each kind that `make fuzz` sends to each operation.
+EXAMPLES ?= 300
 VENV := .venv
+CLIENTS := .venv-clients
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-gpu check format bench bench-engine bench-vllm chart bench-ssd soak train-starter clean
+.PHONY: help install serve test test-clients test-gpu fuzz check format bench bench-engine bench-vllm chart bench-ssd soak train-starter clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -28,6 +31,17 @@ serve: install  ## Serve the packaged starter model on PORT (default 8000)
 
 test: install  ## Run the tests
 	$(BIN)/python -m pytest
+
+test-clients: install $(CLIENTS)/.installed  ## Test with clients that need an environment of their own, which it makes
+	$(BIN)/python -m pytest tests/server/test_other_clients.py
+
+$(CLIENTS)/.installed: tests/server/clients/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --requirement $<
+	@touch $@
+
+fuzz: install  ## Send every route EXAMPLES valid and invalid inputs, new ones each time (minutes)
+	AMBIDEX_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest --timeout 3600 tests/server/test_fuzz.py
 
 test-gpu: install  ## Run the tests that need a CUDA device, then check and time its kernels
 	$(BIN)/python -m pytest -m gpu
@@ -80,4 +94,4 @@ train-starter: install  ## Train the packaged model anew (37 minutes on 2 cores)
 	rm -rf engine/starter && mv engine/starter.new engine/starter
 
 clean:  ## Remove the environment and caches
-	rm -rf $(VENV) *.egg-info build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(CLIENTS) *.egg-info build .pytest_cache .mypy_cache .ruff_cache

@@ -6,6 +6,7 @@ A checkpoint is a directory of safetensors and JSON:
     model.safetensors         the weights (in shards with an index above 5 GB)
     tokenizer.json            Hugging Face tokenizer
     generation_config.json    end-of-text id, for tools that read Hugging Face checkpoints
+    chat_template.jinja       how a chat becomes a prompt, or in tokenizer_config.json; optional
     training_report.json      how it was made and what it scored
     manifest.json             size and SHA-256 of every other file
 
@@ -31,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from engine.chat_template import read_chat_template
 from engine.config import ModelConfig, check_choice
 from engine.errors import CheckpointError, ConfigError, require
 from engine.model import Decoder
@@ -55,6 +57,7 @@ class Checkpoint:
         report: `training_report.json`.
         fingerprint: SHA-256 over the weight files, hex.
         digest: SHA-256 over all its files, hex; empty if it did not come from a directory.
+        chat_template: its Jinja template of chats; None if it has none.
     """
 
     path: Path
@@ -64,6 +67,7 @@ class Checkpoint:
     report: dict[str, Any]
     fingerprint: str
     digest: str = ""
+    chat_template: str | None = None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -258,6 +262,7 @@ def load(path: Path | str, device: str = "cpu", dtype: str = "auto") -> Checkpoi
         report=read_json(path / "training_report.json"),
         fingerprint=hashlib.sha256("".join(weights).encode()).hexdigest(),
         digest=_digest(entries),
+        chat_template=read_chat_template(path, entries),
     )
     if content_digest(path) != loaded.digest:
         raise CheckpointError(f"{path}: was replaced while it was read")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -47,12 +48,37 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
 
+    @cached_property
+    def special_texts(self) -> tuple[str, ...]:
+        """How the special tokens are spelled, long ones first."""
+        added = self.backend.get_added_tokens_decoder().values()
+        texts = {token.content for token in added if token.special} | {END_OF_TEXT}
+        return tuple(sorted(texts, key=len, reverse=True))
+
+    @cached_property
+    def _parsing(self) -> tokenizers.Tokenizer:
+        """A second backend: the flag is the backend's own, and other threads encode meanwhile."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
+
+    def encode_parsing(self, text: str) -> list[int]:
+        """Ids of a text in which the spelling of a special token stands for that token.
+
+        For texts of our own, such as chat templates: a client's text may end nothing.
+        """
+        return self._parsing.encode(text, add_special_tokens=False).ids
+
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`; special tokens leave no trace."""
         return self.backend.decode(ids, skip_special_tokens=True)
+
+    def spell(self, ids: list[int]) -> str:
+        """Text of `ids`, special tokens spelled out."""
+        return self.backend.decode(ids, skip_special_tokens=False)
 
     def token_text(self, token_id: int) -> str:
         """One token's text by itself; bytes of an incomplete character show as U+FFFD."""

@@ -37,6 +37,8 @@ def record(call: Call) -> dict[str, Any]:
         "client": call.client,
         "key": call.key.name if call.key else None,
     }
+    if call.user is not None:
+        line["user"] = call.user
     if call.first_token is not None:
         line["first_token_ms"] = _ms(call.first_token)
     if call.outcome is not None:

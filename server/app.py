@@ -14,7 +14,7 @@ from engine.worker import Worker
 from server import access_log
 from server.calls import Call
 from server.deadlines import TIMEOUT_HEADER
-from server.errors import install_handlers
+from server.errors import OPENAI_PATHS, install_handlers
 from server.generation import Frontend
 from server.middleware import (
     REQUEST_ID,
@@ -23,7 +23,8 @@ from server.middleware import (
     HeadLimitMiddleware,
     KeyMiddleware,
 )
-from server.routes import admin, generate, ops
+from server.routes import admin, chat, completions, generate, models, ops, tokens
+from server.schemas.chat import ChatChunk
 from server.schemas.tgi import StreamEvent
 from server.settings import Settings
 from server.tracing import Tracing
@@ -31,23 +32,27 @@ from server.version import VERSION
 
 DESCRIPTION: Final = """
 Serves a language model whose feed-forward layers run **dense** or as a **mixture of experts**, from
-one set of weights, chosen per request by `parameters.experts`.
+one set of weights, chosen per request by the field `experts`.
 
-The generation routes are those of Hugging Face's text-generation-inference: clients of it, such as
-`huggingface_hub.InferenceClient`, work unchanged. Every error is
-`{"error": sentence, "error_type": kind}`. Every response carries `X-Request-Id`: the client's own,
-or a new one. `X-Request-Timeout` bounds the seconds that a request may take; then it ends with an
-error of type `timeout`. Where the server has API keys, send one as `Authorization: Bearer KEY`.
+`/generate` and its kin are those of Hugging Face's text-generation-inference, the routes below
+`/v1` are OpenAI's. Clients of either work unchanged, and send `experts` among the parameters or
+beside them. An error is `{"error": sentence, "error_type": kind}`, below `/v1`
+`{"error": {"message", "type", "param", "code"}}`. Every response carries `X-Request-Id`: the
+client's own, or a new one. `X-Request-Timeout` bounds the seconds that a request may take; then it
+ends with an error of code `timeout`. Where the server has API keys, send one as
+`Authorization: Bearer KEY`.
 """
 TAGS: Final = [
     {"name": "generation", "description": "Text in, text out, at once or as a stream."},
+    {"name": "openai", "description": "The same in OpenAI's format."},
+    {"name": "tokens", "description": "Text to token ids and back."},
     {"name": "operations", "description": "Health, metrics, and what is served here."},
     {"name": "administration", "description": "For the host, with the admin key."},
 ]
 
 
 class App(FastAPI):
-    """FastAPI whose document also describes the events of a stream."""
+    """FastAPI whose document also describes the events of streams."""
 
     def openapi(self) -> dict[str, Any]:
         """The OpenAPI document; made once."""
@@ -56,10 +61,22 @@ class App(FastAPI):
             components, schemas = document["components"], document["components"]["schemas"]
             components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             document["security"] = [{"key": []}, {}]  # a server without keys asks for none
-            event = StreamEvent.model_json_schema(ref_template="#/components/schemas/{model}")
-            schemas |= {**event.pop("$defs"), "StreamEvent": event}
+            _drop_default_errors(document)
+            for kind in (StreamEvent, ChatChunk):
+                event = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+                schemas |= {**event.pop("$defs"), kind.__name__: event}
         assert self.openapi_schema is not None
         return self.openapi_schema
+
+
+def _drop_default_errors(document: dict[str, Any]) -> None:
+    """Take out FastAPI's own 422, which no route answers: those that have one describe it."""
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            if path.startswith(OPENAI_PATHS):
+                operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
 
 
 def create_app(worker: Worker, settings: Settings, tracing: Tracing | None = None) -> FastAPI:
@@ -80,7 +97,8 @@ def create_app(worker: Worker, settings: Settings, tracing: Tracing | None = Non
     )
     app.state.frontend = frontend
     install_handlers(app)
-    app.include_router(generate.router)
+    for module in (generate, completions, chat, models, tokens):
+        app.include_router(module.router)
     app.include_router(ops.router)
     app.include_router(admin.router)
     _add_middleware(app, frontend, tracing)

@@ -36,6 +36,7 @@ class Call:
         route: the pattern of the route that answered; None if none did.
         client: its address.
         key: the key that it presented; None if none was asked for.
+        user: whom it names as the one who asks, in OpenAI's field `user`.
         timeout: its `X-Request-Timeout` as it came.
         traceparent: its W3C trace context as it came.
         deadline: when its generation must have ended, by the event loop's clock.
@@ -52,6 +53,7 @@ class Call:
     route: str | None = None
     client: str | None = None
     key: Key | None = None
+    user: str | None = None
     timeout: str | None = None
     traceparent: str | None = None
     deadline: float | None = None

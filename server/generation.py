@@ -9,18 +9,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from engine.engine import Engine
 from engine.errors import EngineStopped, InvalidRequest, Overloaded, require
-from engine.request import ExpertPolicy, Request, SamplingParams, TokenEvent, Usage
+from engine.request import ExpertPolicy, Request, SamplingParams, TokenEvent
 from engine.stats import Numbers
 from engine.worker import EventStream, Worker
 from server import calls
 from server.calls import Call
 from server.deadlines import TimedEvents, late_error, timeout_of
-from server.errors import GenerationFailed, IncompleteGeneration
+from server.errors import ContextTooLong, UnknownModel
 from server.fleet import Fleet
 from server.loop_lag import LoopLag
 from server.metrics import make_registry
@@ -28,15 +29,22 @@ from server.ratelimit import RateLimiter
 from server.reload import Reloader
 from server.settings import Settings
 
+# What clients of Hugging Face call the model of a server that has one, and a name that stays when a
+# checkpoint replaces another.
+MODEL_ALIASES: Final = ("ambidex", "tgi", "dummy")
+
 # Parameters once the prompt's length is known: how many tokens are left for the output.
 SamplingFor = Callable[[int], SamplingParams]
+# A text, token ids, or what makes ids of the engine that will serve them.
+Prompt = str | list[int] | Callable[[Engine], list[int]]
 
 
 @dataclass
 class Generation:
-    """An accepted request, its events, and how long the steps before the engine took."""
+    """An accepted request, its engine and events, and how long the steps before the engine took."""
 
     request: Request
+    engine: Engine
     events: TimedEvents
     started: float
     validation_seconds: float
@@ -52,16 +60,6 @@ class Generation:
             await self.events.aclose()
         finally:
             self._release()
-
-
-@dataclass
-class Output:
-    """What a finished generation said."""
-
-    text: str
-    events: list[TokenEvent]
-    finish_reason: str
-    usage: Usage
 
 
 class Frontend:
@@ -116,6 +114,18 @@ class Frontend:
         return self.fleet.draining
 
     @property
+    def model_name(self) -> str:
+        """What clients call the model that serves now."""
+        return self.settings.model_name or self.engine.checkpoint.path.resolve().name
+
+    def check_model(self, name: str | None) -> None:
+        """Raise UnknownModel unless `name` means the model that is served; None does."""
+        if name not in (None, self.model_name, *MODEL_ALIASES):
+            raise UnknownModel(
+                f"model {name[:100]!r} is not served here; it is called {self.model_name!r}"
+            )
+
+    @property
     def dtype(self) -> str:
         """Name of the type that the model runs in."""
         asked = self.engine.config.dtype
@@ -145,30 +155,80 @@ class Frontend:
             EngineStopped: the server is draining or its engine has failed.
             DeadlineExceeded: tokenising alone has taken longer than the request may.
         """
+
+        def make(engine: Engine) -> list[Request]:
+            with engine.stats.counting_rejections():
+                ids = self._tokenize(engine, inputs, truncate)
+                params = sampling(total_limit(engine) - len(ids))
+            return [engine.make_request(ids, params, policy)]
+
+        (generation,) = await self._start(1, make)
+        return generation
+
+    async def start_all(
+        self,
+        prompts: Mapping[str, Prompt],
+        sampling: SamplingFor,
+        policy: ExpertPolicy,
+        n: int,
+        check: Callable[[list[Request]], None],
+    ) -> list[Generation]:
+        """As `start`, for `n` completions of each prompt: all of them, or none.
+
+        Args:
+            prompts: by the names that complaints use.
+            sampling: parameters of each.
+            policy: of all.
+            n: completions of each prompt.
+            check: raises InvalidRequest if they are too much together.
+        """
+        count, limit = len(prompts) * n, self.settings.max_concurrent_requests
+
+        def make(engine: Engine) -> list[Request]:
+            requests: list[Request] = []
+            for name, prompt in prompts.items():
+                with engine.stats.counting_rejections():
+                    ids = self._ids(engine, name, prompt)
+                    params = sampling(total_limit(engine) - len(ids))
+                requests += engine.make_requests(ids, params, policy, n)
+            with engine.stats.counting_rejections():
+                check(requests)
+            return requests
+
+        with self.fleet.own.counting_rejections():
+            message = f"prompts times n must be at most {limit} (max_concurrent_requests), got"
+            require(count <= limit, f"{message} {count}", InvalidRequest)
+        return await self._start(count, make)
+
+    async def _start(self, count: int, make: Callable[[Engine], list[Request]]) -> list[Generation]:
+        """Submit the `count` requests that `make` makes in a thread."""
         started, call = time.perf_counter(), calls.current()
         with self.fleet.own.counting_rejections():
             seconds = timeout_of(call.timeout, self.settings)
-            self._admit()
+            self._admit(count)
         if call.deadline is None:
             call.deadline = asyncio.get_running_loop().time() + max(0.0, seconds - call.seconds)
+        generations: list[Generation] = []
         try:
             # Long prompts take a while to tokenise; the event loop goes on meanwhile.
             with self.fleet.lease() as worker:
                 async with asyncio.timeout_at(call.deadline):
-                    request = await asyncio.to_thread(
-                        self._prepare, worker.engine, inputs, sampling, policy, truncate
-                    )
+                    requests = await asyncio.to_thread(make, worker.engine)
                 validated = time.perf_counter() - started
-                events = await worker.submit(request)
-        except TimeoutError:
-            self._release()
-            self._late(call)
-            raise late_error(seconds) from None
-        except BaseException:
-            self._release()
+                for request in requests:
+                    events = self._timed(await worker.submit(request), call, seconds)
+                    release = self._release
+                    generations.append(
+                        Generation(request, worker.engine, events, started, validated, release)
+                    )
+        except BaseException as error:
+            self.active -= count - len(generations)
+            await close_all(generations)
+            if isinstance(error, TimeoutError):
+                self._late(call)
+                raise late_error(seconds) from None
             raise
-        timed = self._timed(events, call, seconds)
-        return Generation(request, timed, started, validated, self._release)
+        return generations
 
     def _timed(self, events: EventStream, call: Call, seconds: float) -> TimedEvents:
         """`events`, counted for the call's key, until the call's deadline."""
@@ -204,29 +264,18 @@ class Frontend:
             self.key_requests[call.key_name] += 1
             self.key_tokens[call.key_name] += call.generated_tokens
 
-    def _admit(self) -> None:
+    def _admit(self, count: int) -> None:
         limit = self.settings.max_concurrent_requests
         require(not self.draining, "the server is shutting down", EngineStopped)
-        if self.active >= limit:
-            raise Overloaded(f"the server has {limit} requests already (max_concurrent_requests)")
-        self.active += 1
+        if self.active + count > limit:
+            raise Overloaded(
+                f"the server has {self.active} of at most {limit} requests already "
+                "(max_concurrent_requests)"
+            )
+        self.active += count
 
     def _release(self) -> None:
         self.active -= 1
-
-    def _prepare(
-        self,
-        engine: Engine,
-        inputs: str,
-        sampling: SamplingFor,
-        policy: ExpertPolicy,
-        truncate: int | None,
-    ) -> Request:
-        """The engine's request; runs in a thread."""
-        with engine.stats.counting_rejections():
-            ids = self._tokenize(engine, inputs, truncate)
-            params = sampling(total_limit(engine) - len(ids))
-        return engine.make_request(ids, params, policy)
 
     def _tokenize(self, engine: Engine, inputs: str, truncate: int | None) -> list[int]:
         limit = self.settings.input_limit(total_limit(engine))
@@ -237,12 +286,26 @@ class Frontend:
         )
         ids = engine.tokenizer.encode(inputs)
         ids = ids[-truncate:] if truncate else ids
-        require(
-            1 <= len(ids) <= limit,
-            f"inputs must have from 1 to {limit} tokens, got {len(ids)}",
-            InvalidRequest,
-        )
+        self._check_length("inputs", ids, limit)
         return ids
+
+    def _ids(self, engine: Engine, name: str, prompt: Prompt) -> list[int]:
+        """The token ids of a prompt that complaints call `name`."""
+        if isinstance(prompt, str):
+            ids = engine.tokenizer.encode(prompt)
+        else:
+            ids = prompt if isinstance(prompt, list) else prompt(engine)
+        self._check_length(name, ids, self.settings.input_limit(total_limit(engine)))
+        top = engine.model_config.vocab_size - 1
+        message = f"token ids of {name} must be from 0 to {top}"
+        require(min(ids) >= 0 and max(ids) <= top, message, InvalidRequest)
+        return ids
+
+    @staticmethod
+    def _check_length(name: str, ids: list[int], limit: int) -> None:
+        message = f"{name} must have from 1 to {limit} tokens, got {len(ids)}"
+        require(len(ids) >= 1, message, InvalidRequest)
+        require(len(ids) <= limit, message, ContextTooLong)
 
 
 def total_limit(engine: Engine) -> int:
@@ -250,33 +313,6 @@ def total_limit(engine: Engine) -> int:
     return min(engine.max_model_len, engine.num_blocks * engine.config.block_size)
 
 
-def check(event: TokenEvent) -> None:
-    """Raise if `event` ends its request in any way but a finished generation.
-
-    Raises:
-        GenerationFailed: the model failed.
-        IncompleteGeneration: the server gave the request up.
-    """
-    if event.finish_reason == "error":
-        raise GenerationFailed(event.error or "generation failed")
-    if event.finish_reason == "abort":
-        raise IncompleteGeneration("the server ended the request before it was complete")
-
-
-async def checked_events(generation: Generation) -> AsyncGenerator[TokenEvent, None]:
-    """The events of a generation, the terminal one last; raises as `check` does."""
-    async for event in generation.events:
-        check(event)
-        yield event
-        if event.finish_reason is not None:
-            return
-    raise IncompleteGeneration("the engine ended the request without a last token")
-
-
-async def collect(generation: Generation) -> Output:
-    """Everything that a generation says, once it is finished."""
-    events = [event async for event in checked_events(generation)]
-    last = events[-1]
-    assert last.finish_reason is not None
-    assert last.usage is not None
-    return Output("".join(e.text for e in events), events, last.finish_reason, last.usage)
+async def close_all(generations: Iterable[Generation]) -> None:
+    """Close every one, whatever closing another raises."""
+    await asyncio.gather(*(each.close() for each in generations))

@@ -29,8 +29,8 @@ from server.security import (
 GROUPS: Final[dict[str, tuple[str, ...]]] = {
     "Server": ("host", "port", "log_level", "access_log", "traces"),
     "Model": (
-        *("model", "device", "dtype", "kv_cache_bytes", "block_size", "num_threads"),
-        *("cuda_graphs", "prefix_caching"),
+        *("model", "model_name", "device", "dtype", "kv_cache_bytes", "block_size"),
+        *("num_threads", "cuda_graphs", "prefix_caching"),
     ),
     "Scheduling": (
         *("max_num_seqs", "max_num_batched_tokens", "max_waiting", "max_waiting_tokens"),
@@ -74,6 +74,11 @@ class Settings(BaseSettings):
     )
     model: Path = Field(
         default=STARTER, description="checkpoint directory; default: the packaged starter"
+    )
+    model_name: str = Field(
+        default="",
+        max_length=256,
+        description="what OpenAI's clients call the model; default: its directory's name",
     )
 
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="where the model runs")

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server.generation import Frontend
 from server.routes.dependencies import Front
-from server.schemas.tgi import ErrorResponse, Strict, Text
+from server.schemas.fields import Strict, Text
+from server.schemas.tgi import ErrorResponse
 
 router = APIRouter(prefix="/admin", tags=["administration"])
 

@@ -14,7 +14,8 @@ from starlette.responses import JSONResponse, Response
 from engine.errors import AmbidexError, InvalidRequest, require
 from engine.request import TokenEvent, TokenLogprob, Usage
 from server.errors import describe
-from server.generation import Frontend, Generation, Output, checked_events, collect
+from server.events import Output, checked_events, collect
+from server.generation import Frontend, Generation
 from server.routes.dependencies import Front
 from server.schemas.tgi import ErrorResponse, GenerateRequest, GenerateResponse, RootRequest
 from server.streaming import EventResponse, sse_event, while_connected
@@ -32,6 +33,7 @@ ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     429: {"model": ErrorResponse, "description": "Too many requests: see Retry-After."},
     500: {"model": ErrorResponse, "description": "The generation was cut short."},
     503: {"model": ErrorResponse, "description": "The server is stopping or its engine failed."},
+    504: {"model": ErrorResponse, "description": "Past its deadline."},
 }
 # FastAPI derives a schema from JSON responses alone; server.app adds StreamEvent to the document.
 STREAM: Final[dict[str, Any]] = {

@@ -12,9 +12,13 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, Final
 
-# Types of our own complaints: a whole sentence, or what follows the field's name.
+from pydantic import BaseModel
+
+# Types of our own complaints: a whole sentence, what follows the field's name, or what continues it
+# without a space: ".top_k must be ...".
 SENTENCE: Final = "sentence"
 PREDICATE: Final = "predicate"
+CONTINUATION: Final = "continuation"
 MAX_LOCATION: Final = 80
 
 _short = reprlib.Repr()
@@ -22,13 +26,21 @@ _short.maxstring = _short.maxother = _short.maxlong = 60
 _short.maxlevel, _short.maxdict, _short.maxlist = 2, 3, 3
 
 
-def sentence(problem: Mapping[str, Any]) -> str:
-    """One sentence for one entry of pydantic's `ValidationError.errors()`."""
-    kind, place = problem["type"], _place(problem["loc"])
+def sentence(problem: Mapping[str, Any], body: type[BaseModel] | None = None) -> str:
+    """One sentence for one entry of pydantic's `ValidationError.errors()`.
+
+    Args:
+        problem: the entry.
+        body: what the request's body should have been; its schema has the ranges.
+    """
+    kind, place = problem["type"], place_of(problem)
+    schema = _schema(body) if body is not None else {}
     if kind == SENTENCE:
         return str(problem["msg"])
     if kind == PREDICATE:
         return f"{place} {problem['msg']}"
+    if kind == CONTINUATION:
+        return f"{place}{problem['msg']}"
     if kind == "json_invalid":
         return f"body must be JSON: {problem.get('ctx', {}).get('error', 'it cannot be read')}"
     if kind == "missing" and place == "body":
@@ -36,10 +48,10 @@ def sentence(problem: Mapping[str, Any]) -> str:
     if kind == "missing":
         return f"{place} is required"
     if kind == "extra_forbidden":
-        return f"{place} is not a known field{_known_beside(problem['loc'])}"
+        return f"{place} is not a known field{_known_beside(schema, problem['loc'])}"
     if place == "body":
         return "body must be a JSON object, sent with Content-Type: application/json"
-    rule = _rule(problem["loc"])
+    rule = describe_schema(_node(schema, problem["loc"]))
     expected = f"must be {rule}" if rule else str(problem["msg"])
     return f"{place} {expected}, got {_shown(problem.get('input'))}"
 
@@ -56,13 +68,13 @@ def _names(loc: Iterable[int | str]) -> list[int | str]:
     return names[1:] if names[:1] == ["body"] else names
 
 
-def _place(loc: Iterable[int | str]) -> str:
+def place_of(problem: Mapping[str, Any]) -> str:
     """The field's path as a client writes it: `parameters.stop[2]`; "body" for the whole.
 
     A client chooses the names of unknown fields, so each is shortened and made printable.
     """
     place = ""
-    for name in _names(loc):
+    for name in _names(problem["loc"]):
         if isinstance(name, int):
             place += f"[{name}]"
         else:
@@ -73,40 +85,35 @@ def _place(loc: Iterable[int | str]) -> str:
 
 
 @cache
-def _schema() -> dict[str, Any]:
-    from server.schemas.tgi import RootRequest  # it holds every field that a client may send
-
-    return RootRequest.model_json_schema()
+def _schema(body: type[BaseModel]) -> dict[str, Any]:
+    return body.model_json_schema()
 
 
-def _resolve(node: dict[str, Any]) -> dict[str, Any]:
+def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
     """Follow a reference of the schema, and leave a single alternative to null."""
     if "$ref" in node:
-        target: dict[str, Any] = _schema()["$defs"][node["$ref"].rpartition("/")[2]]
+        target: dict[str, Any] = schema["$defs"][node["$ref"].rpartition("/")[2]]
         return target
     choices = [c for c in node.get("anyOf", ()) if c.get("type") != "null"]
-    return _resolve(choices[0]) if len(choices) == 1 else node
+    return _resolve(schema, choices[0]) if len(choices) == 1 else node
 
 
-def _node(loc: Iterable[int | str]) -> dict[str, Any]:
+def _node(schema: dict[str, Any], loc: Iterable[int | str]) -> dict[str, Any]:
     """The schema of the field at `loc`; empty if there is none."""
-    node = _schema()
+    node = schema
     for name in _names(loc):
-        node = _resolve(node)
+        node = _resolve(schema, node)
         inner = node.get("items") if isinstance(name, int) else node.get("properties", {}).get(name)
         if inner is None:
             return {}
         node = inner
-    return _resolve(node)
-
-
-def _rule(loc: Iterable[int | str]) -> str:
-    """What the field at `loc` may be, in words; empty if the schema does not say."""
-    return describe_schema(_node(loc))
+    return _resolve(schema, node)
 
 
 def describe_schema(node: Mapping[str, Any]) -> str:
     """A JSON schema in words: "an integer from 1 to 10", "a list of at most 4 strings"."""
+    if "enum" in node:
+        return f"one of {', '.join(map(str, node['enum']))}"
     match node.get("type"):
         case "integer":
             return f"an integer{_bounds(node)}"
@@ -117,10 +124,20 @@ def describe_schema(node: Mapping[str, Any]) -> str:
         case "string":
             return f"a string{_lengths(node)}"
         case "array":
-            return f"a list of at most {node['maxItems']} strings{_lengths(node['items'])}"
+            return _list(node)
         case "object":
             return "an object"
     return ""
+
+
+def _list(node: Mapping[str, Any]) -> str:
+    """Such as `a list of at most 4 strings of 1 to 9 characters`."""
+    low, high = node.get("minItems", 0), node.get("maxItems")
+    size = f"of {low} to {high}" if low else f"of at most {high}"
+    items = node.get("items", {})
+    if items.get("type") == "string":
+        return f"a list {size} strings{_lengths(items)}"
+    return f"a list {size} {'integers' if items.get('type') == 'integer' else 'objects'}"
 
 
 def _bounds(node: Mapping[str, Any]) -> str:
@@ -143,9 +160,8 @@ def _lengths(node: Mapping[str, Any]) -> str:
     return " of at least 1 character" if node.get("minLength") == 1 else ""
 
 
-def _known_beside(loc: Iterable[int | str]) -> str:
+def _known_beside(schema: dict[str, Any], loc: Iterable[int | str]) -> str:
     """The fields that exist where an unknown one was sent."""
     *parent, unknown = _names(loc)
-    # `stream` is a field of POST / alone, and unknown elsewhere
-    known = sorted(_node(parent).get("properties", {}).keys() - {unknown})
+    known = sorted(_node(schema, parent).get("properties", {}).keys() - {unknown})
     return f"; known are {', '.join(known)}" if known else ""

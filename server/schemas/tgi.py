@@ -6,7 +6,7 @@ that this server does not have, by name. One field is ours: `experts`, the exper
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, LiteralString
+from typing import Annotated, Any, Final
 
 from pydantic import (
     AfterValidator,
@@ -14,15 +14,10 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    PlainValidator,
-    WithJsonSchema,
     model_validator,
 )
 from pydantic.config import JsonDict
-from pydantic_core import PydanticCustomError
 
-from engine.config import MAX_EXPERTS
-from engine.errors import InvalidRequest
 from engine.request import (
     MAX_SEED,
     MAX_STOP_LENGTH,
@@ -31,128 +26,37 @@ from engine.request import (
     ExpertPolicy,
     SamplingParams,
 )
-from server.schemas.sentences import PREDICATE, SENTENCE
+from server.schemas.fields import (
+    MAX_TOKENS,
+    Factor,
+    Penalty,
+    Policy,
+    Probability,
+    Strict,
+    Text,
+    or_default,
+    refuse,
+)
+from server.schemas.sentences import SENTENCE
 
 DEFAULT_NEW_TOKENS: Final = 100
-MAX_TOKENS: Final = 1 << 20
-MAX_POLICY_CHARS: Final = 32
-MAX_FIELDS: Final = 64
-
-
-def _refuse(message: str, kind: LiteralString = PREDICATE) -> PydanticCustomError:
-    """An error in our own words: what the field must be, or a whole SENTENCE."""
-    # through a placeholder: braces in the message itself would be read as such
-    return PydanticCustomError(kind, "{message}", {"message": message})
-
-
-def _encodable(text: str) -> str:
-    """JSON can spell half of a surrogate pair, which no tokenizer can read."""
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise _refuse("must be valid Unicode; it has half of a surrogate pair") from error
-    return text
 
 
 def _only_one(value: Any) -> Any:
     if type(value) is int and value > 1:
-        raise _refuse("above 1 is not supported: leave it out or send 1")
+        raise refuse("above 1 is not supported: leave it out or send 1")
     return value
 
 
 def _no_grammar(value: Any) -> None:
     if value is not None:
-        raise _refuse("is not supported: leave it out or send null")
+        raise refuse("is not supported: leave it out or send null")
 
 
 def _no_watermark(value: bool) -> bool:
     if value:
-        raise _refuse("is not supported: leave it out or send false")
+        raise refuse("is not supported: leave it out or send false")
     return value
-
-
-def _read_policy(value: Any) -> ExpertPolicy:
-    """The `experts` field, as text or as an object, within any model's bounds."""
-    try:
-        policy = _policy(value)
-        policy.validate(MAX_EXPERTS)
-    except InvalidRequest as error:
-        raise _refuse(f"parameters.{error}", SENTENCE) from error
-    return policy
-
-
-def _policy(value: Any) -> ExpertPolicy:
-    match value:
-        case ExpertPolicy():
-            return value
-        case None:
-            return ExpertPolicy.auto()
-        case str() if len(value) <= MAX_POLICY_CHARS and not value.startswith("oracle"):
-            return ExpertPolicy.parse(value)
-        case {"top_k": int(k)} if len(value) == 1 and not isinstance(k, bool) and abs(k) < 1 << 31:
-            return ExpertPolicy.top_k(k)
-        case {"shared": int(k)} if len(value) == 1 and not isinstance(k, bool) and abs(k) < 1 << 31:
-            return ExpertPolicy.shared(k)
-        case {"mass": int(p) | float(p)} if len(value) == 1 and not isinstance(p, bool):
-            return ExpertPolicy.mass(min(float(p), 2.0) if abs(p) < 1 << 31 else 2.0)
-    raise InvalidRequest(
-        'experts must be "dense", "auto", "top_k:N", "mass:SHARE", "shared:N", {"top_k": N}, '
-        f'{{"mass": SHARE}} or {{"shared": N}} with N from 1 to {MAX_EXPERTS} and SHARE above 0 '
-        "and at most 1"
-    )
-
-
-class Strict(BaseModel):
-    """No coercion of types, no unknown fields."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _not_too_many(cls, value: Any) -> Any:
-        """Stop before a body of a million unknown fields becomes a million complaints."""
-        if isinstance(value, dict) and len(value) > MAX_FIELDS:
-            raise _refuse(f"must have at most {MAX_FIELDS} fields, got {len(value)}")
-        return value
-
-
-Text = Annotated[str, AfterValidator(_encodable)]
-Probability = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
-Factor = Annotated[float, Field(gt=0.0, le=100.0, allow_inf_nan=False)]
-Penalty = Annotated[float, Field(ge=-2.0, le=2.0, allow_inf_nan=False)]
-
-# Any, not ExpertPolicy: its own schema is not what a client sends.
-Policy = Annotated[
-    Any,
-    PlainValidator(_read_policy),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string", "enum": ["dense", "auto"]},
-                {"type": "string", "pattern": r"^((top_k|shared):\d+|mass:\d*\.?\d+)$"},
-                *(
-                    {
-                        "type": "object",
-                        "properties": {
-                            kind: {"type": "integer", "minimum": 1, "maximum": MAX_EXPERTS}
-                        },
-                        "required": [kind],
-                        "additionalProperties": False,
-                    }
-                    for kind in ("top_k", "shared")
-                ),
-                {
-                    "type": "object",
-                    "properties": {"mass": {"type": "number", "exclusiveMinimum": 0, "maximum": 1}},
-                    "required": ["mass"],
-                    "additionalProperties": False,
-                },
-            ],
-            "examples": ["auto", "dense", {"top_k": 8}, {"mass": 0.95}, {"shared": 8}, "top_k:8"],
-        }
-    ),
-]
 
 
 class GenerateParameters(Strict):
@@ -241,7 +145,7 @@ class GenerateParameters(Strict):
     @model_validator(mode="after")
     def _sampling_needs_heat(self) -> GenerateParameters:
         if self.do_sample and self.temperature == 0.0:
-            raise _refuse(
+            raise refuse(
                 "parameters.temperature must be above 0 and at most 100 when do_sample is true",
                 SENTENCE,
             )
@@ -274,10 +178,10 @@ class GenerateParameters(Strict):
             max_new_tokens=self.max_new_tokens or max(1, min(DEFAULT_NEW_TOKENS, room)),
             temperature=self._temperature(),
             top_k=self.top_k or 0,
-            top_p=_or(self.top_p, 1.0),
-            typical_p=_or(self.typical_p, 1.0),
-            repetition_penalty=_or(self.repetition_penalty, 1.0),
-            frequency_penalty=_or(self.frequency_penalty, 0.0),
+            top_p=or_default(self.top_p, 1.0),
+            typical_p=or_default(self.typical_p, 1.0),
+            repetition_penalty=or_default(self.repetition_penalty, 1.0),
+            frequency_penalty=or_default(self.frequency_penalty, 0.0),
             seed=self.seed,
             stop=tuple(self.stop),
             top_n_tokens=self.top_n_tokens or 0,
@@ -285,11 +189,7 @@ class GenerateParameters(Strict):
         )
 
     def _temperature(self) -> float:
-        return _or(self.temperature, 1.0) if self.samples else 0.0
-
-
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
+        return or_default(self.temperature, 1.0) if self.samples else 0.0
 
 
 _EXAMPLE: Final[JsonDict] = {
@@ -403,5 +303,5 @@ class ErrorResponse(BaseModel):
     error_type: str = Field(
         description="`validation`, `generation`, `overloaded`, `incomplete_generation`, "
         "`healthcheck`, `timeout`, `authentication`, `permission`, `checkpoint`, `not_found`, "
-        "`method_not_allowed` or `internal`."
+        "`model_not_found`, `method_not_allowed` or `internal`."
     )

@@ -282,24 +282,6 @@ def test_a_long_stream_holds_no_partial_characters(live: Live) -> None:
     assert texts([e["token"] for e in events]) == events[-1]["generated_text"]
 
 
-# A client of the original
-
-
-def test_huggingface_client(live: Live) -> None:
-    hub = pytest.importorskip("huggingface_hub")
-    client = hub.InferenceClient(model=live.url)
-    expected = live.generate(max_new_tokens=8, details=True)
-    assert client.text_generation("hello", max_new_tokens=8) == expected["generated_text"]
-    detailed = client.text_generation("hello", max_new_tokens=8, details=True, seed=1, top_p=0.99)
-    assert detailed.details.generated_tokens == 8
-    streamed = client.text_generation("hello", max_new_tokens=8, stream=True)
-    assert "".join(streamed) == expected["generated_text"]
-    last = list(client.text_generation("hello", max_new_tokens=8, stream=True, details=True))[-1]
-    assert last.generated_text == expected["generated_text"]
-    with pytest.raises(hub.errors.ValidationError, match="max_new_tokens"):
-        client.text_generation("hello", max_new_tokens=1 << 20)
-
-
 def test_httpx_sees_no_leftovers(live: Live) -> None:
     """Keep-alive works across routes: a route that leaves bytes behind would break the next."""
     with httpx.Client(base_url=live.url, trust_env=False) as http:

@@ -210,6 +210,8 @@ def test_the_documentation_describes_every_field(live: Live) -> None:
     assert set(document["paths"]) == {
         *("/", "/generate", "/generate_stream", "/health", "/info", "/metrics", "/version"),
         *("/health/live", "/health/ready", "/admin/status", "/admin/reload"),
+        *("/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{name}"),
+        *("/tokenize", "/detokenize", "/tokenizer_info"),
     }
     for operations in document["paths"].values():
         for operation in operations.values():
@@ -227,13 +229,18 @@ def test_the_documentation_describes_every_field(live: Live) -> None:
         *("return_full_text", "seed", "stop", "temperature", "top_k", "top_n_tokens", "top_p"),
         *("truncate", "typical_p", "watermark"),
     }
-    assert "StreamEvent" in schemas
+    assert {"StreamEvent", "ChatChunk"} <= set(schemas)
     assert schemas["GenerateRequest"]["examples"]
 
 
 def test_the_example_of_the_documentation_works(live: Live) -> None:
     schemas = live.http.get("/openapi.json").json()["components"]["schemas"]
-    for name, path in (("GenerateRequest", "/generate"), ("RootRequest", "/")):
+    for name, path in (
+        ("GenerateRequest", "/generate"),
+        ("RootRequest", "/"),
+        ("CompletionRequest", "/v1/completions"),
+        ("ChatRequest", "/v1/chat/completions"),
+    ):
         for example in schemas[name]["examples"]:
             assert live.http.post(path, json=example).status_code == 200
 

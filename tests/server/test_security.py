@@ -50,7 +50,11 @@ def test_every_route_but_the_public_ones_needs_a_key(closed: Live) -> None:
                 continue
             assert response.status_code == 401, path
             assert response.headers["www-authenticate"] == "Bearer"
-            assert response.json()["error_type"] == "authentication"
+            body = response.json()
+            if path.startswith("/v1/"):
+                assert body["error"]["code"] == "invalid_api_key"
+            else:
+                assert body["error_type"] == "authentication"
             if not path.startswith("/admin"):
                 known = closed.http.request(method, path, headers=bearer(ALICE))
                 assert known.status_code not in (401, 403), path

@@ -1,0 +1,93 @@
+"""What generations say: their events one by one, merged, or all at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from engine.request import TokenEvent, Usage
+from server.errors import GenerationFailed, IncompleteGeneration
+from server.generation import Generation
+
+
+@dataclass
+class Output:
+    """What a finished generation said."""
+
+    text: str
+    events: list[TokenEvent]
+    finish_reason: str
+    usage: Usage
+
+
+def check(event: TokenEvent) -> None:
+    """Raise if `event` ends its request in any way but a finished generation.
+
+    Raises:
+        GenerationFailed: the model failed.
+        IncompleteGeneration: the server gave the request up.
+    """
+    if event.finish_reason == "error":
+        raise GenerationFailed(event.error or "generation failed")
+    if event.finish_reason == "abort":
+        raise IncompleteGeneration("the server ended the request before it was complete")
+
+
+async def checked_events(generation: Generation) -> AsyncGenerator[TokenEvent, None]:
+    """The events of a generation, the terminal one last; raises as `check` does."""
+    async for event in generation.events:
+        check(event)
+        yield event
+        if event.finish_reason is not None:
+            return
+    raise IncompleteGeneration("the engine ended the request without a last token")
+
+
+async def collect(generation: Generation) -> Output:
+    """Everything that a generation says, once it is finished."""
+    events = [event async for event in checked_events(generation)]
+    last = events[-1]
+    assert last.finish_reason is not None
+    assert last.usage is not None
+    return Output("".join(e.text for e in events), events, last.finish_reason, last.usage)
+
+
+async def collect_all(generations: Sequence[Generation]) -> list[Output]:
+    """What each of them says; raises as soon as one has failed."""
+    return list(await asyncio.gather(*map(collect, generations)))
+
+
+async def merged_events(
+    generations: Sequence[Generation],
+) -> AsyncGenerator[tuple[int, TokenEvent], None]:
+    """(which generation, its event) as they come; raises as soon as one has failed."""
+    if len(generations) == 1:  # the usual case needs no tasks
+        async with aclosing(checked_events(generations[0])) as events:
+            async for event in events:
+                yield 0, event
+        return
+    # A short queue: who reads slowly must not make the server keep what was not read.
+    queue: asyncio.Queue[tuple[int, TokenEvent | Exception]] = asyncio.Queue(1)
+
+    async def read(which: int) -> None:
+        try:
+            async for event in checked_events(generations[which]):
+                await queue.put((which, event))
+        except Exception as error:
+            await queue.put((which, error))
+
+    tasks = [asyncio.create_task(read(which)) for which in range(len(generations))]
+    unfinished = len(tasks)
+    try:
+        while unfinished:
+            which, found = await queue.get()
+            if isinstance(found, Exception):
+                raise found
+            unfinished -= found.finish_reason is not None
+            yield which, found
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
