@@ -11,6 +11,7 @@ that token, VmHWM the most that there was.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -49,7 +50,7 @@ def start(path: Path) -> dict[str, Any]:
     times.append(time.perf_counter())
     engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=1), ExpertPolicy.dense())
     times.append(time.perf_counter())
-    seconds = [end - begin for begin, end in zip(times, times[1:], strict=False)]
+    seconds = [end - begin for begin, end in itertools.pairwise(times)]
     return {
         "seconds": dict(zip(PHASES, seconds, strict=True)),
         "weights": weights,
@@ -116,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{record.params['phase']:>12}{record.value:>8.2f} s")
         else:
             print(
-                f"{record.params['kind']:>12}{record.value / MIB:>8.0f} MiB, {record.ratio:.2f} times "
+                f"{record.params['kind']:>12}{record.value / MIB:>8.0f} MiB, {record.ratio:.2f} of "
                 f"weights and KV cache; {record.params['before'] / MIB:.0f} MiB before loading"
             )
     if given.json is not None:
