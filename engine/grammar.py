@@ -51,7 +51,7 @@ class Grammar:
         )
 
     @classmethod
-    def json_schema(cls, schema: Mapping[str, Any] | bool, field: str = "grammar") -> Self:
+    def json_schema(cls, schema: Mapping[str, Any], field: str = "grammar") -> Self:
         """JSON that satisfies `schema`; properties come in the schema's order.
 
         Raises:

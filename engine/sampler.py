@@ -1,9 +1,10 @@
 """Draws the next token of each request from its logits, and reports log-probabilities.
 
 The stages follow the order of Hugging Face's generation: bias, penalties, tokens that may not come
-yet or that a grammar forbids; then temperature, top-k, top-p, min-p, typical-p, each of which sees the distribution that the
-one before it left. The draw inverts the cumulative distribution at one random number that depends
-on (seed, output index) alone, so neither the batch's company nor a preemption can change it.
+yet or that a grammar forbids; then temperature, top-k, top-p, min-p, typical-p, each of which sees
+the distribution that the one before it left. The draw inverts the cumulative distribution at one
+random number that depends on (seed, output index) alone, so neither the batch's company nor a
+preemption can change it.
 
 Every stage treats all the rows that ask for it at once, and does not run if none does: on a GPU, a
 step costs the same few operations for any number of requests, one transfer to the device per kind
@@ -15,7 +16,8 @@ Log-probabilities are those of the model: log-softmax of the raw logits in float
 stages.
 
 Shapes: B requests, b those of them that sample, p those of them that ask for a stage, g those that
-have a grammar, V vocabulary, w columns of a sorted prefix or bytes of a mask, n reported rows, k reported alternatives.
+have a grammar, V vocabulary, w columns of a sorted prefix or bytes of a mask, n reported rows, k
+reported alternatives.
 """
 
 from __future__ import annotations

@@ -10,10 +10,12 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from engine.engine import Engine
 from engine.errors import EngineStopped, InvalidRequest, Overloaded, require
+from engine.grammar import Grammar
 from engine.request import ExpertPolicy, Request, SamplingParams, TokenEvent, Usage
 from engine.stats import Numbers
 from engine.worker import EventStream, Worker
@@ -91,6 +93,7 @@ class Frontend:
         self.key_tokens: Counter[str] = Counter()
         self.limiter = RateLimiter(settings.requests_per_minute, settings.tokens_per_minute)
         self.registry = make_registry(self)
+        self._compiler = ThreadPoolExecutor(1, "ambidex-grammars")
 
     @property
     def worker(self) -> Worker:
@@ -136,14 +139,15 @@ class Frontend:
         sampling: SamplingFor,
         policy: ExpertPolicy,
         truncate: int | None = None,
+        grammar: Grammar | None = None,
     ) -> Generation:
-        """Tokenise, check and submit one request. The caller must `close` what it gets.
+        """Tokenise, check and submit one request, whose `sampling` has this grammar. The caller must `close` what it gets.
 
         Raises:
             InvalidRequest: the request can never be served as asked.
             Overloaded: too many requests are here already.
             EngineStopped: the server is draining or its engine has failed.
-            DeadlineExceeded: tokenising alone has taken longer than the request may.
+            DeadlineExceeded: tokenising and compiling alone has taken longer than the request may.
         """
         started, call = time.perf_counter(), calls.current()
         with self.fleet.own.counting_rejections():
@@ -155,6 +159,8 @@ class Frontend:
             # Long prompts take a while to tokenise; the event loop goes on meanwhile.
             with self.fleet.lease() as worker:
                 async with asyncio.timeout_at(call.deadline):
+                    if grammar is not None:
+                        await self._compile(worker.engine, grammar)
                     request = await asyncio.to_thread(
                         self._prepare, worker.engine, inputs, sampling, policy, truncate
                     )
@@ -169,6 +175,15 @@ class Frontend:
             raise
         timed = self._timed(events, call, seconds)
         return Generation(request, timed, started, validated, self._release)
+
+    async def _compile(self, engine: Engine, grammar: Grammar) -> None:
+        """Have `engine` compile a grammar, after those that came before it.
+
+        One thread does it, so that who waits for a grammar keeps no thread from tokenising.
+        """
+        with engine.stats.counting_rejections():
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._compiler, engine.grammars.matcher, grammar)
 
     def _timed(self, events: EventStream, call: Call, seconds: float) -> TimedEvents:
         """`events`, counted for the call's key, until the call's deadline."""

@@ -83,7 +83,11 @@ async def generate_root(body: RootRequest, request: Request, front: Front) -> Re
 async def _start(front: Frontend, body: GenerateRequest) -> Generation:
     parameters = body.parameters
     return await front.start(
-        body.inputs, parameters.sampling, parameters.policy, parameters.truncate
+        body.inputs,
+        parameters.sampling,
+        parameters.policy,
+        parameters.truncate,
+        parameters.grammar,
     )
 
 

@@ -93,11 +93,11 @@ def _grammar(value: Any) -> Grammar | None:
             return value
         case {"type": "json", "value": str(text)} if len(value) == 2:  # TGI takes it as text too
             return Grammar("json_schema", text, f"{field}.value")
-        case {"type": "json", "value": dict() | bool() as schema} if len(value) == 2:
+        case {"type": "json", "value": dict() as schema} if len(value) == 2:
             return Grammar.json_schema(schema, f"{field}.value")
-        case {"type": "json_schema", "value": {"schema": dict() | bool() as schema} as named} if (
-            len(value) == 2 and named.keys() <= {"name", "schema"}
-        ):
+        case {"type": "json_schema", "value": {"schema": dict() as schema} as named} if len(
+            value
+        ) == 2 and named.keys() <= {"name", "schema"}:
             return Grammar.json_schema(schema, f"{field}.value.schema")
         case {"type": "regex", "value": str(pattern)} if len(value) == 2:
             return Grammar.regex(pattern, f"{field}.value")
@@ -180,7 +180,7 @@ Policy = Annotated[
 ]
 
 
-_SCHEMA: Final[JsonDict] = {"type": ["object", "boolean"], "description": "A JSON schema."}
+_SCHEMA: Final[JsonDict] = {"type": "object", "description": "A JSON schema."}
 
 
 def _typed(kind: str, value: JsonDict) -> JsonDict:

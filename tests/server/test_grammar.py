@@ -66,11 +66,15 @@ def test_regex(live: Live) -> None:
         ({"type": "json_schema", "value": {"schema": {}, "x": 1}}, "parameters.grammar must be {"),
         ({"type": "regex", "value": {}}, "parameters.grammar must be {"),
         ({"type": "json", "value": "{bad"}, "parameters.grammar.value cannot be compiled: key"),
-        ({"type": "json", "value": False}, "cannot be compiled: Unsatisfiable schema"),
+        ({"type": "json", "value": False}, "parameters.grammar must be {"),
+        (
+            {"type": "json", "value": {"type": "integer", "minimum": 5, "maximum": 3}},
+            "cannot be compiled: Unsatisfiable schema",
+        ),
         ({"type": "json", "value": {"type": "set"}}, "cannot be compiled: Invalid type: set"),
         (
             {"type": "json_schema", "value": {"schema": {"uniqueItems": True, "type": "array"}}},
-            'parameters.grammar.value.schema cannot be compiled: Unimplemented keys: ["uniqueItems"]',
+            'grammar.value.schema cannot be compiled: Unimplemented keys: ["uniqueItems"]',
         ),
         (
             {"type": "json", "value": {"type": "array", "uniqueItems": True, "x-guidance": {}}},
