@@ -113,8 +113,9 @@ def _source(grammar: Grammar) -> str:
         return LLMatcher.grammar_from_regex(grammar.source)
     # At most one space between the parts of JSON: small models never tire of white space.
     # A schema cannot change that, nor have what is not supported passed over.
-    rules = {"whitespace_pattern": " ", "lenient": False}
-    return LLMatcher.grammar_from_json_schema(grammar.source, overrides=rules)
+    return LLMatcher.grammar_from_json_schema(
+        grammar.source, overrides={"whitespace_pattern": " ", "lenient": False}
+    )
 
 
 def _check(source: str) -> str | None:

@@ -141,7 +141,9 @@ class Frontend:
         truncate: int | None = None,
         grammar: Grammar | None = None,
     ) -> Generation:
-        """Tokenise, check and submit one request, whose `sampling` has this grammar. The caller must `close` what it gets.
+        """Tokenise, check and submit one request. The caller must `close` what it gets.
+
+        `grammar` is what `sampling` will have: it is compiled first.
 
         Raises:
             InvalidRequest: the request can never be served as asked.
