@@ -33,6 +33,7 @@ ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     429: {"model": ErrorResponse, "description": "Too many requests: see Retry-After."},
     500: {"model": ErrorResponse, "description": "The generation was cut short."},
     503: {"model": ErrorResponse, "description": "The server is stopping or its engine failed."},
+    504: {"model": ErrorResponse, "description": "Past its deadline."},
 }
 # FastAPI derives a schema from JSON responses alone; server.app adds StreamEvent to the document.
 STREAM: Final[dict[str, Any]] = {

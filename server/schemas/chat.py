@@ -15,7 +15,8 @@ from pydantic import (
 
 from engine.request import MAX_TOP_N, SamplingParams
 from server.schemas.fields import MAX_TOKENS, Strict, Text, encodable, refuse
-from server.schemas.openai import Answer, Count, GenerationBody, Unsupported
+from server.schemas.openai import Answer, Count, GenerationBody
+from server.schemas.openai_fields import Unsupported
 from server.schemas.sentences import CONTINUATION, SENTENCE
 
 MAX_MESSAGES: Final = 2048

@@ -15,7 +15,8 @@ from pydantic import (
 
 from engine.request import MAX_COMPLETIONS, MAX_TOP_N, SamplingParams
 from server.schemas.fields import MAX_TOKENS, encodable, refuse
-from server.schemas.openai import MAX_TOKEN_ID, Answer, GenerationBody, Unsupported
+from server.schemas.openai import Answer, GenerationBody
+from server.schemas.openai_fields import MAX_TOKEN_ID, Unsupported
 from server.schemas.sentences import SENTENCE
 
 DEFAULT_MAX_TOKENS: Final = 16

@@ -376,5 +376,5 @@ class ErrorResponse(BaseModel):
     error_type: str = Field(
         description="`validation`, `generation`, `overloaded`, `incomplete_generation`, "
         "`healthcheck`, `timeout`, `authentication`, `permission`, `checkpoint`, `not_found`, "
-        "`method_not_allowed` or `internal`."
+        "`model_not_found`, `method_not_allowed` or `internal`."
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 
 from server.schemas.fields import MAX_TOKENS, Strict, Text
-from server.schemas.openai import MAX_NAME, TokenId, Unsupported
+from server.schemas.openai_fields import MAX_NAME, TokenId, Unsupported
 
 
 class TokenizeRequest(Strict):
