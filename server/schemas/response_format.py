@@ -81,7 +81,7 @@ def grammar_of(response_format: ResponseFormat | None) -> Grammar | None:
     return None
 
 
-FORMATS: Final = {
+FORMATS: Final[dict[str, type[Strict]]] = {
     "text": TextFormat,
     "json_object": JsonObjectFormat,
     "json_schema": JsonSchemaFormat,
