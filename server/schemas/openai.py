@@ -216,7 +216,7 @@ class GenerationBody(Strict):
 
 
 class PromptDetails(BaseModel):
-    """Of the tokens of the prompt."""
+    """Tokens of prompts by where they came from."""
 
     cached_tokens: int = Field(description="Those whose keys and values were in the cache.")
 
@@ -247,7 +247,7 @@ class Answer(BaseModel):
 
 
 class OpenAIErrorDetails(BaseModel):
-    """What went wrong."""
+    """An error."""
 
     message: str = Field(description="One sentence.", max_length=1000)
     type: str = Field(description="Such as `invalid_request_error`.")
