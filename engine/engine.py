@@ -41,6 +41,7 @@ from engine.runner import Runner, StepResult, plan_cache
 from engine.sampler import Sampled, completion_seed, sample
 from engine.scheduler import Plan, Scheduler
 from engine.stats import Stats, usage_of
+from engine.structured import Grammars
 
 
 @dataclass
@@ -94,6 +95,7 @@ class Engine:
         self.num_layers = checkpoint.config.num_hidden_layers
         size = checkpoint.config.experts.expert_size
         self.stats = Stats(self.num_layers, self.num_experts, self.num_blocks, size)
+        self.grammars = Grammars(self.tokenizer, self.model_config.vocab_size)
         self._outputs: dict[str, RequestText] = {}
         self._undelivered: list[TokenEvent] = []
 
@@ -120,7 +122,9 @@ class Engine:
         truncate: int | None = None,
         priority: int = 0,
     ) -> Request:
-        """Tokenise and validate a request. Thread-safe; it is served once it is added.
+        """Tokenise and validate a request, and compile its grammar, which may take seconds.
+
+        Thread-safe; it is served once it is added.
 
         Args:
             prompt: text, or token ids.
@@ -132,6 +136,7 @@ class Engine:
 
         Raises:
             InvalidRequest: if it can never be served as asked.
+            Overloaded: if its grammar has to wait too long for others to be compiled.
         """
         request_id = request_id or uuid.uuid4().hex
         return self._make([request_id], prompt, sampling, policy, truncate, priority)[0]
@@ -186,6 +191,9 @@ class Engine:
                 for index, name in enumerate(request_ids)
             ]
             self.scheduler.check_fits(requests[0])
+            if sampling.grammar is not None:
+                for request in requests:
+                    request.matcher = self.grammars.matcher(sampling.grammar)
         return requests
 
     def _prompt_ids(self, prompt: str | list[int], truncate: int | None) -> list[int]:
@@ -329,7 +337,11 @@ class Engine:
         """Hand out the drawn tokens; an event made stays owed even if a later one fails."""
         now, available = time.monotonic(), self.num_layers * self.num_experts
         for request, token, used in zip(result.ready, tokens, result.last_activated, strict=True):
-            self._undelivered.append(self._take_token(request, token, used / available, now))
+            if request.matcher is not None and request.matcher.failure is not None:
+                event = self._end(request.request_id, "error", request.matcher.failure)
+            else:
+                event = self._take_token(request, token, used / available, now)
+            self._undelivered.append(event)
 
     def _take_token(self, request: Request, drawn: Sampled, ratio: float, now: float) -> TokenEvent:
         """Append a token to its request, finish it if it is done, and describe both."""
@@ -370,14 +382,17 @@ class Engine:
         text, stopped = output.push(None if is_eos or is_stop else token_id)
         ended = request.may_end and is_eos and not sampling.ignore_eos
         stopped_by_id = request.may_end and is_stop
+        complete = request.matcher is not None and request.matcher.advance(token_id)
         full = request.num_output >= sampling.max_new_tokens
-        if not stopped and (ended or stopped_by_id or full):
+        if not stopped and (ended or stopped_by_id or complete or full):
             rest, stopped = output.end()
             text += rest
         if ended:
             return text, "eos_token"
         if stopped or stopped_by_id:
             return text, "stop_sequence"
+        if complete:
+            return text, "eos_token"
         return text, "length" if full else None
 
     def _prompt_tokens(self, request: Request, output: RequestText) -> tuple[TokenLogprob, ...]:

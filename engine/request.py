@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, Self, cast
 
 from engine.errors import InvalidRequest, require
+from engine.grammar import Grammar, Matcher
 
 PolicyKind = Literal["dense", "top_k", "mass", "shared", "auto", "oracle"]
 FinishReason = Literal["length", "eos_token", "stop_sequence", "abort", "error"]
@@ -161,6 +162,9 @@ class SamplingParams:
         top_n_tokens: alternatives to report with each token.
         prompt_logprobs: report the log-probability of each prompt token.
         prompt_top_n: alternatives to report with each prompt token; needs `prompt_logprobs`.
+        grammar: the form that the output must have. Only tokens that it allows are drawn; once
+            nothing can follow, the output ends. It goes before `ignore_eos` and `min_tokens`, which
+            hold as far as it allows.
     """
 
     max_new_tokens: int = 100
@@ -181,6 +185,7 @@ class SamplingParams:
     top_n_tokens: int = 0
     prompt_logprobs: bool = False
     prompt_top_n: int = 0
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         self._range("max_new_tokens", 1, 1 << 20)
@@ -312,6 +317,7 @@ class Request:
     counts: TokenCounts = field(default_factory=TokenCounts)
 
     # the engine's
+    matcher: Matcher | None = None  # of its grammar
     token_ids: list[int] = field(init=False)
     finish_reason: FinishReason | None = None
     experts_activated: int = 0

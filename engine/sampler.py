@@ -1,9 +1,10 @@
 """Draws the next token of each request from its logits, and reports log-probabilities.
 
 The stages follow the order of Hugging Face's generation: bias, penalties, tokens that may not come
-yet; then temperature, top-k, top-p, min-p, typical-p, each of which sees the distribution that the
-one before it left. The draw inverts the cumulative distribution at one random number that depends
-on (seed, output index) alone, so neither the batch's company nor a preemption can change it.
+yet or that a grammar forbids; then temperature, top-k, top-p, min-p, typical-p, each of which sees
+the distribution that the one before it left. The draw inverts the cumulative distribution at one
+random number that depends on (seed, output index) alone, so neither the batch's company nor a
+preemption can change it.
 
 Every stage treats all the rows that ask for it at once, and does not run if none does: on a GPU, a
 step costs the same few operations for any number of requests, one transfer to the device per kind
@@ -14,8 +15,9 @@ company, bit for bit on a CPU; that is why sums over the vocabulary are softmax 
 Log-probabilities are those of the model: log-softmax of the raw logits in float32, before all
 stages.
 
-Shapes: B requests, b those of them that sample, p those of them that ask for a stage, V vocabulary,
-w columns of a sorted prefix, n reported rows, k reported alternatives.
+Shapes: B requests, b those of them that sample, p those of them that ask for a stage, g those that
+have a grammar, V vocabulary, w columns of a sorted prefix or bytes of a mask, n reported rows, k
+reported alternatives.
 """
 
 from __future__ import annotations
@@ -112,9 +114,30 @@ def pack_edits(columns: Columns, requests: Sequence[Request], eos_token_id: int)
         columns.put_floats("bias", (value for _, values in ids_and_values for value in values))
     if penalized := [(row, r) for row, r in numbered if r.sampling.penalizes]:
         _pack_penalties(columns, *zip(*penalized, strict=True))
-    if early := [(row, r) for row, r in numbered if r.num_output < r.sampling.min_tokens]:
+    if bound := [(row, r) for row, r in numbered if r.matcher is not None]:
+        _pack_allowed(columns, bound, eos_token_id)
+    if early := [(row, r) for row, r in numbered if _is_early(r) and r.matcher is None]:
         groups = [_ends(request.sampling, eos_token_id) for _, request in early]
         columns.put_groups("early", [row for row, _ in early], groups)
+
+
+def _is_early(request: Request) -> bool:
+    return request.num_output < request.sampling.min_tokens
+
+
+def _pack_allowed(
+    columns: Columns, bound: Sequence[tuple[int, Request]], eos_token_id: int
+) -> None:
+    """The tokens that grammars allow, a bit each, in as many words for each row."""
+    allowed = array("q")
+    for _, request in bound:
+        assert request.matcher is not None
+        unwanted = _ends(request.sampling, eos_token_id) if _is_early(request) else ()
+        if request.sampling.ignore_eos:
+            unwanted = (*unwanted, eos_token_id)
+        allowed.frombytes(request.matcher.allowed(unwanted))
+    columns.put_ints("bound_rows", [row for row, _ in bound])
+    columns.put_ints("allowed", allowed)
 
 
 def _ends(params: SamplingParams, eos_token_id: int) -> tuple[int, ...]:
@@ -135,7 +158,8 @@ def _pack_penalties(columns: Columns, rows: Sequence[int], requests: Sequence[Re
 
 def edit_logits(logits_BV: Tensor, columns: Columns) -> Tensor:
     """Logits after bias, penalties and bans; the input is left as it is."""
-    if not any(name in columns for name in ("bias_ids", "seen_ids", "early_ids")):
+    names = ("bias_ids", "seen_ids", "early_ids", "allowed")
+    if not any(name in columns for name in names):
         return logits_BV
     edited_BV = logits_BV.clone(memory_format=torch.contiguous_format)
     flat, width = edited_BV.view(-1), edited_BV.shape[-1]
@@ -145,7 +169,18 @@ def edit_logits(logits_BV: Tensor, columns: Columns) -> Tensor:
         _penalize(flat, columns.places("seen", width), columns)
     if "early_ids" in columns:
         flat.index_fill_(0, columns.places("early", width), -math.inf)
+    if "allowed" in columns:
+        _constrain(edited_BV, columns)
     return edited_BV
+
+
+def _constrain(logits_BV: Tensor, columns: Columns) -> None:
+    """Forbid, in place, what the rows' grammars do not allow."""
+    rows_g, vocabulary = columns["bound_rows"], logits_BV.shape[-1]
+    bytes_gw1 = columns["allowed"].view(torch.uint8).view(len(rows_g), -1, 1)
+    bits_8 = 1 << torch.arange(8, dtype=torch.uint8, device=logits_BV.device)
+    forbidden_gV = ((bytes_gw1 & bits_8) == 0).flatten(1)[:, :vocabulary]
+    logits_BV[rows_g] = logits_BV[rows_g].masked_fill_(forbidden_gV, -math.inf)
 
 
 def _penalize(flat: Tensor, places: Tensor, columns: Columns) -> None:

@@ -10,11 +10,13 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final
 
 from engine.engine import Engine
 from engine.errors import EngineStopped, InvalidRequest, Overloaded, require
+from engine.grammar import Grammar
 from engine.request import ExpertPolicy, Request, SamplingParams, TokenEvent
 from engine.stats import Numbers
 from engine.worker import EventStream, Worker
@@ -89,6 +91,7 @@ class Frontend:
         self.key_tokens: Counter[str] = Counter()
         self.limiter = RateLimiter(settings.requests_per_minute, settings.tokens_per_minute)
         self.registry = make_registry(self)
+        self._compiler = ThreadPoolExecutor(1, "ambidex-grammars")
 
     @property
     def worker(self) -> Worker:
@@ -146,14 +149,17 @@ class Frontend:
         sampling: SamplingFor,
         policy: ExpertPolicy,
         truncate: int | None = None,
+        grammar: Grammar | None = None,
     ) -> Generation:
         """Tokenise, check and submit one request. The caller must `close` what it gets.
+
+        `grammar` is what `sampling` will have: it is compiled first.
 
         Raises:
             InvalidRequest: the request can never be served as asked.
             Overloaded: too many requests are here already.
             EngineStopped: the server is draining or its engine has failed.
-            DeadlineExceeded: tokenising alone has taken longer than the request may.
+            DeadlineExceeded: tokenising and compiling alone has taken longer than the request may.
         """
 
         def make(engine: Engine) -> list[Request]:
@@ -162,7 +168,7 @@ class Frontend:
                 params = sampling(total_limit(engine) - len(ids))
             return [engine.make_request(ids, params, policy)]
 
-        (generation,) = await self._start(1, make)
+        (generation,) = await self._start(1, make, grammar)
         return generation
 
     async def start_all(
@@ -172,6 +178,7 @@ class Frontend:
         policy: ExpertPolicy,
         n: int,
         check: Callable[[list[Request]], None],
+        grammar: Grammar | None = None,
     ) -> list[Generation]:
         """As `start`, for `n` completions of each prompt: all of them, or none.
 
@@ -181,6 +188,7 @@ class Frontend:
             policy: of all.
             n: completions of each prompt.
             check: raises InvalidRequest if they are too much together.
+            grammar: as in `start`.
         """
         count, limit = len(prompts) * n, self.settings.max_concurrent_requests
 
@@ -198,10 +206,15 @@ class Frontend:
         with self.fleet.own.counting_rejections():
             message = f"prompts times n must be at most {limit} (max_concurrent_requests), got"
             require(count <= limit, f"{message} {count}", InvalidRequest)
-        return await self._start(count, make)
+        return await self._start(count, make, grammar)
 
-    async def _start(self, count: int, make: Callable[[Engine], list[Request]]) -> list[Generation]:
-        """Submit the `count` requests that `make` makes in a thread."""
+    async def _start(
+        self,
+        count: int,
+        make: Callable[[Engine], list[Request]],
+        grammar: Grammar | None,
+    ) -> list[Generation]:
+        """Submit the `count` requests that `make` makes in a thread, after their grammar."""
         started, call = time.perf_counter(), calls.current()
         with self.fleet.own.counting_rejections():
             seconds = timeout_of(call.timeout, self.settings)
@@ -213,6 +226,8 @@ class Frontend:
             # Long prompts take a while to tokenise; the event loop goes on meanwhile.
             with self.fleet.lease() as worker:
                 async with asyncio.timeout_at(call.deadline):
+                    if grammar is not None:
+                        await self._compile(worker.engine, grammar)
                     requests = await asyncio.to_thread(make, worker.engine)
                 validated = time.perf_counter() - started
                 for request in requests:
@@ -229,6 +244,15 @@ class Frontend:
                 raise late_error(seconds) from None
             raise
         return generations
+
+    async def _compile(self, engine: Engine, grammar: Grammar) -> None:
+        """Have `engine` compile a grammar, after those that came before it.
+
+        One thread does it, so that who waits for a grammar keeps no thread from tokenising.
+        """
+        with engine.stats.counting_rejections():
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._compiler, engine.grammars.matcher, grammar)
 
     def _timed(self, events: EventStream, call: Call, seconds: float) -> TimedEvents:
         """`events`, counted for the call's key, until the call's deadline."""

@@ -85,7 +85,11 @@ async def generate_root(body: RootRequest, request: Request, front: Front) -> Re
 async def _start(front: Frontend, body: GenerateRequest) -> Generation:
     parameters = body.parameters
     return await front.start(
-        body.inputs, parameters.sampling, parameters.policy, parameters.truncate
+        body.inputs,
+        parameters.sampling,
+        parameters.policy,
+        parameters.truncate,
+        parameters.grammar,
     )
 
 
@@ -100,7 +104,8 @@ async def _respond(
     if output is None:
         return Response(status_code=CLIENT_LEFT)
     answer = _answer(body, generation, output)
-    return JSONResponse([answer] if as_list else answer, headers=_headers(generation, output))
+    headers = {**_kind_headers(front, body), **_headers(generation, output)}
+    return JSONResponse([answer] if as_list else answer, headers=headers)
 
 
 async def _stream(front: Frontend, body: GenerateRequest) -> Response:
@@ -111,6 +116,7 @@ async def _stream(front: Frontend, body: GenerateRequest) -> Response:
     )
     generation = await _start(front, body)
     headers = {
+        **_kind_headers(front, body),
         "x-prompt-tokens": str(generation.request.prompt_len),
         "x-validation-time": _milliseconds(generation.validation_seconds),
     }
@@ -203,6 +209,14 @@ def _experts(generation: Generation, usage: Usage) -> dict[str, Any]:
         "activated_ratio": usage.activated_ratio,
         "activated": usage.experts_activated,
         "available": usage.experts_available,
+    }
+
+
+def _kind_headers(front: Frontend, body: GenerateRequest) -> Mapping[str, str]:
+    """TGI's response headers that are known before the output: the device, characters read."""
+    return {
+        "x-compute-type": front.engine.config.device,
+        "x-compute-characters": str(len(body.inputs)),
     }
 
 

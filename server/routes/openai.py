@@ -102,7 +102,9 @@ async def respond(
     front.check_model(body.model)
     calls.current().user = body.user
     check = check_logprobs if logprobs else lambda _requests: None
-    generations = await front.start_all(prompts, sampling, body.policy, body.completions, check)
+    generations = await front.start_all(
+        prompts, sampling, body.policy, body.completions, check, body.grammar
+    )
     answer = _Answer(front, writer, generations)
     if body.stream:
         return EventResponse(answer.frames(), lambda: close_all(generations), answer.prompt_header)

@@ -115,7 +115,6 @@ class ChatRequest(GenerationBody):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_N)] | None = Field(
         default=None, description="Report this many of the likeliest tokens; needs `logprobs`."
     )
-    response_format: Annotated[Any, Unsupported({"type": "text"})] = None
     audio: Annotated[Any, Unsupported()] = None
     function_call: Annotated[Any, Unsupported("none", "auto")] = None
     functions: Annotated[Any, Unsupported([])] = None

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, model_validator
 
 from engine.errors import InvalidRequest, require
+from engine.grammar import Grammar
 from engine.request import (
     MAX_COMPLETIONS,
     MAX_SEED,
@@ -33,6 +34,7 @@ from server.schemas.fields import (
     refuse,
 )
 from server.schemas.openai_fields import MAX_NAME, Bias, Stop, TokenId, Unsupported
+from server.schemas.response_format import FormatField
 from server.schemas.sentences import SENTENCE
 from server.schemas.tgi import ExpertDetails
 
@@ -90,6 +92,10 @@ class GenerationBody(Strict):
         default=None,
         description="Extension: divides positive and multiplies negative logits of seen tokens.",
     )
+    response_format: FormatField = Field(
+        default=None,
+        description="The form that the text has: `text`, `json_object`, or `json_schema`.",
+    )
     safety_identifier: Annotated[Any, Unsupported()] = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(
         default=None, description="Makes sampling reproducible, whatever else the server runs."
@@ -128,6 +134,12 @@ class GenerationBody(Strict):
         """The expert policy; `auto` is not resolved yet."""
         assert isinstance(self.experts, ExpertPolicy)
         return self.experts
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """The form that the output has."""
+        assert self.response_format is None or isinstance(self.response_format, Grammar)
+        return self.response_format
 
     @property
     def completions(self) -> int:
@@ -199,6 +211,7 @@ class GenerationBody(Strict):
             top_n_tokens=top_n,
             prompt_logprobs=prompt_logprobs,
             prompt_top_n=top_n if prompt_logprobs else 0,
+            grammar=self.grammar,
         )
 
 

@@ -157,6 +157,8 @@ def _number(value: float) -> str:
 def _lengths(node: Mapping[str, Any]) -> str:
     if "maxLength" in node:
         return f" of {node.get('minLength', 0)} to {node['maxLength']} characters"
+    if "pattern" in node:
+        return f" that matches {node['pattern']}"
     return " of at least 1 character" if node.get("minLength") == 1 else ""
 
 

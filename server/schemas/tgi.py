@@ -14,10 +14,14 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic.config import JsonDict
 
+from engine.errors import InvalidRequest
+from engine.grammar import MAX_GRAMMAR_BYTES, Grammar
 from engine.request import (
     MAX_SEED,
     MAX_STOP_LENGTH,
@@ -48,15 +52,80 @@ def _only_one(value: Any) -> Any:
     return value
 
 
-def _no_grammar(value: Any) -> None:
-    if value is not None:
-        raise refuse("is not supported: leave it out or send null")
-
-
 def _no_watermark(value: bool) -> bool:
     if value:
         raise refuse("is not supported: leave it out or send false")
     return value
+
+
+def _read_grammar(value: Any) -> Grammar | None:
+    """The `grammar` field; compiled later, off the event loop."""
+    try:
+        return _grammar(value)
+    except InvalidRequest as error:
+        raise refuse(str(error), SENTENCE) from error
+
+
+def _grammar(value: Any) -> Grammar | None:
+    field = "parameters.grammar"
+    match value:
+        case None | Grammar():
+            return value
+        case {"type": "json", "value": str(text)} if len(value) == 2:  # TGI takes it as text too
+            return Grammar("json_schema", text, f"{field}.value")
+        case {"type": "json", "value": dict() as schema} if len(value) == 2:
+            return Grammar.json_schema(schema, f"{field}.value")
+        case {"type": "json_schema", "value": {"schema": dict() as schema} as named} if len(
+            value
+        ) == 2 and named.keys() <= {"name", "schema"}:
+            return Grammar.json_schema(schema, f"{field}.value.schema")
+        case {"type": "regex", "value": str(pattern)} if len(value) == 2:
+            return Grammar.regex(pattern, f"{field}.value")
+    raise InvalidRequest(
+        f'{field} must be {{"type": "json", "value": SCHEMA}}, {{"type": "json_schema", "value": '
+        '{"name": NAME, "schema": SCHEMA}} or {"type": "regex", "value": PATTERN}'
+    )
+
+
+_SCHEMA: Final[JsonDict] = {"type": "object", "description": "A JSON schema."}
+
+
+def _typed(kind: str, value: JsonDict) -> JsonDict:
+    return {
+        "type": "object",
+        "properties": {"type": {"const": kind}, "value": value},
+        "required": ["type", "value"],
+        "additionalProperties": False,
+    }
+
+
+# Any, not Grammar: its own schema is not what a client sends.
+GrammarField = Annotated[
+    Any,
+    PlainValidator(_read_grammar),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                _typed("json", _SCHEMA),
+                _typed(
+                    "json_schema",
+                    {
+                        "type": "object",
+                        "properties": {"name": {}, "schema": _SCHEMA},
+                        "required": ["schema"],
+                        "additionalProperties": False,
+                    },
+                ),
+                _typed("regex", {"type": "string", "maxLength": MAX_GRAMMAR_BYTES}),
+                {"type": "null"},
+            ],
+            "examples": [
+                {"type": "regex", "value": "(yes|no)"},
+                {"type": "json", "value": {"type": "object"}},
+            ],
+        }
+    ),
+]
 
 
 class GenerateParameters(Strict):
@@ -93,8 +162,11 @@ class GenerateParameters(Strict):
         default=None,
         description="Subtracted from a token's logit per earlier occurrence in the output.",
     )
-    grammar: Annotated[None, BeforeValidator(_no_grammar)] = Field(
-        default=None, description="Constrained generation is not supported: only null is accepted."
+    grammar: GrammarField = Field(
+        default=None,
+        description="The form that the output has: JSON by a schema (given as an object, or as "
+        "text), or a regular expression (in the syntax of Rust's regex crate) that it matches as a "
+        f"whole. At most {MAX_GRAMMAR_BYTES} bytes, and a few seconds to compile.",
     )
     max_new_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = Field(
         default=None,
@@ -186,6 +258,7 @@ class GenerateParameters(Strict):
             stop=tuple(self.stop),
             top_n_tokens=self.top_n_tokens or 0,
             prompt_logprobs=self.decoder_input_details,
+            grammar=self.grammar,
         )
 
     def _temperature(self) -> float:

@@ -265,6 +265,7 @@ def test_stream_headers(live: Live) -> None:
     assert headers["cache-control"] == "no-cache"
     assert headers["x-accel-buffering"] == "no"
     assert headers["x-prompt-tokens"] == "4"
+    assert (headers["x-compute-type"], headers["x-compute-characters"]) == ("cpu", "4")
 
 
 def test_events_arrive_while_the_model_still_works(serve: Any) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import jsonschema
 import openai
+import pydantic
 import pytest
 
 if TYPE_CHECKING:
@@ -127,6 +131,104 @@ def test_models(client: openai.OpenAI, serve: Serve) -> None:
         assert client.completions.create(model="org/mine", prompt="x").model == "org/mine"
         with pytest.raises(openai.NotFoundError):
             client.completions.create(model="tiny", prompt="x")
+
+
+# Structured output
+
+PERSON: Any = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_answers_satisfy_their_schema(client: openai.OpenAI, temperature: float) -> None:
+    fields: Any = {
+        "model": "tiny",
+        "messages": HI,
+        "max_tokens": 300,
+        "temperature": temperature,
+        "seed": 1,
+        "n": 3,
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "person", "schema": PERSON, "strict": True},
+        },
+    }
+    for choice in client.chat.completions.create(**fields).choices:
+        assert choice.finish_reason == "stop"
+        jsonschema.validate(json.loads(choice.message.content or ""), PERSON)
+    texts = ["", "", ""]
+    with client.chat.completions.create(**fields, stream=True) as chunks:
+        for chunk in chunks:
+            texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    for text in texts:
+        jsonschema.validate(json.loads(text), PERSON)
+
+
+def test_a_parsed_answer_is_an_object(client: openai.OpenAI) -> None:
+    class Person(pydantic.BaseModel):
+        age: Literal[1, 2, 3]
+        alive: bool
+
+    answer = client.chat.completions.parse(
+        model="tiny", messages=HI, max_tokens=300, response_format=Person
+    )
+    parsed = answer.choices[0].message.parsed
+    assert parsed is not None
+    assert parsed.age in (1, 2, 3)
+
+
+def test_json_objects_in_both_routes(client: openai.OpenAI) -> None:
+    answer = client.completions.create(
+        model="tiny",
+        prompt="hello",
+        max_tokens=300,
+        extra_body={"response_format": {"type": "json_object", "value": PERSON}},
+    )
+    jsonschema.validate(json.loads(answer.choices[0].text), PERSON)
+    wanted: Any = {"type": "json_object"}
+    short = client.chat.completions.create(
+        model="tiny", messages=HI, max_tokens=30, response_format=wanted, logit_bias={"94": 100}
+    )
+    assert (short.choices[0].message.content or "").startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "sentence"),
+    [
+        ("json", "response_format.type must be one of text, json_object, json_schema"),
+        ({"type": "xml"}, "response_format.type must be one of text, json_object, json_schema"),
+        ({"type": "json_schema"}, "response_format.json_schema is required"),
+        (
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": 5}},
+            "response_format.json_schema.schema must be an object, got 5",
+        ),
+        (
+            {"type": "json_schema", "json_schema": {"schema": {}}},
+            "response_format.json_schema.name is required",
+        ),
+        (
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}},
+            "response_format.json_schema.schema",
+        ),
+        (
+            {
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": {"uniqueItems": True, "type": "array"}},
+            },
+            "response_format.json_schema.schema",
+        ),
+    ],
+)
+def test_formats_that_cannot_be_followed(client: openai.OpenAI, wanted: Any, sentence: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=re.escape(sentence)):
+        client.chat.completions.create(model="tiny", messages=HI, response_format=wanted)
 
 
 # Errors

@@ -100,7 +100,7 @@ def test_messages(live: Live, body: Any, sentence: str) -> None:
         ({"logprobs": 1}, "logprobs must be true or false"),
         ({"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens must be left out beside"),
         ({"max_tokens": 0}, "max_tokens must be an integer from 1"),
-        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type must be one of text,"),
         ({"stop": "x" * 257}, "stop must be a string"),
         ({"echo": True}, "echo is not a known field"),
     ],

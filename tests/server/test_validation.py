@@ -30,8 +30,6 @@ def refused(response: Any, status: int = 422, error_type: str = "validation") ->
     [
         # what this server does not have, by name
         ({"best_of": 2}, "parameters.best_of above 1 is not supported"),
-        ({"grammar": {"type": "json", "value": {}}}, "parameters.grammar is not supported"),
-        ({"grammar": "x"}, "parameters.grammar is not supported"),
         ({"watermark": True}, "parameters.watermark is not supported"),
         # unknown fields
         ({"max_tokens": 5}, "parameters.max_tokens is not a known field; known are best_of, "),
