@@ -161,6 +161,7 @@ class SamplingParams:
         top_n_tokens: alternatives to report with each token.
         prompt_logprobs: report the log-probability of each prompt token.
         prompt_top_n: alternatives to report with each prompt token; needs `prompt_logprobs`.
+        token_experts: report which experts computed each token.
     """
 
     max_new_tokens: int = 100
@@ -181,6 +182,7 @@ class SamplingParams:
     top_n_tokens: int = 0
     prompt_logprobs: bool = False
     prompt_top_n: int = 0
+    token_experts: bool = False
 
     def __post_init__(self) -> None:
         self._range("max_new_tokens", 1, 1 << 20)
@@ -429,6 +431,7 @@ class TokenEvent:
         prompt: log-probabilities of the prompt, in the first event, when asked for.
         prompt_top: the likeliest tokens at each position of the prompt but the first, likewise.
         usage: set in the terminal event.
+        experts: which experts computed this token, as in `engine.token_experts`, when asked for.
     """
 
     request_id: str
@@ -442,3 +445,4 @@ class TokenEvent:
     prompt: tuple[TokenLogprob, ...] = ()
     prompt_top: tuple[tuple[TokenLogprob, ...], ...] = ()
     usage: Usage | None = None
+    experts: bytes = b""
