@@ -23,7 +23,7 @@ from server.middleware import (
     HeadLimitMiddleware,
     KeyMiddleware,
 )
-from server.routes import admin, generate, ops
+from server.routes import admin, generate, ops, playground
 from server.schemas.tgi import StreamEvent
 from server.settings import Settings
 from server.tracing import Tracing
@@ -83,6 +83,8 @@ def create_app(worker: Worker, settings: Settings, tracing: Tracing | None = Non
     app.include_router(generate.router)
     app.include_router(ops.router)
     app.include_router(admin.router)
+    if settings.playground:
+        app.router.routes.extend(playground.routes())
     _add_middleware(app, frontend, tracing)
     return app
 
