@@ -30,7 +30,7 @@ async function ask(path, options) {
 async function refusal(response) {
   let said = "";
   try {
-    said = (await response.json()).error ?? "";
+    said = ((await response.json()).error ?? "").replace(/\.$/, "");
   } catch {
     // a proxy's page: the status has to do
   }

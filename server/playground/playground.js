@@ -7,6 +7,7 @@ import { Run } from "./run.js";
 
 const element = (id) => document.getElementById(id);
 const SEEDS = 2 ** 31;
+const SMALL = 1e8; // parameters
 
 let model = null;
 let running = null; // the AbortController of what runs
@@ -24,7 +25,9 @@ const policy = new Policy(() => {
 function update() {
   element("generate").disabled = running !== null || model === null;
   element("compare").disabled = running !== null || model === null || policy.isDense;
-  element("compare").title = policy.isDense ? "Choose fewer experts than all to compare." : "";
+  element("compare-hint").textContent = policy.isDense
+    ? "To compare, choose fewer experts than all."
+    : "Compare runs the same prompt dense as well, one after the other.";
   element("stop-button").disabled = running === null;
 }
 
@@ -114,6 +117,8 @@ async function generate(choices) {
     const bodies = choices.map(({ experts }) => body(experts, seed));
     element("runs").replaceChildren();
     const runs = choices.map(({ title }) => new Run(title, model, element("runs")));
+    // Where the results lie below the controls.
+    if (matchMedia("(max-width: 820px)").matches) runs[0].article.scrollIntoView({ block: "start" });
     say("Generating.");
     for (const [i, run] of runs.entries()) {
       if (running.signal.aborted) break;
@@ -137,15 +142,16 @@ function finish(runs, stopped) {
   }
   say(`Done: ${tokens} tokens, ${Math.round(speed ?? 0)} a second, ${percent(ratio)} of the experts.`);
   if (!dense || !speed || !dense.numbers.speed) return;
-  const times = (speed / dense.numbers.speed).toFixed(2);
+  const times = speed / dense.numbers.speed;
   const strong = document.createElement("strong");
-  strong.textContent = `${times}×`;
+  strong.textContent = `${times.toFixed(2)}×`;
   const shared = run.sharedWith(dense);
   const same = shared === tokens && tokens === dense.numbers.tokens
     ? "Both wrote the same text."
     : `The first ${shared} tokens are the same.`;
   const share = percent(ratio / dense.numbers.ratio);
-  element("verdict").replaceChildren(strong, `the speed of dense, with ${share} of its experts. ${same}`);
+  const small = times < 1.1 && model.model_parameters < SMALL ? " A model this small spends about as much on routing as it saves." : "";
+  element("verdict").replaceChildren(strong, `the speed of dense, with ${share} of its experts. ${same}${small}`);
   element("verdict").hidden = false;
 }
 

@@ -4,7 +4,8 @@ const element = (id) => document.getElementById(id);
 
 export const percent = (share, digits = 1) => `${Number((100 * share).toFixed(digits))}%`;
 
-const signed = (relative) => `${relative < 0 ? "−" : "+"}${percent(Math.abs(relative), 2)}`;
+export const signed = (relative) =>
+  `${relative < 0 ? "−" : "+"}${percent(Math.abs(relative), Math.abs(relative) < 0.1 ? 2 : 1)}`;
 
 // {kind, value} of "top_k:8", "mass:0.95", "dense".
 function parse(text) {

@@ -1,11 +1,13 @@
 // The checkpoint's quality by share of experts: a small chart, the chosen share marked.
 
+import { signed } from "./policy.js";
+
 const WIDTH = 300;
-const HEIGHT = 96;
+const HEIGHT = 100;
 const LEFT = 6;
 const RIGHT = 294;
-const TOP = 16;
-const BOTTOM = 76;
+const TOP = 20;
+const BOTTOM = 80;
 
 function add(parent, name, attributes, text) {
   const node = document.createElementNS("http://www.w3.org/2000/svg", name);
@@ -29,15 +31,17 @@ export function drawQuality(svg, points, experts, k) {
   add(svg, "line", { class: "axis", x1: 0, x2: WIDTH, y1: BOTTOM, y2: BOTTOM });
   if (k !== null) add(svg, "line", { class: "chosen", x1: x(k), x2: x(k), y1: TOP - 8, y2: BOTTOM });
   add(svg, "path", { class: "curve", d: `M${all.map((p) => `${x(p.top_k)} ${y(p.relative)}`).join("L")}` });
-  for (const point of all) {
-    const at = { cx: x(point.top_k), cy: y(point.relative), r: 3.5 };
-    add(svg, "circle", { class: point.top_k === k ? "point chosen-point" : "point", ...at });
-    const anchor = point === all[0] ? "start" : point.top_k === experts ? "end" : "middle";
-    const shift = anchor === "start" ? -LEFT : anchor === "end" ? LEFT : 0;
-    add(svg, "text", { x: at.cx + shift, y: BOTTOM + 14, "text-anchor": anchor }, String(point.top_k));
-    if (point.top_k === experts) continue;
-    const label = `+${Number((100 * point.relative).toFixed(2))}%`;
-    const left = point === all[0];
-    add(svg, "text", { x: at.cx + (left ? 8 : 0), y: at.cy - (left ? -4 : 8), "text-anchor": left ? "start" : "middle" }, label);
-  }
+  add(svg, "text", { x: WIDTH, y: 9, "text-anchor": "end" }, "extra perplexity by experts per token");
+  all.forEach((point, i) => {
+    const [cx, cy] = [x(point.top_k), y(point.relative)];
+    add(svg, "circle", { class: point.top_k === k ? "point chosen-point" : "point", cx, cy, r: 3.5 });
+    const last = point.top_k === experts;
+    const below = { x: i ? (last ? WIDTH : cx) : 0, y: BOTTOM + 15, "text-anchor": i ? (last ? "end" : "middle") : "start" };
+    add(svg, "text", below, String(point.top_k));
+    if (last) return;
+    // Right of a steep curve, otherwise above it.
+    const steep = i === 0 || y(all[i - 1].relative) < cy - 12;
+    const beside = { x: cx + (steep ? 8 : 0), y: cy - (i ? 8 : -4), "text-anchor": steep ? "start" : "middle" };
+    add(svg, "text", beside, signed(point.relative));
+  });
 }

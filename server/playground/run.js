@@ -5,7 +5,7 @@ import { HeatMap, unpack } from "./heatmap.js";
 import { percent } from "./policy.js";
 
 const INVITATION = "Point at a token, or focus the text and use the arrow keys.";
-const REASONS = { length: "reached its length", eos_token: "ended by itself", stop_sequence: "met a stop text" };
+const REASONS = { length: "reached the token limit", eos_token: "ended by itself", stop_sequence: "met a stop text" };
 
 export class Run {
   constructor(title, model, runs) {
@@ -22,17 +22,14 @@ export class Run {
     this.current = -1;
     runs.append(this.article);
     this.heat = new HeatMap(this.find("canvas"), model.num_layers, model.experts.num_experts);
+    this.#begin("Text appears here, each token shaded by the share of the experts that computed it.");
     this.#describe();
-    this.find(".inspect").textContent = "";
     this.#listen();
   }
 
   // Sends `body` and shows what comes; rejects as `generate` does. Aborting is an end, not an error.
   async start(body, key, signal) {
-    const given = document.createElement("span");
-    given.className = "given";
-    given.textContent = body.inputs;
-    this.text.replaceChildren(given);
+    this.#begin(body.inputs);
     this.text.setAttribute("aria-busy", "true");
     this.find(".state").textContent = "waiting for the first token …";
     this.heat.setLive(true);
@@ -51,6 +48,14 @@ export class Run {
       this.#describe();
       if (this.tokens.length) this.find(".inspect").textContent = INVITATION;
     }
+  }
+
+  // What stands before the tokens.
+  #begin(text) {
+    const given = document.createElement("span");
+    given.className = "given";
+    given.textContent = text;
+    this.text.replaceChildren(given);
   }
 
   // How many tokens this text and another one have in common at their beginning.
