@@ -12,6 +12,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,14 @@ FLAGS: Final = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
     *("--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-pipe"),
 )
+# The browser reads from descriptor 3 and writes to 4.
+LAUNCH: Final = """
+import fcntl, os, sys
+pipes = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]]
+os.dup2(pipes[0], 3)
+os.dup2(pipes[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 SECONDS: Final = 20.0  # that anything may take
 KEYS: Final[dict[str, tuple[int, str]]] = {  # virtual key code, text
     "Tab": (9, ""),
@@ -44,10 +53,11 @@ class Browser:
         assert EXECUTABLE is not None
         theirs_in, self._out = os.pipe()
         self._in, theirs_out = os.pipe()
-        # The browser reads from descriptor 3 and writes to 4.
-        script = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out} 2>/dev/null'
-        command = ["sh", "-c", script, EXECUTABLE, *FLAGS, f"--user-data-dir={profile}"]
-        self._process = subprocess.Popen(command, pass_fds=(theirs_in, theirs_out))
+        command = [sys.executable, "-c", LAUNCH, str(theirs_in), str(theirs_out)]
+        command += [EXECUTABLE, *FLAGS, f"--user-data-dir={profile}"]
+        self._process = subprocess.Popen(
+            command, pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL
+        )
         os.close(theirs_in)
         os.close(theirs_out)
         self._buffer = b""
