@@ -66,12 +66,13 @@ export async function* generate(body, key, signal) {
     body: JSON.stringify(body),
     signal,
   });
+  let complete = false;
   for await (const event of eventsOf(response.body)) {
     if (event.error) throw new ServerError(`The generation ended early: ${event.error}.`);
     yield event;
-    if (event.details) return;
+    complete = event.details !== null;
   }
-  throw new ServerError("The connection broke before the end.");
+  if (!complete) throw new ServerError("The connection broke before the end.");
 }
 
 async function* eventsOf(stream) {

@@ -41,7 +41,7 @@ export function drawQuality(svg, points, experts, k) {
     if (last) return;
     // Right of a steep curve, otherwise above it.
     const steep = i === 0 || y(all[i - 1].relative) < cy - 12;
-    const beside = { x: cx + (steep ? 8 : 0), y: cy - (i ? 8 : -4), "text-anchor": steep ? "start" : "middle" };
+    const beside = { x: cx + (i ? (steep ? 3 : 0) : 8), y: cy - (i ? (steep ? 13 : 8) : -4), "text-anchor": steep ? "start" : "middle" };
     add(svg, "text", beside, signed(point.relative));
   });
 }

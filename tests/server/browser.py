@@ -32,6 +32,16 @@ os.dup2(pipes[0], 3)
 os.dup2(pipes[1], 4)
 os.execv(sys.argv[3], sys.argv[3:])
 """
+# Where to point at a node: scrolled into view, and drawn there, so that a click finds it.
+CENTRE: Final = """
+async selector => {
+  const node = document.querySelector(selector);
+  node.scrollIntoView({ block: "center" });
+  for (let i = 0; i < 2; i += 1) await new Promise(requestAnimationFrame);
+  const box = node.getClientRects()[0];
+  return [box.x + box.width / 2, box.y + box.height / 2];
+}
+"""
 SECONDS: Final = 20.0  # that anything may take
 KEYS: Final[dict[str, tuple[int, str]]] = {  # virtual key code, text
     "Tab": (9, ""),
@@ -145,24 +155,17 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=features)
 
     def click(self, selector: str) -> None:
-        box = self.run(
-            f"(() => {{ const node = document.querySelector({json.dumps(selector)});"
-            "node.scrollIntoView({block: 'center'}); const b = node.getBoundingClientRect();"
-            "return [b.x + b.width / 2, b.y + b.height / 2] })()"
-        )
+        box = self.run(f"({CENTRE})({json.dumps(selector)})")
         at = {"x": box[0], "y": box[1], "button": "left", "clickCount": 1}
         for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, **at)
 
     def hover(self, selector: str) -> None:
-        box = self.run(
-            f"(b => [b.x + b.width / 2, b.y + b.height / 2])"
-            f"(document.querySelector({json.dumps(selector)}).getClientRects()[0])"
-        )
+        box = self.run(f"({CENTRE})({json.dumps(selector)})")
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
 
     def press(self, key: str, modifiers: int = 0) -> None:
-        code, text = KEYS.get(key, (ord(key.upper()), key))
+        code, text = KEYS[key]
         named = {"key": key, "windowsVirtualKeyCode": code, "modifiers": modifiers}
         self.call("Input.dispatchKeyEvent", type="keyDown", text="" if modifiers else text, **named)
         self.call("Input.dispatchKeyEvent", type="keyUp", **named)
