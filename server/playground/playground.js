@@ -141,7 +141,12 @@ function finish(runs, stopped) {
     return;
   }
   say(`Done: ${tokens} tokens, ${Math.round(speed ?? 0)} a second, ${percent(ratio)} of the experts.`);
-  if (!dense || !speed || !dense.numbers.speed) return;
+  if (!dense?.numbers.tokens) return;
+  element("verdict").hidden = false;
+  if (!speed || !dense.numbers.speed) {
+    element("verdict").textContent = "Too few tokens to compare speeds: the text ended at once.";
+    return;
+  }
   const times = speed / dense.numbers.speed;
   const strong = document.createElement("strong");
   strong.textContent = `${times.toFixed(2)}×`;
@@ -152,7 +157,6 @@ function finish(runs, stopped) {
   const share = percent(ratio / dense.numbers.ratio);
   const small = times < 1.1 && model.model_parameters < SMALL ? " A model this small spends about as much on routing as it saves." : "";
   element("verdict").replaceChildren(strong, `the speed of dense, with ${share} of its experts. ${same}${small}`);
-  element("verdict").hidden = false;
 }
 
 const chosen = () => ({ title: policy.title, experts: policy.field });

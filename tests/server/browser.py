@@ -139,8 +139,11 @@ class Browser:
             time.sleep(0.02)
 
     def open(self, url: str) -> None:
-        self.call("Page.navigate", url=url)
-        self.wait_for(f"location.href === {json.dumps(url)} && document.readyState === 'complete'")
+        """Load a page; by way of an empty one, so that nothing is asked of a page that goes."""
+        for address in ("about:blank", url):
+            self.call("Page.navigate", url=address)
+            at = f"location.href === {json.dumps(address)}"
+            self.wait_for(f"{at} && document.readyState === 'complete'")
 
     def look(
         self, width: int, height: int, *, dark: bool = False, still: bool = False, scale: float = 1

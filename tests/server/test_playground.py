@@ -224,7 +224,7 @@ def test_mass_differs_from_token_to_token_and_so_do_shades(page: Browser) -> Non
 
 @needs_browser
 def test_compare_shows_both_and_their_speeds_readable_everywhere(page: Browser) -> None:
-    fill(page, max_new_tokens=30)
+    fill(page, max_new_tokens=30, temperature=0)
     page.click("#compare")
     page.wait_for("!document.getElementById('verdict').hidden")
     assert texts(page, ".run h2") == ["4 of 8 experts", "Dense"]
