@@ -158,10 +158,17 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=features)
 
     def click(self, selector: str) -> None:
-        box = self.run(f"({CENTRE})({json.dumps(selector)})")
-        at = {"x": box[0], "y": box[1], "button": "left", "clickCount": 1}
-        for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, **at)
+        """Click on a node; again where an older picture of the page took the click."""
+        node = f"document.querySelector({json.dumps(selector)})"
+        self.run(f"{node}.addEventListener('click', () => window.hit = true, {{ once: true }})")
+        self.run("window.hit = false")
+        deadline = time.monotonic() + SECONDS
+        while not self.run("window.hit"):
+            assert time.monotonic() < deadline, f"cannot click {selector}"
+            box = self.run(f"({CENTRE})({json.dumps(selector)})")
+            at = {"x": box[0], "y": box[1], "button": "left", "clickCount": 1}
+            for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+                self.call("Input.dispatchMouseEvent", type=kind, **at)
 
     def hover(self, selector: str) -> None:
         box = self.run(f"({CENTRE})({json.dumps(selector)})")
