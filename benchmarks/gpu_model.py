@@ -129,8 +129,8 @@ class BenchmarkGraphs(DecodeGraphs):
     def _capture(self, key: GraphKey, batch: StaticBatch) -> DecodeGraph:
         if DEVICE == "cuda":
             return super()._capture(key, batch)
-        logits_BV, totals = self.compute(key, batch)
-        return DecodeGraph(Computed(lambda _: self.compute(key, batch)), logits_BV, totals)
+        outputs = self.compute(key, batch)
+        return DecodeGraph(Computed(lambda _: self.compute(key, batch)), *outputs)
 
     def graph(self, key: GraphKey) -> Any:
         """The captured graph itself, to be timed without the step around it."""

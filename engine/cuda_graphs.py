@@ -180,11 +180,13 @@ class DecodeGraph:
         graph: replays it.
         logits_BV: float32.
         totals: how many experts ran, [B + 2 L], as `DecodeGraphs.run` returns it; None if all did.
+        chosen_LBE: which ones, bool; None if all did.
     """
 
     graph: Replay
     logits_BV: Tensor
     totals: Tensor | None
+    chosen_LBE: Tensor | None
 
 
 class DecodeGraphs:
@@ -244,6 +246,13 @@ class DecodeGraphs:
         self._note_union(key, totals[-self.model.config.num_hidden_layers :])
         return found.logits_BV[:n], totals
 
+    def choices(self, key: GraphKey) -> Tensor | None:
+        """The experts of the last run of this shape, [L, B, E], which the next run overwrites.
+
+        None if every row used every expert.
+        """
+        return self._graphs[key].chosen_LBE
+
     def _share_used(self, key: GraphKey) -> float:
         """The share of the experts that such a batch uses, from the steps before."""
         if key.batch == 1 or not key.max_k:  # these read what they must, whatever is expected
@@ -270,8 +279,14 @@ class DecodeGraphs:
         totals: list[int] = found.totals.tolist()
         return totals[:n] + totals[-2 * layers :]
 
-    def compute(self, key: GraphKey, batch: StaticBatch) -> tuple[Tensor, Tensor | None]:
-        """What a graph holds: the model over the batch's tensors, with nothing read by the host."""
+    def compute(
+        self, key: GraphKey, batch: StaticBatch
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What a graph holds: the model over the batch's tensors, with nothing read by the host.
+
+        Returns:
+            The tensors of a `DecodeGraph`.
+        """
         model, arrivals = self.model, self._arrivals
         decode = DecodeBatch(batch.table_BM, batch.contexts_B, key.longest)
         tables = model.cos, model.sin
@@ -297,12 +312,13 @@ class DecodeGraphs:
             logits_BV = fused_forward(model, batch.ids_B, attend, policy, trace)
             if key.max_k:
                 chosen_LBE = torch.stack(trace.choices())
-        return logits_BV, None if chosen_LBE is None else count_chosen(chosen_LBE)
+        totals = None if chosen_LBE is None else count_chosen(chosen_LBE)
+        return logits_BV, totals, chosen_LBE
 
     def _capture(self, key: GraphKey, batch: StaticBatch) -> DecodeGraph:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        outputs: list[tuple[Tensor, Tensor | None]] = []
+        outputs: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
 
         def compute() -> None:
             outputs[:] = [self.compute(key, batch)]

@@ -42,6 +42,7 @@ from engine.sampler import Sampled, completion_seed, sample
 from engine.scheduler import Plan, Scheduler
 from engine.stats import Stats, usage_of
 from engine.structured import Grammars
+from engine.token_experts import check_size
 
 
 @dataclass
@@ -182,6 +183,7 @@ class Engine:
             prompt_ids = self._prompt_ids(prompt, truncate)
             self._check_ids("logit_bias", [token_id for token_id, _ in sampling.logit_bias])
             self._check_ids("stop_token_ids", sampling.stop_token_ids)
+            check_size(sampling, self.model_config)
             resolved = self._resolve(policy)
             seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
             requests = [
@@ -336,14 +338,17 @@ class Engine:
     def _emit(self, result: StepResult, tokens: list[Sampled]) -> None:
         """Hand out the drawn tokens; an event made stays owed even if a later one fails."""
         now, available = time.monotonic(), self.num_layers * self.num_experts
-        for request, token, used in zip(result.ready, tokens, result.last_activated, strict=True):
+        used = zip(result.last_activated, result.last_chosen, strict=True)
+        for request, token, (count, chosen) in zip(result.ready, tokens, used, strict=True):
             if request.matcher is not None and request.matcher.failure is not None:
                 event = self._end(request.request_id, "error", request.matcher.failure)
             else:
-                event = self._take_token(request, token, used / available, now)
+                event = self._take_token(request, token, count / available, chosen, now)
             self._undelivered.append(event)
 
-    def _take_token(self, request: Request, drawn: Sampled, ratio: float, now: float) -> TokenEvent:
+    def _take_token(
+        self, request: Request, drawn: Sampled, ratio: float, chosen: bytes, now: float
+    ) -> TokenEvent:
         """Append a token to its request, finish it if it is done, and describe both."""
         output = self._outputs[request.request_id]
         index = request.num_output
@@ -370,6 +375,7 @@ class Engine:
             prompt=prompt,
             prompt_top=prompt_top,
             usage=None if reason is None else usage_of(request, now),
+            experts=chosen,
         )
 
     def _read_token(

@@ -221,6 +221,8 @@ class PromptGraphs:
             return False  # neither is a bound on experts and mass
         if request.sampling.prompt_logprobs and not request.num_output:
             return False  # logits of any number of rows
+        if request.sampling.token_experts and count == request.num_uncomputed:
+            return False  # choices are not kept
         return count > 1 or request.num_computed < LONGEST_DECODED
 
     def _max_k(self, plan: Plan) -> int | None:

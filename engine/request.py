@@ -165,6 +165,7 @@ class SamplingParams:
         grammar: the form that the output must have. Only tokens that it allows are drawn; once
             nothing can follow, the output ends. It goes before `ignore_eos` and `min_tokens`, which
             hold as far as it allows.
+        token_experts: report which experts computed each token.
     """
 
     max_new_tokens: int = 100
@@ -186,6 +187,7 @@ class SamplingParams:
     prompt_logprobs: bool = False
     prompt_top_n: int = 0
     grammar: Grammar | None = None
+    token_experts: bool = False
 
     def __post_init__(self) -> None:
         self._range("max_new_tokens", 1, 1 << 20)
@@ -435,6 +437,7 @@ class TokenEvent:
         prompt: log-probabilities of the prompt, in the first event, when asked for.
         prompt_top: the likeliest tokens at each position of the prompt but the first, likewise.
         usage: set in the terminal event.
+        experts: which experts computed this token, as in `engine.token_experts`, when asked for.
     """
 
     request_id: str
@@ -448,3 +451,4 @@ class TokenEvent:
     prompt: tuple[TokenLogprob, ...] = ()
     prompt_top: tuple[tuple[TokenLogprob, ...], ...] = ()
     usage: Usage | None = None
+    experts: bytes = b""

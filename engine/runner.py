@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine import token_experts
 from engine.attention import Attend, KVCache, PagedAttend, SequenceSpan
 from engine.config import EngineConfig, ModelConfig
 from engine.cuda_graphs import DecodeGraphs, GraphKey
@@ -52,6 +53,8 @@ class StepResult:
         activated: per plan entry, those used by all its tokens.
         layer_activated: per layer, the (token, expert) pairs that ran.
         layer_loaded: per layer, the distinct experts that ran.
+        last_chosen: which ones the last token of each ready request used, as `engine.token_experts`
+            packs them; empty where not asked for.
         sample: what the routers missed; None unless this step is one that is sampled, and sparse.
     """
 
@@ -62,6 +65,7 @@ class StepResult:
     activated: list[int]
     layer_activated: list[int]
     layer_loaded: list[int]
+    last_chosen: list[bytes]
     sample: RouterSample | None = None
 
 
@@ -164,16 +168,18 @@ class Runner:
         n, layers = len(requests), self.model.config.num_hidden_layers
         per_token = totals[:n]
         per_layer, union = totals[n : n + layers], totals[n + layers :]
-        return StepResult(requests, logits_BV, [], per_token, per_token, per_layer, union)
+        chosen_LBE = graphs.choices(key)
+        chosen = token_experts.read(requests, range(n), chosen_LBE, self.model.config)
+        return StepResult(requests, logits_BV, [], per_token, per_token, per_layer, union, chosen)
 
     def _replay_prompts(self, graphs: PromptGraphs, plan: Plan, key: PromptKey) -> StepResult:
-        """Any plan that has a shape; none of its requests wants its prompt's log-probabilities."""
+        """Any plan that has a shape; nobody asks for more than logits and numbers of experts."""
         logits_BV, totals = graphs.run(plan, key)
         ready = [r for r, n in plan if n == r.num_uncomputed]
         spans = _spans(plan)
         ready_rows, _ = _rows(plan, spans)
         counts = _split_counts(totals, spans, ready_rows)
-        return StepResult(ready, logits_BV, [], *counts)
+        return StepResult(ready, logits_BV, [], *counts, [b""] * len(ready))
 
     def _run(self, plan: Plan, *, sampled: bool = False) -> StepResult:
         """Any plan, launched operator by operator."""
@@ -191,8 +197,15 @@ class Runner:
         ready = [r for r, n in plan if n == r.num_uncomputed]
         prompts = _prompt_parts(plan, prompt_rows, logits[len(ready) :])
         counts = _count_experts(trace, spans, ready_rows)
+        chosen = self._chosen(trace, ready, ready_rows)
         sample = read_sample(trace, self.num_neurons) if sampled else None
-        return StepResult(ready, logits[: len(ready)], prompts, *counts, sample)
+        return StepResult(ready, logits[: len(ready)], prompts, *counts, chosen, sample)
+
+    def _chosen(self, trace: Trace, ready: list[Request], rows: list[int]) -> list[bytes]:
+        """As `StepResult.last_chosen`."""
+        choices = trace.choices() if any(map(token_experts.asks, ready)) else []
+        chosen_LTE = torch.stack(choices) if choices else None
+        return token_experts.read(ready, rows, chosen_LTE, self.model.config)
 
     def _forward(
         self, spans: list[SequenceSpan], ids_T: Tensor, positions_T: Tensor, *rest: Any

@@ -23,7 +23,7 @@ from server.middleware import (
     HeadLimitMiddleware,
     KeyMiddleware,
 )
-from server.routes import admin, chat, completions, generate, models, ops, tokens
+from server.routes import admin, chat, completions, generate, models, ops, playground, tokens
 from server.schemas.chat import ChatChunk
 from server.schemas.tgi import StreamEvent
 from server.settings import Settings
@@ -101,6 +101,8 @@ def create_app(worker: Worker, settings: Settings, tracing: Tracing | None = Non
         app.include_router(module.router)
     app.include_router(ops.router)
     app.include_router(admin.router)
+    if settings.playground:
+        app.router.routes.extend(playground.routes())
     _add_middleware(app, frontend, tracing)
     return app
 

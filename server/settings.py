@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from engine.checkpoint import STARTER
 from engine.config import EngineConfig
+from server.routes import playground
 from server.security import (
     DOCS_PATHS,
     HEALTH_PATHS,
@@ -43,6 +44,7 @@ GROUPS: Final[dict[str, tuple[str, ...]]] = {
     ),
     "Access": (
         *("api_keys", "api_keys_file", "admin_key", "public_metrics", "public_docs"),
+        "playground",
         *("requests_per_minute", "tokens_per_minute", "cors_origins"),
     ),
     "Failure and shutdown": (
@@ -212,6 +214,9 @@ class Settings(BaseSettings):
     )
     public_metrics: bool = Field(default=True, description="/metrics needs no key")
     public_docs: bool = Field(default=True, description="/docs and /openapi.json need no key")
+    playground: bool = Field(
+        default=True, description="serve a page to try the model at /playground"
+    )
     requests_per_minute: int = Field(
         default=0, ge=0, le=10**9, description="requests of a key in a minute; 0: no limit"
     )
@@ -306,6 +311,7 @@ class Settings(BaseSettings):
         public = HEALTH_PATHS
         public |= METRICS_PATHS if self.public_metrics else frozenset()
         public |= DOCS_PATHS if self.public_docs else frozenset()
+        public |= playground.PATHS if self.playground else frozenset()
         return Keyring((*self.api_keys, *from_file), self.admin_key, public)
 
     def input_limit(self, max_model_len: int) -> int:

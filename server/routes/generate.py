@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from base64 import b64encode
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any, Final
@@ -189,9 +190,13 @@ def _token(event: TokenEvent) -> dict[str, Any] | None:
     token = event.token
     if token is None:
         return None
-    if token.special and not event.text:
-        return _plain(token)
-    return {**_plain(token), "text": event.text, "special": False}
+    out = _plain(token)
+    if event.text or not token.special:
+        out |= {"text": event.text, "special": False}
+    if event.experts:
+        chosen = b64encode(event.experts).decode("ascii")
+        out["experts"] = {"activated_ratio": event.activated_ratio, "chosen": chosen}
+    return out
 
 
 def _plain(token: TokenLogprob) -> dict[str, Any]:

@@ -144,6 +144,11 @@ class GenerateParameters(Strict):
         description="Report tokens, finish reason, seed and experts beside the text. "
         "A stream's last event always has its details.",
     )
+    details_experts: bool = Field(
+        default=False,
+        description="Report in `experts` of each token which experts computed it, and their share; "
+        "implies `details`.",
+    )
     do_sample: bool = Field(
         default=False,
         description="Draw tokens at random. Without it generation is greedy, unless one of "
@@ -242,7 +247,8 @@ class GenerateParameters(Strict):
 
     @property
     def wants_details(self) -> bool:
-        return self.details or self.decoder_input_details or bool(self.top_n_tokens)
+        asked = self.details, self.decoder_input_details, self.details_experts
+        return any(asked) or bool(self.top_n_tokens)
 
     def sampling(self, room: int) -> SamplingParams:
         """The engine's parameters when the prompt leaves `room` tokens for the output."""
@@ -259,6 +265,7 @@ class GenerateParameters(Strict):
             top_n_tokens=self.top_n_tokens or 0,
             prompt_logprobs=self.decoder_input_details,
             grammar=self.grammar,
+            token_experts=self.details_experts,
         )
 
     def _temperature(self) -> float:
@@ -302,6 +309,16 @@ class PrefillToken(BaseModel):
     )
 
 
+class TokenExperts(BaseModel):
+    """The experts that computed a token."""
+
+    activated_ratio: float = Field(description="Their share of all experts, over all layers.")
+    chosen: str = Field(
+        description="Which ones, in base64: for each layer one bit an expert, that of expert `e` "
+        "being bit `e % 8`, from the least on, of byte `e // 8`; each layer begins a byte."
+    )
+
+
 class Token(BaseModel):
     """A generated token."""
 
@@ -314,6 +331,9 @@ class Token(BaseModel):
     special: bool = Field(
         description="Whether it is a control token, such as the end of text; false if it carries "
         "text, which had been held back as the possible beginning of a stop string."
+    )
+    experts: TokenExperts | None = Field(
+        default=None, description="Extension: what computed the token, if `details_experts`."
     )
 
 

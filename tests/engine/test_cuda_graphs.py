@@ -84,21 +84,23 @@ class Computed:
 
     def __init__(self, graphs: DecodeGraphs, key: GraphKey, batch: StaticBatch) -> None:
         self._compute = lambda: graphs.compute(key, batch)
-        self.logits_BV, self.totals = self._compute()
+        self.logits_BV, self.totals, self.chosen_LBE = self._compute()
         self.replays = 0
 
     def replay(self) -> None:
-        logits_BV, totals = self._compute()
+        logits_BV, totals, chosen_LBE = self._compute()
         self.logits_BV.copy_(logits_BV)
         if self.totals is not None and totals is not None:
             self.totals.copy_(totals)
+        if self.chosen_LBE is not None and chosen_LBE is not None:
+            self.chosen_LBE.copy_(chosen_LBE)
         self.replays += 1
 
 
 class ComputedGraphs(DecodeGraphs):
     def _capture(self, key: GraphKey, batch: StaticBatch) -> DecodeGraph:
         graph = Computed(self, key, batch)
-        return DecodeGraph(graph, graph.logits_BV, graph.totals)
+        return DecodeGraph(graph, graph.logits_BV, graph.totals, graph.chosen_LBE)
 
 
 @pytest.fixture(scope="module")
@@ -143,11 +145,12 @@ def prefill(model: Decoder, cache: KVCache, requests: list[Request]) -> None:
         request.num_computed = n
 
 
-def alone(model: Decoder, request: Request) -> tuple[Tensor, int]:
-    """Logits of the last token of all known ones, computed as one sequence; its experts."""
+def alone(model: Decoder, request: Request) -> tuple[Tensor, Tensor]:
+    """Logits of the last token of all known ones, computed as one sequence; its experts [L, E]."""
     trace = Trace()
     logits = model.logits(torch.tensor([request.token_ids]), request.policy, trace)
-    return logits[0, -1], int(trace.counts()[0][:, -1].sum())
+    chosen = [torch.ones(8, dtype=torch.bool) if c is None else c[-1] for c in trace.chosen]
+    return logits[0, -1], torch.stack(chosen)
 
 
 @pytest.mark.parametrize(
@@ -169,13 +172,16 @@ def test_padded_decoding_computes_each_request_alone(
         key = again
         untouched = cache.slots[:, :, :4].clone()
         logits, totals = graphs.run(requests, key)
+        chosen = graphs.choices(key)
+        assert (chosen is None) == all(policy == DENSE for policy in policies)
         assert logits.shape == (len(requests), 300)
         experts = 0
         for row, request in enumerate(requests):
-            expected, used = alone(plain, request)
+            expected, used_LE = alone(plain, request)
             torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-4)
-            assert totals[row] == used
-            experts += used
+            assert totals[row] == used_LE.sum()
+            assert (used_LE if chosen is None else chosen[:, row]).equal(used_LE)
+            experts += totals[row]
             request.token_ids.append(3 + step)
             request.num_computed += 1
         n = len(requests)

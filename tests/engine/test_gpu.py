@@ -187,6 +187,23 @@ class TestGraphs:
         assert counted[0].experts_activated == counted[1].experts_activated
         assert counted[0].experts_loaded == counted[1].experts_loaded
 
+    def test_experts_of_tokens_are_reported_alike(self, model: Decoder) -> None:
+        """Decoding steps that are asked for choices still replay."""
+        sampling, found = SamplingParams(max_new_tokens=8, ignore_eos=True, token_experts=True), []
+        for graphs in (True, False):
+            engine = self.engine(model, cuda_graphs=graphs)
+            requests = [
+                engine.make_request(prompt, sampling, policy, request_id=f"{policy}")
+                for prompt, policy in zip(self.PROMPTS[1:], POLICIES, strict=False)
+            ]
+            events = [(e.request_id, e.index, e.experts) for e in engine.run(requests)]
+            assert all(experts for _, _, experts in events)
+            found.append(sorted(events))
+            assert (
+                engine.runner.graphs is not None and bool(engine.runner.graphs.captured)
+            ) == graphs
+        assert found[0] == found[1]
+
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 @pytest.mark.parametrize("length", [1, 9, 100])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from engine.tokenizer import END_OF_TEXT, Tokenizer
 from engine.worker import Worker
 from server.app import create_app
 from server.generation import Frontend
-from server.serve import CLOSE_SECONDS, KEEP_ALIVE_SECONDS
+from server.serve import CLOSE_SECONDS, KEEP_ALIVE_SECONDS, listen
 from server.settings import Settings
 from server.tracing import Tracing
 
@@ -170,7 +169,7 @@ def serve(checkpoint_dir: Path) -> Serve:
 @contextmanager
 def listening(app: FastAPI) -> Iterator[str]:
     """Run uvicorn in a thread on a free port; yields the URL."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = listen(Settings(port=0))
     config = uvicorn.Config(
         app,
         log_config=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -192,6 +193,27 @@ def test_expert_policies(live: Live, experts: Any, policy: str, ratio: float | N
     assert ratio is None or found["activated_ratio"] == ratio
     header = float(response.headers["x-activated-expert-ratio"])
     assert header == pytest.approx(found["activated_ratio"], abs=1e-6)
+
+
+@pytest.mark.parametrize("experts", ["dense", "top_k:3", "mass:0.5"])
+def test_details_experts_say_what_computed_each_token(live: Live, experts: str) -> None:
+    """Of a prompt of one token that is everything that was computed."""
+    parameters = {"max_new_tokens": 6, "experts": experts, "details_experts": True}
+    details = live.generate("x", **parameters)["details"]
+    tokens = details["tokens"]
+    assert [list(t) for t in tokens] == [["id", "text", "logprob", "special", "experts"]] * 6
+    activated = 0
+    for token in tokens:
+        assert list(token["experts"]) == ["activated_ratio", "chosen"]
+        layers = base64.b64decode(token["experts"]["chosen"])
+        assert len(layers) == 2
+        used = [layer.bit_count() for layer in layers]
+        assert experts != "dense" or used == [8, 8]
+        assert experts != "top_k:3" or used == [3, 3]
+        assert token["experts"]["activated_ratio"] == sum(used) / EXPERTS_PER_TOKEN
+        activated += sum(used)
+    assert activated == details["experts"]["activated"]
+    assert [e["token"] for e in live.stream("x", **parameters)] == tokens
 
 
 def test_the_root_route_answers_a_list_of_one(live: Live) -> None:

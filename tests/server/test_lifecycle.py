@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ import pytest
 from rich.console import Console
 
 from server.__main__ import main
+from server.serve import listen
 from server.serve import serve as serve_process
 from server.settings import Settings
 
@@ -346,6 +348,14 @@ def test_a_second_signal_does_not_wait(checkpoint_dir: Path) -> None:
     started = time.monotonic()
     serve_here(checkpoint_dir, visit, drain_timeout=600)
     assert time.monotonic() - started < 60
+
+
+def test_connections_send_small_events_at_once() -> None:
+    """An event of a stream must not wait until the client has acknowledged the one before."""
+    with listen(Settings(port=0)) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @pytest.mark.parametrize(

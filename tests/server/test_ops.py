@@ -224,7 +224,7 @@ def test_the_documentation_describes_every_field(live: Live) -> None:
     parameters = schemas["GenerateParameters"]
     assert parameters["additionalProperties"] is False
     assert set(parameters["properties"]) == {
-        *("best_of", "decoder_input_details", "details", "do_sample", "experts"),
+        *("best_of", "decoder_input_details", "details", "details_experts", "do_sample", "experts"),
         *("frequency_penalty", "grammar", "max_new_tokens", "repetition_penalty"),
         *("return_full_text", "seed", "stop", "temperature", "top_k", "top_n_tokens", "top_p"),
         *("truncate", "typical_p", "watermark"),

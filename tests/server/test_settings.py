@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from engine.checkpoint import STARTER
 from engine.config import EngineConfig
-from server.serve import _listen
+from server.serve import listen
 from server.settings import Settings, explain
 
 
@@ -92,4 +92,4 @@ def test_an_address_in_use_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(SystemExit, match=f"127.0.0.1 port {port}"):
-            _listen(Settings(port=port))
+            listen(Settings(port=port))

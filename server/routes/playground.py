@@ -1,0 +1,68 @@
+"""`GET /playground`: a page to try the model in a browser, shipped with the package.
+
+Its files are read once. The page holds no data: what it shows it asks of the API, with a key where
+the server has keys. So its own files need none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+DIRECTORY: Final = Path(__file__).parents[1] / "playground"
+PAGE: Final = "/playground"
+MEDIA_TYPES: Final = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+_FILES: Final = sorted(f for f in DIRECTORY.iterdir() if f.suffix in MEDIA_TYPES)
+PATHS: Final = frozenset(
+    {PAGE, f"{PAGE}/"} | {f"{PAGE}/{f.name}" for f in _FILES if f.suffix != ".html"}
+)
+
+# The page runs its own scripts and styles alone, talks to this server alone, and is in no frame.
+POLICY: Final = "; ".join(
+    (
+        "default-src 'none'",
+        *("script-src 'self'", "style-src 'self'", "connect-src 'self'", "img-src data:"),
+        *("base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"),
+    )
+)
+HEADERS: Final = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",  # ask each time; the ETag saves the transfer
+}
+
+
+def routes() -> Iterator[Route]:
+    """One route a file; they answer HEAD as well."""
+    for file in _FILES:
+        path = PAGE if file.suffix == ".html" else f"{PAGE}/{file.name}"
+        yield Route(path, _Asset(file.read_bytes(), MEDIA_TYPES[file.suffix]).answer)
+
+
+class _Asset:
+    """A file, and how to answer who asks for it."""
+
+    def __init__(self, content: bytes, media_type: str) -> None:
+        self.content = content
+        self.media_type = media_type
+        self.etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+
+    async def answer(self, request: Request) -> Response:
+        headers = HEADERS | {"ETag": self.etag}
+        if self._is_known(request.headers):
+            return Response(status_code=304, headers=headers)
+        return Response(self.content, headers=headers, media_type=self.media_type)
+
+    def _is_known(self, headers: Headers) -> bool:
+        """Whether the client has this very file (RFC 9110, section 13.1.2)."""
+        known = headers.get("if-none-match", "").split(",")
+        return any(tag.strip().removeprefix("W/") in (self.etag, "*") for tag in known)
