@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 import dataclasses
 import warnings
 from collections.abc import Sequence
@@ -210,19 +211,28 @@ class TestGraphs:
 def test_kernels_compute_the_plain_model_in_bfloat16(
     model: Decoder, policy: ExpertPolicy, length: int
 ) -> None:
-    """Against float32 within the error that plain bfloat16 products have."""
-    ids = torch.randint(0, 300, (1, length), device="cuda")
-    exact = model.logits(ids, policy)
+    """Against float32 within the error that plain bfloat16 products have.
+
+    Medians of several texts: where two experts are nearly equal, rounding may choose the other.
+    """
+    generator = torch.Generator("cuda").manual_seed(length)
+    texts = [
+        torch.randint(0, 300, (1, length), device="cuda", generator=generator) for _ in "12345"
+    ]
     plain = copy.deepcopy(model).to(torch.bfloat16)
     for ffn, original in zip(plain.ffns(), model.ffns(), strict=True):
         ffn.router.data = original.router.clone()
     kernels = copy.deepcopy(plain)
     kernels.prepare()
 
-    def error(logits: torch.Tensor) -> float:
-        return float((logits - exact).norm() / exact.norm())
+    def error(other: Decoder) -> float:
+        exact = [model.logits(ids, policy) for ids in texts]
+        found = [other.logits(ids, policy) for ids in texts]
+        return statistics.median(
+            float((f - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True)
+        )
 
-    assert error(kernels.logits(ids, policy)) < max(0.05, 2 * error(plain.logits(ids, policy)))
+    assert error(kernels) < max(0.05, 2 * error(plain))
 
 
 class TestTrainingKernels:
