@@ -153,27 +153,27 @@ def train(
     shortcuts = [f"{k}={v}" for k, v in (("steps", steps), ("seed", seed)) if v is not None]
     config = with_settings(base, [*(settings or []), *shortcuts])
     command = shlex.join(["ambidex", *sys.argv[1:]])
-    with (
-        stop_on_signals() as stop,
-        Team.from_environment(device) as team,
-        ProgressMonitor(config.steps, Console(quiet=not team.is_main)) as monitor,
-    ):
-        path = Trainer(
-            config,
-            out or Path("runs") / config.preset,
-            data or [],
-            monitor,
-            command,
-            device=device,
-            fresh=fresh,
-            valid_paths=valid or [],
-            tensorboard=tensorboard,
-            team=team,
-        ).train(stop)
-    if team.is_main:
-        _print_quality(path)
-        typer.echo(f"checkpoint: {path}")
-    team.end_process()
+    with Team.from_environment(device) as team:
+        with (
+            stop_on_signals() as stop,
+            ProgressMonitor(config.steps, Console(quiet=not team.is_main)) as monitor,
+        ):
+            path = Trainer(
+                config,
+                out or Path("runs") / config.preset,
+                data or [],
+                monitor,
+                command,
+                device=device,
+                fresh=fresh,
+                valid_paths=valid or [],
+                tensorboard=tensorboard,
+                team=team,
+            ).train(stop)
+        if team.is_main:
+            _print_quality(path)
+            typer.echo(f"checkpoint: {path}")
+        team.end_process()
 
 
 @app.command()

@@ -373,8 +373,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--model", type=Path, default=STARTER)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-slope", type=float, default=2.0, help="MiB a minute")
-    parser.add_argument("--max-lag", type=float, default=0.25, help="seconds, 99th percentile")
+    parser.add_argument("--max-slope", type=float, default=1.0, help="MiB a minute")
+    parser.add_argument("--max-lag", type=float, default=0.05, help="seconds, 99th percentile")
     parser.add_argument("--json", type=Path, help="write the records here")
     options = parser.parse_args(arguments)
     with server(options.model) as (child, url):

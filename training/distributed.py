@@ -127,9 +127,9 @@ class Team:
     def end_process(self) -> None:
         """End this process with status 0 if it is one of several; for when all its work is done.
 
-        The interpreter's own end waits for none of torch's threads, and one that wants to run
-        Python meanwhile aborts the process ("terminate called without an active exception"), which
-        torchrun would take for a failed run.
+        Neither leaving the group nor the interpreter's end waits for all of torch's threads, and
+        sometimes one aborts a process that has nothing left to do ("terminate called without an
+        active exception"), which torchrun would take for a failed run.
         """
         if self.size > 1:
             sys.stdout.flush()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import statistics
 import dataclasses
+import statistics
 import warnings
 from collections.abc import Sequence
 from pathlib import Path

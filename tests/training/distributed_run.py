@@ -148,6 +148,7 @@ def main(folder: Path) -> None:
             (folder / "losses.json").write_text(json.dumps(losses))
         else:
             assert not any(losses.values())
+        team.end_process()
 
 
 if __name__ == "__main__":
