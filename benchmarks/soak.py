@@ -19,27 +19,23 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
-import signal
-import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import httpx
 
+from benchmarks.http_server import http_server
 from benchmarks.records import Record, write_records
 from engine.checkpoint import STARTER
 
 KEY: Final = "soak-0123456789abcdef"
 SETTINGS: Final = {
-    "AMBIDEX_PORT": "0",
     "AMBIDEX_API_KEYS": f"soak:{KEY}",
     "AMBIDEX_MAX_CONCURRENT_REQUESTS": "64",
     "AMBIDEX_MAX_WAITING": "32",
@@ -47,7 +43,6 @@ SETTINGS: Final = {
     "AMBIDEX_KV_CACHE_BYTES": str(32 << 20),
     "AMBIDEX_SAMPLE_EVERY": "64",
 }
-STARTED_SECONDS: Final = 120.0
 CLIENT_SECONDS: Final = 120.0  # a client that stays and hears nothing for so long has lost
 POLICIES: Final[tuple[Any, ...]] = ("auto", "dense", {"top_k": 4}, {"mass": 0.8})
 WORDS: Final = ("def", "return", "import os", "class", "for x in", "(self)", "==", "\n", "é🙂")
@@ -89,40 +84,6 @@ class Sample:
 
     seconds: float
     mib: float
-
-
-@contextmanager
-def server(model: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server process of our own, and its URL."""
-    environment = {**os.environ, **SETTINGS, "AMBIDEX_MODEL": str(model), "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "server"]
-    with subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE) as child:
-        try:
-            assert child.stdout is not None
-            url = next((u for line in child.stdout if (u := _url_in(line))), None)
-            if url is None:
-                raise SystemExit("the server did not start")
-            _wait_until_up(url)
-            yield child, url
-        finally:
-            child.send_signal(signal.SIGTERM)
-            child.wait(60)
-
-
-def _url_in(line: str) -> str | None:
-    return next((word for word in line.split() if word.startswith("http://")), None)
-
-
-def _wait_until_up(url: str) -> None:
-    deadline = time.monotonic() + STARTED_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            if httpx.get(f"{url}/health", trust_env=False).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.1)
-    raise SystemExit("the server did not become ready")
 
 
 class Clients:
@@ -377,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-lag", type=float, default=0.05, help="seconds, 99th percentile")
     parser.add_argument("--json", type=Path, help="write the records here")
     options = parser.parse_args(arguments)
-    with server(options.model) as (child, url):
+    with http_server(options.model, SETTINGS) as (child, url):
         report = asyncio.run(soak(child.pid, url, 60 * options.minutes, options.seed))
     for end, count in sorted(report.tally.ends.items()):
         print(f"{count:8} {end}")
