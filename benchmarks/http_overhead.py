@@ -32,6 +32,7 @@ from benchmarks.http_server import http_server
 from benchmarks.load import perform, random_load
 from benchmarks.models import EngineServer, model_config, random_checkpoint, shape_named
 from benchmarks.records import MACHINE, VERSIONS, Record, write_records
+from benchmarks.result_file import check_writable
 from engine.checkpoint import STARTER, load, save
 from engine.config import EngineConfig, ModelConfig, check_range
 from engine.engine import Engine
@@ -105,10 +106,15 @@ class EngineProcess:
         return float(served["tokens"]) / float(served["seconds"])
 
     def close(self) -> None:
-        """End it; by itself once its input has ended."""
-        assert self._child.stdin is not None
-        self._child.stdin.close()
-        self._child.wait(60)
+        """End it: by itself once its input has ended, or else killed."""
+        for pipe in (self._child.stdin, self._child.stdout):
+            assert pipe is not None
+            pipe.close()
+        try:
+            self._child.wait(60)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
 
 
 async def stream(host: str, port: int, body: dict[str, Any]) -> int:
@@ -153,7 +159,7 @@ async def streamed(url: str, case: Case, arrivals: Sequence[Any]) -> float:
 
 def measure(case: Case, rounds: int) -> Record:
     """Both sides in turn; one load before, which is not counted."""
-    settings = {"AMBIDEX_KV_CACHE_BYTES": str(KV_BYTES)}
+    settings = {"AMBIDEX_KV_CACHE_BYTES": str(KV_BYTES), "AMBIDEX_SAMPLE_EVERY": "0"}
     pairs: list[tuple[float, float]] = []
     with http_server(case.path, settings) as (_, url):
         alone = EngineProcess(case)
@@ -196,6 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         work(given.worker, given.top_k)
         return
     check_range("rounds", given.rounds, 1, 100)
+    check_writable(given.json)
     print(f"{MACHINE}, torch {VERSIONS['torch']}, {REQUESTS} requests at once, tokens a second")
     records = []
     for name in given.model:

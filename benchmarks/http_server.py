@@ -23,10 +23,11 @@ def http_server(
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server process of our own that serves `model`, and its URL; ready, and stopped afterwards.
 
-    `settings` are environment variables.
+    `settings` are environment variables; of the caller's own, none that is a setting is passed on.
     """
     own = {"AMBIDEX_PORT": "0", "AMBIDEX_MODEL": str(model), "PYTHONUNBUFFERED": "1"}
-    environment = {**os.environ, **own, **settings}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("AMBIDEX_")}
+    environment = {**inherited, **own, **settings}
     command = [sys.executable, "-m", "server"]
     with subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE) as child:
         try:
@@ -38,7 +39,10 @@ def http_server(
             yield child, url
         finally:
             child.send_signal(signal.SIGTERM)
-            child.wait(60)
+            try:
+                child.wait(60)
+            except subprocess.TimeoutExpired:
+                child.kill()
 
 
 def _url_in(line: str) -> str | None:

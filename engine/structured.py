@@ -8,6 +8,7 @@ llguidance's own units; a grammar that needs more fails its request.
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import threading
@@ -22,8 +23,10 @@ from engine.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+logger = logging.getLogger("ambidex.engine")
+
 COMPILE_SECONDS: Final = 5.0
-MAX_KEPT: Final = 64
+MAX_KEPT: Final = 32
 # Of the states that the expressions of a grammar have been in, 1 to 2 kB each.
 MAX_LEXER_STATES: Final = 20_000
 MAX_REASON: Final = 200
@@ -48,17 +51,31 @@ class Grammars:
             InvalidRequest: it cannot be compiled, or not within the bounds.
             Overloaded: others are being compiled for longer than one may take.
         """
-        compiled = self._find(grammar)
-        if compiled is None:
-            if not self._compiling.acquire(timeout=COMPILE_SECONDS):
-                raise Overloaded("other grammars are being compiled; try again later")
-            try:
-                compiled = self._find(grammar) or self._keep(grammar, self._compile(grammar))
-            finally:
-                self._compiling.release()
+        compiled = self._compiled(grammar)
+        if not isinstance(compiled, str) and _is_spent(compiled):
+            with self._lock:
+                self._kept.pop(grammar, None)
+            compiled = self._compiled(grammar)
         if isinstance(compiled, str):
             raise InvalidRequest(f"{grammar.field} {compiled}")
         return Matcher(compiled.deep_copy(), grammar.field, self._vocab_size)
+
+    def knows(self, grammar: Grammar) -> bool:
+        """Whether `matcher` need not compile it."""
+        with self._lock:
+            return grammar in self._kept
+
+    def _compiled(self, grammar: Grammar) -> LLMatcher | str:
+        """The grammar as it was kept, or else compiled now; or what is wrong with it."""
+        compiled = self._find(grammar)
+        if compiled is not None:
+            return compiled
+        if not self._compiling.acquire(timeout=COMPILE_SECONDS):
+            raise Overloaded("other grammars are being compiled; try again later")
+        try:
+            return self._find(grammar) or self._keep(grammar, self._compile(grammar))
+        finally:
+            self._compiling.release()
 
     def _find(self, grammar: Grammar) -> LLMatcher | str | None:
         with self._lock:
@@ -105,6 +122,13 @@ class Grammars:
         return self._vocabulary
 
 
+def _is_spent(compiled: LLMatcher) -> bool:
+    """Whether its copies, which share what they have found out, have used up what they may."""
+    probe = compiled.deep_copy()
+    probe.compute_bitmask()
+    return bool(probe.is_error())
+
+
 def _source(grammar: Grammar) -> str:
     """The grammar as llguidance writes it."""
     from llguidance import LLMatcher
@@ -125,15 +149,17 @@ def _check(source: str) -> str | None:
         run = subprocess.run(
             command,
             input=source.encode(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            capture_output=True,
             timeout=COMPILE_SECONDS,
             check=False,
         )
     except subprocess.TimeoutExpired:
         return f"takes more than {COMPILE_SECONDS:g} s to compile: make it simpler"
-    if run.returncode:
+    if run.returncode < 0 or b"MemoryError" in run.stderr or b"memory allocation" in run.stderr:
         return "takes too much memory to compile: make it simpler"
+    if run.returncode:
+        logger.error("the check of a grammar failed: %s", run.stderr[-MAX_REASON:])
+        raise RuntimeError("grammars cannot be checked")
     return _problem(run.stdout.decode("utf-8", "replace")) if run.stdout else None
 
 

@@ -146,6 +146,7 @@ def prompt_ids(
     """The prompt of `messages` as token ids; see `render`."""
     mark = secrets.token_hex(8)  # not to be guessed, so no message can contain it
     specials = tokenizer.special_texts
+    encoded = [tokenizer.encode(text) for text in specials]
     spelled = re.compile("|".join(map(re.escape, specials)))
 
     def hide(value: Any) -> Any:
@@ -157,7 +158,7 @@ def prompt_ids(
     ids: list[int] = []
     for position, part in enumerate(re.split(rf"{mark}(\d{{6}})", render(source, hidden))):
         if position % 2:
-            ids += tokenizer.encode(specials[int(part)])
+            ids += encoded[int(part)]
         elif part:
             ids += tokenizer.encode_parsing(part)
     return ids

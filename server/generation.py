@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeVar
 
 from engine.engine import Engine
 from engine.errors import EngineStopped, InvalidRequest, Overloaded, require
@@ -34,6 +34,10 @@ from server.settings import Settings
 # What clients of Hugging Face call the model of a server that has one, and a name that stays when a
 # checkpoint replaces another.
 MODEL_ALIASES: Final = ("ambidex", "tgi", "dummy")
+# New grammars that may wait to be compiled, some seconds each at worst.
+MAX_COMPILING: Final = 8
+
+T = TypeVar("T")
 
 # Parameters once the prompt's length is known: how many tokens are left for the output.
 SamplingFor = Callable[[int], SamplingParams]
@@ -92,6 +96,7 @@ class Frontend:
         self.limiter = RateLimiter(settings.requests_per_minute, settings.tokens_per_minute)
         self.registry = make_registry(self)
         self._compiler = ThreadPoolExecutor(1, "ambidex-grammars")
+        self._compiling = 0
 
     @property
     def worker(self) -> Worker:
@@ -250,9 +255,35 @@ class Frontend:
 
         One thread does it, so that who waits for a grammar keeps no thread from tokenising.
         """
+        if engine.grammars.knows(grammar):
+            return
         with engine.stats.counting_rejections():
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._compiler, engine.grammars.matcher, grammar)
+            if self._compiling >= MAX_COMPILING:
+                raise Overloaded(f"{MAX_COMPILING} new grammars are waiting to be compiled already")
+            self._compiling += 1
+            try:
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(self._compiler, engine.grammars.matcher, grammar)
+            finally:
+                self._compiling -= 1
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """What `work` returns, off the event loop, in the place and the time of one request.
+
+        Raises:
+            Overloaded, EngineStopped, DeadlineExceeded: as `start` does.
+        """
+        with self.fleet.own.counting_rejections():
+            seconds = timeout_of(calls.current().timeout, self.settings)
+            self._admit(1)
+        try:
+            async with asyncio.timeout(seconds):
+                return await asyncio.to_thread(work)
+        except TimeoutError:
+            self.deadlines_exceeded += 1
+            raise late_error(seconds) from None
+        finally:
+            self._release()
 
     def _timed(self, events: EventStream, call: Call, seconds: float) -> TimedEvents:
         """`events`, counted for the call's key, until the call's deadline."""

@@ -80,7 +80,10 @@ async function* eventsOf(stream) {
   let rest = "";
   try {
     for (;;) {
-      const { value, done } = await reader.read();
+      const { value, done } = await reader.read().catch((error) => {
+        if (error.name === "AbortError") throw error;
+        throw new ServerError("The connection broke before the end.");
+      });
       if (done) return;
       const frames = (rest + value).split("\n\n");
       rest = frames.pop();

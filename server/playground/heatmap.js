@@ -38,7 +38,11 @@ export class HeatMap {
     this.frame = 0;
     this.drawn = 0;
     new ResizeObserver(() => this.#request()).observe(canvas);
-    dark.addEventListener("change", () => this.#request());
+    const repaint = () => {
+      if (canvas.isConnected) this.#request();
+      else dark.removeEventListener("change", repaint); // the run that it belonged to is gone
+    };
+    dark.addEventListener("change", repaint);
   }
 
   add(choice) {

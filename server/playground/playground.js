@@ -109,7 +109,9 @@ async function generate(choices) {
   element("error").hidden = true;
   element("verdict").hidden = true;
   running = new AbortController();
+  const from = document.activeElement;
   update();
+  if (from?.disabled) element("stop-button").focus(); // a disabled button would drop the focus
   try {
     if (!element("prompt").value) throw new api.ServerError("The prompt is empty: write something to continue.");
     // Two runs draw the same random numbers, so that they differ by their experts alone.
@@ -129,7 +131,9 @@ async function generate(choices) {
     fail(error);
   } finally {
     running = null;
+    const stopHadFocus = document.activeElement === element("stop-button");
     update();
+    if (stopHadFocus) (from?.disabled === false ? from : element("generate")).focus();
   }
 }
 

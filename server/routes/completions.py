@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -41,10 +42,17 @@ async def completions(body: CompletionRequest, request: Request, front: Front) -
     prompts: Sequence[Prompt] = body.prompt
     many = len(prompts) > 1
     names = {f"prompt[{i}]" if many else "prompt": prompt for i, prompt in enumerate(prompts)}
-    spell = front.engine.tokenizer.spell
-    writer = CompletionWriter(body, [p if isinstance(p, str) else spell(p) for p in body.echoed])
+    texts = [await _text(front, prompt) for prompt in body.echoed]
+    writer = CompletionWriter(body, texts)
     wants = body.logprobs is not None
     return await respond(front, request, writer, names, body.sampling, logprobs=wants)
+
+
+async def _text(front: Front, prompt: str | list[int]) -> str:
+    """A prompt to echo. Many ids take a while to spell."""
+    if isinstance(prompt, str):
+        return prompt
+    return await front.in_thread(partial(front.engine.tokenizer.spell, prompt))
 
 
 class CompletionWriter:

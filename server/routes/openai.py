@@ -74,7 +74,7 @@ def check_logprobs(requests: Sequence[EngineRequest]) -> None:
     require(
         entries <= MAX_LOGPROBS,
         f"logprobs must be for at most {MAX_LOGPROBS} entries, got {entries}: tokens times "
-        "alternatives, over all prompts; send fewer prompts at once",
+        "alternatives, over all completions; lower max_tokens, n or the alternatives",
         InvalidRequest,
     )
 

@@ -5,7 +5,7 @@ In vLLM's format, which evaluation harnesses use in place of a tokenizer of thei
 
 from __future__ import annotations
 
-import asyncio
+from functools import partial
 from typing import Any, Final
 
 from fastapi import APIRouter
@@ -31,6 +31,8 @@ ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     413: {"model": ErrorResponse, "description": "The body is too large."},
     422: {"model": ErrorResponse, "description": "It cannot be tokenised as asked."},
     429: {"model": ErrorResponse, "description": "Too many requests: see Retry-After."},
+    503: {"model": ErrorResponse, "description": "The server is shutting down."},
+    504: {"model": ErrorResponse, "description": "It took longer than it may."},
 }
 
 
@@ -40,7 +42,7 @@ async def tokenize(body: TokenizeRequest, front: Front) -> TokenizeResponse:
     front.check_model(body.model)
     tokenizer = front.engine.tokenizer
     encode = tokenizer.encode_parsing if body.parse_special_tokens else tokenizer.encode
-    ids = await asyncio.to_thread(encode, body.prompt)  # a long text takes a while
+    ids = await front.in_thread(partial(encode, body.prompt))
     return TokenizeResponse(count=len(ids), max_model_len=front.max_total_tokens, tokens=ids)
 
 
@@ -51,7 +53,7 @@ async def detokenize(body: DetokenizeRequest, front: Front) -> DetokenizeRespons
     top = front.engine.model_config.vocab_size - 1
     message = f"tokens must be ids from 0 to {top}"
     require(max(body.tokens, default=0) <= top, message, InvalidRequest)
-    text = await asyncio.to_thread(front.engine.tokenizer.spell, body.tokens)
+    text = await front.in_thread(partial(front.engine.tokenizer.spell, body.tokens))
     return DetokenizeResponse(prompt=text)
 
 

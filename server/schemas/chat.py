@@ -138,7 +138,9 @@ class ChatRequest(GenerationBody):
     def sampling(self, room: int, stop: tuple[str, ...] = ()) -> SamplingParams:
         """The engine's parameters when the prompt leaves `room` tokens for the output."""
         asked = self.max_completion_tokens or self.max_tokens
-        return self.params(room, asked, MAX_TOKENS, stop=stop, top_n=self.top_logprobs or 0)
+        name = "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
+        top_n = self.top_logprobs or 0
+        return self.params(room, asked, MAX_TOKENS, stop=stop, top_n=top_n, name=name)
 
 
 class TopToken(BaseModel):

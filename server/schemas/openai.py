@@ -165,6 +165,7 @@ class GenerationBody(Strict):
         stop: tuple[str, ...] = (),
         top_n: int = 0,
         prompt_logprobs: bool = False,
+        name: str = "max_tokens",
     ) -> SamplingParams:
         """The engine's parameters.
 
@@ -175,6 +176,7 @@ class GenerationBody(Strict):
             stop: strings that end the text besides those that the client sent.
             top_n: alternatives to report with each token.
             prompt_logprobs: report log-probabilities of the prompt, with as many alternatives.
+            name: what the client calls `max_tokens`.
 
         Raises:
             ContextTooLong: the output does not fit.
@@ -183,14 +185,14 @@ class GenerationBody(Strict):
         most = min(default, room) if asked is None else asked
         require(
             max(1, most) <= room,
-            f"max_tokens must be at most {max(0, room)}, which is what the prompt leaves of the "
+            f"{name} must be at most {max(0, room)}, which is what the prompt leaves of the "
             f"model's context; got {most}",
             ContextTooLong,
         )
         least = self.min_tokens or 0
         require(
             least <= most,
-            f"min_tokens must be from 0 to max_tokens, which is {most}; got {least}",
+            f"min_tokens must be from 0 to {name}, which is {most}; got {least}",
             InvalidRequest,
         )
         return SamplingParams(

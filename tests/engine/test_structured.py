@@ -174,6 +174,11 @@ def test_what_becomes_too_complex_fails_alone(
     assert events[hard.request_id][-1].finish_reason == "error"
     assert events[hard.request_id][-1].error == "grammar is too complex to follow any further"
     assert company.finish_reason in ("length", "eos_token")
+    # What its copies share is used up; later requests do not inherit that.
+    later = engine.make_request(PROMPT, dataclasses.replace(bound, max_new_tokens=3), DENSE)
+    events = serve(engine, [(0, later)])
+    assert later.finish_reason == "length"
+    assert all(event.error is None for event in events[later.request_id])
 
 
 # --- compiling ------------------------------------------------------------------------------------

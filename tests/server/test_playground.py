@@ -178,19 +178,19 @@ def test_a_prompt_a_slider_and_shaded_text(page: Browser, slow: Live) -> None:
     assert texts(page, "#policy-text") == ["2 of 8 experts = 25%"]
     assert page.run("document.querySelector('[name=policy]:checked').value") == "top_k"
     assert "Not measured" in texts(page, "#quality-text")[0]
-    fill(page, max_new_tokens=60, temperature=0)
+    fill(page, max_new_tokens=150, temperature=0)
     pictures = page.run(WATCH.replace("BUTTON", "generate"))
-    assert pictures > 5  # it moves
-    expected = slow.generate("hello", max_new_tokens=60, experts={"top_k": 2})["generated_text"]
+    assert pictures > 3  # it moves
+    expected = slow.generate("hello", max_new_tokens=150, experts={"top_k": 2})["generated_text"]
     assert texts(page, ".text") == ["hello" + expected]
-    assert number(page, "tokens") == ["60"]
+    assert number(page, "tokens") == ["150"]
     assert number(page, "ratio") == ["25%"]
-    assert 1 < float(number(page, "speed")[0]) < 1.2 / SECONDS_A_STEP
+    assert 1 < float(number(page, "speed")[0]) < 1.5 / SECONDS_A_STEP
     assert page.run(SHADES) == 1
     # Some tokens are parts of a character, and leave no text to point at.
     shown = next(i for i, text in enumerate(texts(page, ".token")) if text.strip())
     page.hover(f".token[data-index='{shown}']")
-    assert texts(page, ".inspect")[0].startswith(f"Token {shown + 1} of 60, ")
+    assert texts(page, ".inspect")[0].startswith(f"Token {shown + 1} of 150, ")
     assert "25% of the experts" in texts(page, ".inspect")[0]
     assert page.run("document.querySelector('.token').title") == "25% of the experts"
     label = page.run("document.querySelector('canvas').getAttribute('aria-label')")
@@ -317,7 +317,9 @@ def test_by_keyboard_alone_and_without_motion(page: Browser) -> None:
     assert page.run(WATCH.replace("BUTTON", "generate")) <= 4
     fill(page, max_new_tokens=3000)
     page.press("Enter", CONTROL)
-    page.wait_for(f"{TOKENS} > 3 && {TOKENS} < 40")
+    page.wait_for(
+        f"document.querySelector('.state').textContent === 'generating …' && {TOKENS} > 3"
+    )
     page.press("Escape")
     page.wait_for(READY)
 

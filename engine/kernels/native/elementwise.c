@@ -29,7 +29,8 @@ void rms_norm_half(void *x, const void *delta, const void *weight, void *out, ix
     rms_norm(x, delta, weight, out, T, D, eps, 1, threads);
 }
 
-/* Rotates the halves of `heads` heads of d elements, in place; rows `stride` elements apart. */
+/* Rotates the halves of `heads` heads of d elements, in place; rows `stride` elements apart. d is a
+ * multiple of 32. */
 INLINE void rotate(void *x, const float *cos, const float *sin, ix T, ix heads, ix d, ix stride,
                    const int half, int threads) {
 #pragma omp parallel for schedule(static) num_threads(T * heads * d > 1 << 15 ? threads : 1)
@@ -37,11 +38,11 @@ INLINE void rotate(void *x, const float *cos, const float *sin, ix T, ix heads, 
         for (ix h = 0; h < heads; h++) {
             void *first = (void *)at(x, t * stride + h * d, half);
             void *second = (void *)at(first, d / 2, half);
-            for (ix i = 0; i < d / 2; i++) {
-                float a = read_one(first, i, half), b = read_one(second, i, half);
-                float c = cos[t * (d / 2) + i], s = sin[t * (d / 2) + i];
-                write_one(first, i, a * c - b * s, half);
-                write_one(second, i, b * c + a * s, half);
+            for (ix i = 0; i < d / 2; i += LANES) {
+                vec a = load(first, i, half), b = load(second, i, half);
+                vec c = *(const vec *)(cos + t * (d / 2) + i), s = *(const vec *)(sin + t * (d / 2) + i);
+                store(first, i, a * c - b * s, half);
+                store(second, i, b * c + a * s, half);
             }
         }
 }
