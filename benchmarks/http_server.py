@@ -14,6 +14,8 @@ from typing import Final
 
 import httpx
 
+from server.settings import Settings
+
 STARTED_SECONDS: Final = 120.0
 
 
@@ -26,7 +28,8 @@ def http_server(
     `settings` are environment variables; of the caller's own, none that is a setting is passed on.
     """
     own = {"AMBIDEX_PORT": "0", "AMBIDEX_MODEL": str(model), "PYTHONUNBUFFERED": "1"}
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("AMBIDEX_")}
+    names = {f"AMBIDEX_{name.upper()}" for name in Settings.model_fields}
+    inherited = {name: value for name, value in os.environ.items() if name not in names}
     environment = {**inherited, **own, **settings}
     command = [sys.executable, "-m", "server"]
     with subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE) as child:
