@@ -328,6 +328,11 @@ def _load_model(
         name: t.to(device, torch.float32 if name.endswith("ffn.router") else target)
         for name, t in tensors.items()
     }
+    for name, tensor in cast.items():
+        # On the CPU a tensor may lie in the mapped file. Matrices leave it when they are packed;
+        # one small tensor that stays would keep the whole file mapped, and resident.
+        if tensor.dim() == 1 or name.endswith("ffn.router"):
+            cast[name] = tensor.clone()
     model.load_state_dict(cast, assign=True)
     model.materialize_tables(device)
     return model.eval().requires_grad_(False)
