@@ -9,6 +9,7 @@ the wait.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -61,6 +62,10 @@ def serve(settings: Settings, console: Console | None = None) -> None:
         access_log.write_to_stderr()
     console = console or Console()
     tracing = Tracing(otlp_provider()) if settings.traces else None
+    # The modules stay: looking through them for garbage again and again would stop event loop and
+    # engine for a tenth of a second each time. The engine does not, a reload may replace it.
+    gc.collect()
+    gc.freeze()
     engine = first_engine(settings, partial(phase, console))
     app = create_app(Worker(engine, settings.step_timeout), settings, tracing)
     frontend: Frontend = app.state.frontend
