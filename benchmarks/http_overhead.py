@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,10 +29,12 @@ from urllib.parse import urlsplit
 import torch
 
 from benchmarks.http_server import http_server
-from benchmarks.load import perform, random_load
+from benchmarks.load import Arrival, Served, random_load
 from benchmarks.models import EngineServer, model_config, random_checkpoint, shape_named
+from benchmarks.peer import Peer
 from benchmarks.records import MACHINE, VERSIONS, Record, write_records
 from benchmarks.result_file import check_writable
+from benchmarks.vllm_worker import answer_all
 from engine.checkpoint import STARTER, load, save
 from engine.config import EngineConfig, ModelConfig, check_range
 from engine.engine import Engine
@@ -71,50 +73,23 @@ def case_of(name: str, top_k: int) -> Iterator[Case]:
         yield Case(name, path, config.vocab_size, top_k)
 
 
-def work(path: Path, top_k: int) -> None:
-    """The engine alone: measures what each line of standard input names (`load.perform`)."""
-    config = EngineConfig(kv_cache_bytes=KV_BYTES)
-    server = EngineServer(Engine(load(path), config), ExpertPolicy.top_k(top_k))
-    print("ready", flush=True)
-    for line in sys.stdin:
-        print(json.dumps(perform(server, json.loads(line))), flush=True)
+def work() -> None:
+    """The engine alone, as a `Peer` of the measurement: it says what it serves first."""
+    about = json.loads(sys.stdin.readline())
+    engine = Engine(load(about["path"]), EngineConfig(kv_cache_bytes=KV_BYTES))
+    server = EngineServer(engine, ExpertPolicy.top_k(about["top_k"]))
+
+    def answer(line: str) -> None:
+        print(line, flush=True)
+
+    answer(json.dumps(about))
+    answer_all(server, sys.stdin, answer)
 
 
-class EngineProcess:
-    """`work` in a process of its own."""
-
-    def __init__(self, case: Case) -> None:
-        command = [sys.executable, "-m", "benchmarks.http_overhead", "--worker", str(case.path)]
-        command += ["--top-k", str(case.top_k)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self._child: subprocess.Popen[str] = subprocess.Popen(command, text=True, **pipes)  # type: ignore[call-overload]
-        self._read()
-
-    def _read(self) -> str:
-        assert self._child.stdout is not None
-        line = self._child.stdout.readline()
-        if not line:
-            raise SystemExit("the engine's process ended")
-        return line
-
-    def tokens_per_second(self, arrivals: Sequence[Any]) -> float:
-        assert self._child.stdin is not None
-        command = {"do": "serve", "arrivals": [asdict(arrival) for arrival in arrivals]}
-        self._child.stdin.write(json.dumps(command) + "\n")
-        self._child.stdin.flush()
-        served = json.loads(self._read())
-        return float(served["tokens"]) / float(served["seconds"])
-
-    def close(self) -> None:
-        """End it: by itself once its input has ended, or else killed."""
-        for pipe in (self._child.stdin, self._child.stdout):
-            assert pipe is not None
-            pipe.close()
-        try:
-            self._child.wait(60)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
+def alone(peer: Peer, arrivals: Sequence[Arrival]) -> float:
+    """Tokens a second of the engine alone."""
+    served = peer.ask({"do": "serve", "arrivals": [asdict(arrival) for arrival in arrivals]})
+    return Served.from_dict(served).tokens_per_second
 
 
 async def stream(host: str, port: int, body: dict[str, Any]) -> int:
@@ -134,7 +109,7 @@ async def stream(host: str, port: int, body: dict[str, Any]) -> int:
     return int(json.loads(events[-1].removeprefix(b"data: "))["usage"]["completion_tokens"])
 
 
-async def streamed(url: str, case: Case, arrivals: Sequence[Any]) -> float:
+async def streamed(url: str, case: Case, arrivals: Sequence[Arrival]) -> float:
     """Tokens a second of all requests together, from the first byte sent to the last received."""
     place = urlsplit(url)
     assert place.hostname is not None
@@ -160,21 +135,15 @@ async def streamed(url: str, case: Case, arrivals: Sequence[Any]) -> float:
 def measure(case: Case, rounds: int) -> Record:
     """Both sides in turn; one load before, which is not counted."""
     settings = {"AMBIDEX_KV_CACHE_BYTES": str(KV_BYTES), "AMBIDEX_SAMPLE_EVERY": "0"}
+    command = [sys.executable, "-m", "benchmarks.http_overhead", "--worker"]
+    about = {"path": str(case.path), "top_k": case.top_k}
+    lengths = (PROMPT_TOKENS, PROMPT_TOKENS)
     pairs: list[tuple[float, float]] = []
-    with http_server(case.path, settings) as (_, url):
-        alone = EngineProcess(case)
-        try:
-            for seed in range(rounds + 1):
-                lengths = (PROMPT_TOKENS, PROMPT_TOKENS)
-                load = random_load(
-                    REQUESTS, float("inf"), case.vocabulary, lengths, NEW_TOKENS, seed
-                )
-                pairs.append(
-                    (asyncio.run(streamed(url, case, load)), alone.tokens_per_second(load))
-                )
-        finally:
-            alone.close()
-    http, engine = zip(*pairs[1:], strict=True)
+    with http_server(case.path, settings) as (_, url), Peer(command, about, {}) as engine:
+        for seed in range(rounds + 1):
+            load = random_load(REQUESTS, math.inf, case.vocabulary, lengths, NEW_TOKENS, seed)
+            pairs.append((asyncio.run(streamed(url, case, load)), alone(engine, load)))
+    http, peer_values = zip(*pairs[1:], strict=True)
     params = {
         "model": case.name,
         "top_k": case.top_k,
@@ -182,10 +151,10 @@ def measure(case: Case, rounds: int) -> Record:
         "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": NEW_TOKENS,
         "values": http,
-        "peer_values": engine,
+        "peer_values": peer_values,
     }
     ratio = statistics.median(h / e for h, e in pairs[1:])
-    value, peer = statistics.median(http), statistics.median(engine)
+    value, peer = statistics.median(http), statistics.median(peer_values)
     return Record("http_overhead", params, value, "tokens/s", peer, ratio)
 
 
@@ -196,10 +165,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--top-k", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the records to this file")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    if given.worker is not None:
-        work(given.worker, given.top_k)
+    if given.worker:
+        work()
         return
     check_range("rounds", given.rounds, 1, 100)
     check_writable(given.json)

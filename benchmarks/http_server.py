@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,7 +36,10 @@ def http_server(
     with subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE) as child:
         try:
             assert child.stdout is not None
+            silent = threading.Timer(STARTED_SECONDS, child.kill)
+            silent.start()
             url = next((u for line in child.stdout if (u := _url_in(line))), None)
+            silent.cancel()
             if url is None:
                 raise SystemExit("the server did not start")
             _wait_until_up(url)

@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from engine.request import MAX_TOP_N, SamplingParams
-from server.schemas.fields import MAX_TOKENS, Strict, Text, encodable, refuse
+from server.schemas.fields import MAX_TOKENS, Strict, Text, encodable, refuse, strict_object
 from server.schemas.openai import Answer, Count, GenerationBody
 from server.schemas.openai_fields import Unsupported
 from server.schemas.sentences import CONTINUATION, SENTENCE
@@ -52,12 +52,9 @@ Content = Annotated[
                     "type": "array",
                     "minItems": 1,
                     "maxItems": MAX_PARTS,
-                    "items": {
-                        "type": "object",
-                        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-                        "required": ["type", "text"],
-                        "additionalProperties": False,
-                    },
+                    "items": strict_object(
+                        {"type": {"const": "text"}, "text": {"type": "string"}}, "type", "text"
+                    ),
                 },
             ]
         }

@@ -13,6 +13,7 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
+from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from engine.config import MAX_EXPERTS
@@ -92,6 +93,17 @@ Probability = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
 Factor = Annotated[float, Field(gt=0.0, le=100.0, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0, allow_inf_nan=False)]
 
+
+def strict_object(properties: JsonDict, *required: str) -> JsonDict:
+    """The JSON schema of an object with these fields and no others."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(required),
+        "additionalProperties": False,
+    }
+
+
 # Any, not ExpertPolicy: its own schema is not what a client sends.
 Policy = Annotated[
     Any,
@@ -102,22 +114,14 @@ Policy = Annotated[
                 {"type": "string", "enum": ["dense", "auto"]},
                 {"type": "string", "pattern": r"^((top_k|shared):\d+|mass:\d*\.?\d+)$"},
                 *(
-                    {
-                        "type": "object",
-                        "properties": {
-                            kind: {"type": "integer", "minimum": 1, "maximum": MAX_EXPERTS}
-                        },
-                        "required": [kind],
-                        "additionalProperties": False,
-                    }
+                    strict_object(
+                        {kind: {"type": "integer", "minimum": 1, "maximum": MAX_EXPERTS}}, kind
+                    )
                     for kind in ("top_k", "shared")
                 ),
-                {
-                    "type": "object",
-                    "properties": {"mass": {"type": "number", "exclusiveMinimum": 0, "maximum": 1}},
-                    "required": ["mass"],
-                    "additionalProperties": False,
-                },
+                strict_object(
+                    {"mass": {"type": "number", "exclusiveMinimum": 0, "maximum": 1}}, "mass"
+                ),
             ],
             "examples": ["auto", "dense", {"top_k": 8}, {"mass": 0.95}, {"shared": 8}, "top_k:8"],
         }

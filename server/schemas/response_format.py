@@ -9,7 +9,7 @@ from pydantic.config import JsonDict
 
 from engine.errors import InvalidRequest
 from engine.grammar import Grammar
-from server.schemas.fields import Strict, refuse
+from server.schemas.fields import Strict, refuse, strict_object
 from server.schemas.sentences import CONTINUATION, SENTENCE, sentence
 
 FIELD = "response_format"
@@ -106,17 +106,8 @@ def _read(value: Any) -> Grammar | None:
         raise refuse(str(error), SENTENCE) from error
 
 
-def _object(properties: JsonDict, *required: str) -> JsonDict:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(required),
-        "additionalProperties": False,
-    }
-
-
 _SCHEMA: Final[JsonDict] = {"type": "object", "description": "A JSON schema."}
-_NAMED: Final = _object(
+_NAMED: Final = strict_object(
     {
         "name": {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"},
         "description": {"type": "string", "maxLength": 1024},
@@ -132,9 +123,9 @@ FormatField = Annotated[
     WithJsonSchema(
         {
             "anyOf": [
-                _object({"type": {"const": "text"}}, "type"),
-                _object({"type": {"const": "json_object"}, "value": _SCHEMA}, "type"),
-                _object(
+                strict_object({"type": {"const": "text"}}, "type"),
+                strict_object({"type": {"const": "json_object"}, "value": _SCHEMA}, "type"),
+                strict_object(
                     {"type": {"const": "json_schema"}, "json_schema": _NAMED},
                     *("type", "json_schema"),
                 ),

@@ -40,6 +40,7 @@ from server.schemas.fields import (
     Text,
     or_default,
     refuse,
+    strict_object,
 )
 from server.schemas.sentences import SENTENCE
 
@@ -91,12 +92,7 @@ _SCHEMA: Final[JsonDict] = {"type": "object", "description": "A JSON schema."}
 
 
 def _typed(kind: str, value: JsonDict) -> JsonDict:
-    return {
-        "type": "object",
-        "properties": {"type": {"const": kind}, "value": value},
-        "required": ["type", "value"],
-        "additionalProperties": False,
-    }
+    return strict_object({"type": {"const": kind}, "value": value}, "type", "value")
 
 
 # Any, not Grammar: its own schema is not what a client sends.

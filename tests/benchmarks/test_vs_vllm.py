@@ -13,7 +13,8 @@ import pytest
 
 from benchmarks import vllm_worker, vs_vllm
 from benchmarks.models import SHAPES
-from benchmarks.vs_vllm import Case, Peer, PeerFailed, Side
+from benchmarks.peer import Peer, PeerFailed
+from benchmarks.vs_vllm import Case, Side
 from engine.errors import ConfigError
 
 ABOUT = {"vllm": "0.0-test", "torch": "none", "weight_std": 1.0}
