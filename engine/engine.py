@@ -420,8 +420,9 @@ class Engine:
         return tuple(self._describe(token_id, logprob) for token_id, logprob in tokens)
 
     def _describe(self, token_id: int, logprob: float | None) -> TokenLogprob:
-        text, special = self.tokenizer.token_text(token_id), self.tokenizer.is_special(token_id)
-        return TokenLogprob(token_id, text, logprob, special)
+        words = self.tokenizer
+        text, special = words.token_text(token_id), words.is_special(token_id)
+        return TokenLogprob(token_id, text, logprob, special, words.token_bytes(token_id))
 
     def _record_state(self) -> None:
         line, used = self.scheduler, self.allocator.num_used

@@ -388,12 +388,16 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token, its text, and its log-probability (None for a prompt's first token)."""
+    """A token, its text, and its log-probability (None for a prompt's first token).
+
+    `raw` is its part of the text's UTF-8, where `text` has U+FFFD for parts of characters.
+    """
 
     token_id: int
     text: str
     logprob: float | None
     special: bool = False
+    raw: bytes = b""
 
 
 @dataclass(frozen=True)

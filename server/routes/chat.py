@@ -23,7 +23,6 @@ ANSWER: dict[str, Any] = {
     "description": "The answers, or a stream of ChatChunks, `data: [DONE]` at its end.",
     "content": {"text/event-stream": {"schema": {"$ref": "#/components/schemas/ChatChunk"}}},
 }
-INCOMPLETE = "\ufffd"  # how a token shows that ends inside a character
 
 
 @router.post(
@@ -109,6 +108,4 @@ class ChatWriter:
 
 
 def _token(token: TokenLogprob) -> dict[str, Any]:
-    whole = INCOMPLETE not in token.text
-    raw = list(token.text.encode()) if whole else None
-    return {"token": token.text, "logprob": token.logprob, "bytes": raw}
+    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.raw)}

@@ -180,6 +180,18 @@ def test_offsets_lead_to_the_tokens(live: Live) -> None:
         assert choice["text"][at:].lstrip("\ufffd").startswith(token)
 
 
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_offsets_count_characters(live: Live, as_ids: bool) -> None:
+    """Each token of these prompts is a byte: several lead to one character."""
+    prompt = "né 東🙂!"
+    (ids,) = [live.http.post("/tokenize", json={"prompt": prompt}).json()["tokens"]]
+    given = ids if as_ids else prompt
+    (choice,) = complete(live, given, max_tokens=2, logprobs=0, echo=True)["choices"]
+    offsets = choice["logprobs"]["text_offset"][:-2]
+    assert [choice["text"][at] for at in offsets] == list("néé 東東東🙂🙂🙂🙂!")
+    assert choice["logprobs"]["text_offset"][-2] == len(prompt)
+
+
 def test_echo_puts_the_prompt_first(live: Live) -> None:
     plain = complete(live, max_tokens=5)["choices"][0]["text"]
     (choice,) = complete(live, max_tokens=5, echo=True)["choices"]
