@@ -269,7 +269,13 @@ class Engine:
         del self.runner
         gc.collect()
 
-    def _end(self, request_id: str, reason: FinishReason, error: str | None = None) -> TokenEvent:
+    def _end(
+        self,
+        request_id: str,
+        reason: FinishReason,
+        error: str | None = None,
+        own_fault: bool = False,
+    ) -> TokenEvent:
         """Take a request out from outside of a step; its terminal event."""
         now = time.monotonic()
         request = self.scheduler.abort(request_id)
@@ -284,6 +290,7 @@ class Engine:
             text=text,
             finish_reason=reason,
             error=error,
+            own_fault=own_fault,
             usage=usage_of(request, now),
         )
 
@@ -341,7 +348,8 @@ class Engine:
         used = zip(result.last_activated, result.last_chosen, strict=True)
         for request, token, (count, chosen) in zip(result.ready, tokens, used, strict=True):
             if request.matcher is not None and request.matcher.failure is not None:
-                event = self._end(request.request_id, "error", request.matcher.failure)
+                failure = request.matcher.failure
+                event = self._end(request.request_id, "error", failure, own_fault=True)
             else:
                 event = self._take_token(request, token, count / available, chosen, now)
             self._undelivered.append(event)

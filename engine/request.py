@@ -438,6 +438,8 @@ class TokenEvent:
         activated_ratio: share of the experts, over all layers, used to compute this token.
         finish_reason: set in the terminal event alone.
         error: a sentence, when finish_reason is "error".
+        own_fault: whether that error lies with the request, whose grammar cannot be followed any
+            further, and not with the engine.
         prompt: log-probabilities of the prompt, in the first event, when asked for.
         prompt_top: the likeliest tokens at each position of the prompt but the first, likewise.
         usage: set in the terminal event.
@@ -452,6 +454,7 @@ class TokenEvent:
     activated_ratio: float = 0.0
     finish_reason: FinishReason | None = None
     error: str | None = None
+    own_fault: bool = False
     prompt: tuple[TokenLogprob, ...] = ()
     prompt_top: tuple[tuple[TokenLogprob, ...], ...] = ()
     usage: Usage | None = None

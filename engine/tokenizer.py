@@ -58,11 +58,19 @@ class Tokenizer:
             CheckpointError: if the file is missing or not a tokenizer.
         """
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)))
+            source = path.read_text(encoding="utf-8")
+            found = cls(tokenizers.Tokenizer.from_str(source))
         except CheckpointError:
             raise
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{path.name}: not a readable tokenizer ({error})") from error
+        found.source = source
+        return found
+
+    @cached_property
+    def source(self) -> str:
+        """The tokenizer's JSON; the file's own text if it came from one."""
+        return self.backend.to_str()
 
     @property
     def vocab_size(self) -> int:
@@ -81,7 +89,7 @@ class Tokenizer:
     @cached_property
     def _parsing(self) -> tokenizers.Tokenizer:
         """A second backend: the flag is the backend's own, and other threads encode meanwhile."""
-        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend = tokenizers.Tokenizer.from_str(self.source)
         backend.encode_special_tokens = False
         return backend
 
