@@ -35,12 +35,12 @@ async def chat_completions(body: ChatRequest, request: Request, front: Front) ->
     """The assistant's next message.
 
     The checkpoint's chat template makes the prompt. A checkpoint without one gets a plain one,
-    `User: ...` and `Assistant:`, and its answer ends where it would begin the user's next turn. A
+    `User: ...` and `Assistant:`, and its answer ends where it would begin a user's next turn. A
     client that disconnects aborts its request.
     """
     template = front.engine.checkpoint.chat_template
     messages = [message.for_template() for message in body.messages]
-    end_of_turn = () if template is not None else (chats.PLAIN_STOP,)
+    end_of_turn = () if template is not None else chats.plain_stops(messages)
 
     def prompt(engine: Engine) -> list[int]:
         return chats.prompt_ids(engine.tokenizer, template, messages)

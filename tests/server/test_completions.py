@@ -362,3 +362,18 @@ def test_answers_with_too_many_logprobs_are_refused(live: Live) -> None:
     response = live.http.post(PATH, json=body)
     assert response.status_code == 400
     assert "logprobs must be for at most" in response.json()["error"]["message"]
+
+
+def test_a_stream_s_output_does_not_count_against_that_limit(live: Live) -> None:
+    """It goes out token by token; what it echoes comes at once and counts."""
+    body: dict[str, Any] = {"prompt": "a", "n": 8, "logprobs": 20, "max_tokens": 1000}
+    assert live.http.post(PATH, json=body).status_code == 400
+    with live.http.stream("POST", PATH, json={**body, "stream": True}) as response:
+        assert response.status_code == 200
+        next(response.iter_raw())
+    live.wait_until_idle()
+    long = {"prompt": ["x" * 2000] * 8, "n": 1, "max_tokens": 1}
+    echoed = {**body, **long, "echo": True, "stream": True}
+    response = live.http.post(PATH, json=echoed)
+    assert response.status_code == 400
+    assert "logprobs must be for at most" in response.json()["error"]["message"]
