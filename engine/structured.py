@@ -108,7 +108,7 @@ class Grammars:
         finally:
             self._compiling.release()
 
-    def _find(self, grammar: Grammar) -> LLMatcher | str | None:
+    def _find(self, grammar: Grammar) -> _Compiled | str | None:
         with self._lock:
             if grammar in self._kept:
                 self._kept.move_to_end(grammar)

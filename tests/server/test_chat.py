@@ -129,6 +129,25 @@ def test_a_stream_says_what_the_whole_says(live: Live) -> None:
     assert chunks[-1]["experts"] == whole["experts"]
 
 
+def test_the_plain_template_ends_where_a_named_user_would_speak(live: Live) -> None:
+    """Beside as many stop strings as a client may send. Three tokens are made likely, so the name
+    comes up soon."""
+    (ids,) = [live.http.post("/tokenize", json={"prompt": "\nZ:"}).json()["tokens"]]
+    fields = {
+        "logit_bias": dict.fromkeys(ids, 100),
+        "temperature": 1.0,
+        "seed": 1,
+        "max_tokens": 400,
+        "stop": [f"stop {i}" for i in range(15)],
+    }
+    named = chat(live, [{**HI[0], "name": "Z"}], **fields)["choices"][0]
+    assert named["finish_reason"] == "stop"
+    other = chat(live, **fields)["choices"][0]
+    assert other["finish_reason"] == "length"
+    assert "\nZ:" in other["message"]["content"]
+    assert "\nZ:" not in named["message"]["content"]
+
+
 # Templates
 
 

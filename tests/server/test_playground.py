@@ -365,7 +365,9 @@ def test_the_page_follows_a_reload(
 ) -> None:
     """Before it generates it asks what is served by now."""
     shutil.copytree(checkpoint_dir, tmp_path / "first")
-    with serve(watch=tmp_path, watch_interval=3600, admin_key=ADMIN) as live:
+    with serve(
+        model=tmp_path / "first", watch=tmp_path, watch_interval=3600, admin_key=ADMIN
+    ) as live:
         browser.open(f"{live.url}/playground")
         browser.wait_for(READY)
         assert texts(browser, "#model")[0].startswith("first")
