@@ -242,6 +242,7 @@ def test_compare_shows_both_and_their_speeds_readable_everywhere(page: Browser) 
     assert "the speed of dense, with 50% of its experts." in verdict
     for dark in (False, True):
         page.look(1280, 900, dark=dark)
+        page.wait_for("document.getAnimations().length === 0")  # buttons fade into their colours
         ground = page.run("getComputedStyle(document.body).backgroundColor")
         assert (ground == "rgb(17, 18, 22)") == dark
         for selector in (".token", ".given", ".hint", "button:enabled", "dt", "dd", "#model", "td"):
