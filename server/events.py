@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from engine.errors import AmbidexError
 from engine.request import TokenEvent, Usage
-from server.errors import GenerationFailed, IncompleteGeneration
+from server.errors import GenerationFailed, GrammarFailed, IncompleteGeneration
 from server.generation import Generation
 
 
@@ -28,9 +28,12 @@ def check(event: TokenEvent) -> None:
 
     Raises:
         GenerationFailed: the model failed.
+        GrammarFailed: the output could not follow its grammar.
         IncompleteGeneration: the server gave the request up.
     """
     if event.finish_reason == "error":
+        if event.own_fault:
+            raise GrammarFailed(event.error or "grammar cannot be followed")
         raise GenerationFailed(event.error or "generation failed")
     if event.finish_reason == "abort":
         raise IncompleteGeneration("the server ended the request before it was complete")

@@ -159,10 +159,11 @@ class Fleet:
         if worker.failure is not None:  # nothing to finish, and its thread may never return
             self._forget(worker)
             return
+        deadline = time.monotonic() + self.settings.retire_timeout
         try:
-            while self._leases[worker]:
+            while self._leases[worker] and time.monotonic() < deadline:
                 await asyncio.sleep(_POLL_SECONDS)
-            await worker.drain(self.settings.retire_timeout)
+            await worker.drain(max(0.0, deadline - time.monotonic()))
             await asyncio.to_thread(worker.stop)
         finally:
             self._forget(worker)
