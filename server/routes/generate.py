@@ -135,9 +135,12 @@ async def _frames(body: GenerateRequest, generation: Generation) -> AsyncGenerat
     text = body.inputs if body.parameters.return_full_text else ""
     try:
         async with aclosing(checked_events(generation)) as events:
-            async for event in events:
-                text += event.text
-                yield sse_event(_stream_event(event, generation, text))
+            async for taken in events:
+                frames = []
+                for event in taken:
+                    text += event.text
+                    frames.append(sse_event(_stream_event(event, generation, text)))
+                yield b"".join(frames)
     except AmbidexError as error:
         yield sse_event(describe(error))
     except Exception as error:

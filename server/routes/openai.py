@@ -176,10 +176,10 @@ class _Answer:
         """The answer as events; an error becomes the last of them but for the end."""
         try:
             async with aclosing(merged_events(self.generations)) as events:
-                async for which, event in events:
-                    chunk = self._chunk(which, event)
-                    if chunk is not None:
-                        yield sse_event(chunk)
+                async for which, taken in events:
+                    chunks = (self._chunk(which, event) for event in taken)
+                    if frames := [sse_event(chunk) for chunk in chunks if chunk is not None]:
+                        yield b"".join(frames)
             if self.writer.body.includes_usage:
                 last = {"choices": [], "usage": self._usage(), "experts": self._experts()}
                 yield sse_event({**self.common, "object": self.writer.chunk_kind, **last})
