@@ -51,9 +51,8 @@ def context_files(directory: Path) -> Iterator[PurePosixPath]:
     for folder, folders, files in os.walk(directory):
         here = PurePosixPath(Path(folder).relative_to(directory).as_posix())
         links = [name for name in folders if Path(folder, name).is_symlink()]
-        # A directory that is excluded must still be looked into: something in it may be brought
-        # back. Not so where no such pattern can be: the repository, environments.
-        folders[:] = sorted(name for name in set(folders) - set(links) if name != ".git")
+        # Also into those that are excluded: something in them may be brought back.
+        folders[:] = sorted(set(folders) - set(links))
         yield from (p for p in _joined(here, [*files, *links]) if not rules.excludes(p))
 
 

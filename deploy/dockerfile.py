@@ -258,6 +258,8 @@ def _instruction(line: int, text: str) -> Instruction:
         raise DockerfileError(f"line {line}: here-documents are not supported here")
     if not rest:
         raise DockerfileError(f"line {line}: {name} says nothing")
+    if name == "ARG" and "=" not in rest:
+        raise DockerfileError(f"line {line}: ARG {rest} needs a default here")
     return Instruction(line, name, tuple(flags), rest)
 
 
