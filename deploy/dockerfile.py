@@ -229,7 +229,7 @@ def instructions(text: str) -> Iterator[Instruction]:
 
 
 def expand(text: str, known: Mapping[str, str]) -> str:
-    """`$NAME`, `${NAME}`, `${NAME:-default}` and `${NAME:+word}` replaced; unknown ones are empty."""
+    """Replace `$NAME`, `${NAME}`, `${NAME:-default}`, `${NAME:+word}`; unknown ones are empty."""
 
     def replacement(found: re.Match[str]) -> str:
         if found["escaped"]:

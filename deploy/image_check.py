@@ -3,8 +3,8 @@
     python3 -m deploy.image_check [--target cpu] [--target cuda] [--build-arg NAME=VALUE]
 
 The file's own steps are carried out in a clean Debian root, stage by stage; then the image's
-entrypoint runs as the image's user, as process 1, with the root read-only. It must become healthy by
-the image's HEALTHCHECK, answer POST /generate, run other commands, and end with status 0 on its
+entrypoint runs as the image's user, as process 1, with the root read-only. It must become healthy
+by the image's HEALTHCHECK, answer POST /generate, run other commands, and end with status 0 on its
 STOPSIGNAL. Needs root, Linux, debootstrap, and some gigabytes in the temporary directory.
 
 What it cannot prove: that an engine reads the file in the same way, and anything about a GPU. The
