@@ -55,7 +55,7 @@ class Container:
             raise RootError(
                 f"ambidex {' '.join(arguments)}: {(done.stderr or done.stdout)[-2000:]}"
             )
-        return done.stdout
+        return str(done.stdout)
 
 
 @contextmanager
