@@ -48,6 +48,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 FROM requirements AS libraries-cuda
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --constraint constraints.txt --requirement requirements.txt \
+    && /opt/ambidex/bin/python -c "import torch; assert torch.version.cuda, 'torch came without CUDA'" \
     && cd /opt/ambidex/lib/python3.11/site-packages/torch \
     && rm -rf test bin/*[Tt]est*
 

@@ -35,6 +35,7 @@ from torch import Tensor
 from engine.chat_template import read_chat_template
 from engine.config import ModelConfig, check_choice
 from engine.errors import CheckpointError, ConfigError, require
+from engine.kernels._triton import cache_problem
 from engine.model import Decoder
 from engine.tokenizer import Tokenizer
 
@@ -283,12 +284,12 @@ def _digest(entries: Any) -> str:
 
 
 def check_device(device: str) -> None:
-    """Raise ConfigError unless `device` is a known one that this machine has."""
+    """Raise ConfigError unless `device` is a known one that this machine has and can use."""
     check_choice("device", device, ("cpu", "cuda"))
-    require(
-        device != "cuda" or torch.cuda.is_available(),
-        "device cuda: torch sees no CUDA device here",
-    )
+    if device == "cuda":
+        require(torch.cuda.is_available(), "device cuda: torch sees no CUDA device here")
+        problem = cache_problem()
+        require(problem is None, f"device cuda: {problem}")
 
 
 def _check_tokenizer(path: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from engine import checkpoint as checkpoints
-from engine.checkpoint import STARTER, Checkpoint, atomic_directory, load, save
-from engine.errors import CheckpointError
+from engine.checkpoint import STARTER, Checkpoint, atomic_directory, check_device, load, save
+from engine.errors import CheckpointError, ConfigError
 
 
 @pytest.fixture
@@ -198,3 +198,18 @@ def test_the_packaged_starter_loads_and_says_how_it_was_made() -> None:
     assert starter.report["corpus"]["fingerprint"] in card
     quarter = [p for p in starter.config.experts.quality if p.share == 0.25]
     assert quarter[0].relative <= 0.01
+
+
+def test_a_device_that_cannot_be_used_is_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="torch sees no CUDA device here"):
+        load(STARTER, device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ConfigError, match=r"cannot keep its kernels in .*cache \(TRITON_CACHE_DIR"):
+        load(STARTER, device="cuda")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    check_device("cuda")
