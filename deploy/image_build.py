@@ -68,7 +68,8 @@ class Builder:
             image = Image()
         for step in stage.steps:
             step = image.expand(step)
-            self.say(f"{stage.name}: line {step.line}, {step.name} {step.value[:60]}")
+            short = " ".join(step.value.split())[:60]
+            self.say(f"{stage.name}: line {step.line}, {step.name} {short}")
             image = image.after(step, self.dockerfile.arguments)
             self._carry_out(step, root, image)
         self.say(f"{stage.name}: done in {time.monotonic() - started:.0f} s")

@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -189,14 +190,13 @@ def box(program: str, check: str = "true") -> Container:
 
 @needs_root
 def test_the_signal_reaches_process_one(tmp_path: Path) -> None:
-    program = "trap 'echo $$; exit 7' USR1; while :; do sleep 0.02; done"
+    program = "trap 'echo $$; exit 7' USR1; echo ready; while :; do sleep 0.02; done"
     with Server(box(program), tmp_path / "log", {}) as server:
         server.wait_until_healthy()
-        while "sleep" not in processes_below(server.process.pid):
-            time.sleep(0.01)
+        until(lambda: "ready" in server.said())
         status, _ = server.stop()
     assert status == 7
-    assert server.said() == "1\n"
+    assert server.said() == "ready\n1\n"
 
 
 @needs_root
@@ -211,19 +211,14 @@ def test_a_server_that_ends_by_itself_is_told_with_its_log(tmp_path: Path) -> No
 
 @needs_root
 def test_nothing_goes_on_after_a_failure(tmp_path: Path) -> None:
-    with Server(box("sleep 100"), tmp_path / "log", {}) as server:
-        while not processes_below(server.process.pid):
-            time.sleep(0.01)
+    with Server(box("echo ready; sleep 100"), tmp_path / "log", {}) as server:
+        until(lambda: "ready" in server.said())
         first = server._first_process()
-    deadline = time.monotonic() + 10  # the kernel ends it in its own time
-    while Path(f"/proc/{first}").exists():
+    until(lambda: not Path(f"/proc/{first}").exists())
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def processes_below(pid: int) -> str:
-    """The command lines of a process's descendants."""
-    found = ""
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        found += Path(f"/proc/{child}/cmdline").read_text() + processes_below(int(child))
-    return found
