@@ -89,6 +89,8 @@ def check(builder: Builder, target: str) -> Result:
         for command in (("inspect",), ("generate", "def main(", "--max-new-tokens", "4")):
             box.output(*command, env=_environment(image))
             say(f"{target}: ambidex {command[0]} works")
+        if image.environment.get("AMBIDEX_DEVICE") == "cuda":
+            _require_launchers(box)
     return Result(target, size(root), built, healthy, again)
 
 
@@ -111,6 +113,16 @@ def _serve(box: Container, log: Path, env: dict[str, str]) -> float:
         _require(status == 0, f"exit status {status} after the signal:\n{server.said()}")
         say(f"{box.image.stop_signal}: exit status 0 after {seconds:.1f} s")
     return healthy
+
+
+def _require_launchers(box: Container) -> None:
+    """What Triton compiles when a kernel is first launched is C against Python's headers."""
+    headers = 'I="$(python -c "import sysconfig; print(sysconfig.get_path(\'include\'))")"'
+    compiles = "echo '#include <Python.h>' | gcc -x c -fsyntax-only -I\"$I\" -"
+    call = box.call(("/bin/sh", "-c", f"{headers}; {compiles}"))
+    done = subprocess.run(**call, capture_output=True, text=True, check=False)
+    _require(done.returncode == 0, f"no C against Python's headers: {done.stderr[-1000:]}")
+    say("C against Python's headers compiles, as Triton needs it")
 
 
 def _require(condition: bool, sentence: str) -> None:

@@ -140,8 +140,16 @@ def verify_manifest(path: Path) -> dict[str, dict[str, Any]]:
     """Check every file of the directory `path` against its manifest; returns the entries.
 
     Raises:
-        CheckpointError: naming the first file that is missing, unsafe, or differs.
+        CheckpointError: naming the first file that is missing, unreadable, unsafe, or differs.
     """
+    try:
+        return _verified_entries(path)
+    except OSError as error:
+        who = f"user {os.getuid()} cannot read it"
+        raise CheckpointError(f"{error.filename or path}: {who}: {error.strerror}") from error
+
+
+def _verified_entries(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint directory")
     manifest = read_json(path / MANIFEST)

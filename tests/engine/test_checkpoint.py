@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -213,3 +214,19 @@ def test_a_device_that_cannot_be_used_is_refused_before_anything_is_loaded(
         load(STARTER, device="cuda")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     check_device("cuda")
+
+
+def test_a_file_that_may_not_be_read_is_named(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may read anything, hence the patch."""
+    real = checkpoints.file_sha256
+
+    def refusing(path: Path) -> str:
+        if path.name == "model.safetensors":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(checkpoints, "file_sha256", refusing)
+    with pytest.raises(CheckpointError) as caught:
+        load(saved)
+    assert str(caught.value).startswith(f"{saved / 'model.safetensors'}: user ")
+    assert str(caught.value).endswith("cannot read it: Permission denied")
