@@ -11,6 +11,7 @@ ARG DEBIAN=debian:bookworm-20250520-slim
 # Debian's Python, and a C compiler: the CPU kernels are compiled for the processor that they run
 # on, and so are Triton's launchers, so neither can be compiled here.
 FROM ${DEBIAN} AS system
+ARG DEBIAN_FRONTEND=noninteractive
 RUN apt-get update \
     && apt-get upgrade --yes \
     && apt-get install --yes --no-install-recommends gcc libc6-dev python3.11 \
@@ -25,18 +26,21 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_PYTHON=/opt/ambidex/bin/python \
     PIP_ROOT_USER_ACTION=ignore
 
-# The libraries have a layer of their own, which changes only with their versions.
+# The libraries have a layer of their own, which changes only with this list and their versions.
 FROM environment AS requirements
 ARG EXTRAS="otel"
 WORKDIR /build
-COPY pyproject.toml constraints.txt ./
+COPY pyproject.toml ./
 RUN python3.11 -c "import sys, tomllib; \
     project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
     extras = [project['optional-dependencies'][name] for name in sys.argv[1:]]; \
     print(*project['dependencies'], *sum(extras, []), sep='\n')" ${EXTRAS} > requirements.txt
 
 # No Triton (0.7 GB): without a GPU nothing calls its kernels. Nor torch's own tests (0.1 GB).
-FROM requirements AS libraries-cpu
+FROM environment AS libraries-cpu
+WORKDIR /build
+COPY constraints.txt ./
+COPY --from=requirements /build/requirements.txt ./
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --no-deps --index-url "${TORCH_INDEX}" --constraint constraints.txt torch \
@@ -45,7 +49,10 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     && cd /opt/ambidex/lib/python3.11/site-packages/torch \
     && rm -rf test bin/*[Tt]est*
 
-FROM requirements AS libraries-cuda
+FROM environment AS libraries-cuda
+WORKDIR /build
+COPY constraints.txt ./
+COPY --from=requirements /build/requirements.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --constraint constraints.txt --requirement requirements.txt \
     && /opt/ambidex/bin/python -c "import torch; assert torch.version.cuda, 'torch came without CUDA'" \
@@ -74,12 +81,10 @@ ENV PATH=/opt/ambidex/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbi
     TRITON_CACHE_DIR=/cache/triton \
     XDG_CACHE_HOME=/cache
 ARG VERSION=0.1.0
-ARG REVISION=unknown
 LABEL org.opencontainers.image.title="ambidex" \
       org.opencontainers.image.description="Language models that run dense or as a sparse mixture of experts" \
       org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
+      org.opencontainers.image.version="${VERSION}"
 USER 10001:10001
 # Where `ambidex train` leaves its runs unless it is told otherwise.
 WORKDIR /models
@@ -106,7 +111,11 @@ ENV AMBIDEX_DEVICE=cuda \
     NVIDIA_VISIBLE_DEVICES=all
 COPY --from=libraries-cuda /opt/ambidex /opt/ambidex
 COPY --from=application /app/opt/ambidex /opt/ambidex
+ARG REVISION=unknown
+LABEL org.opencontainers.image.revision="${REVISION}"
 
 FROM runtime AS cpu
 COPY --from=libraries-cpu /opt/ambidex /opt/ambidex
 COPY --from=application /app/opt/ambidex /opt/ambidex
+ARG REVISION=unknown
+LABEL org.opencontainers.image.revision="${REVISION}"

@@ -106,7 +106,6 @@ class Builder:
             **proxies(),
             **pip.environment,
             "APT_CONFIG": "/mnt/apt.conf",
-            "DEBIAN_FRONTEND": "noninteractive",
             **image.arguments,
             **image.environment,
         }

@@ -7,6 +7,8 @@ entrypoint runs as the image's user, as process 1, with the root read-only. It m
 by the image's HEALTHCHECK, answer POST /generate, run other commands, and end with status 0 on its
 STOPSIGNAL. Needs root, Linux, debootstrap, and some gigabytes in the temporary directory.
 
+A host whose pip is set up to prefer a CPU build of torch needs PIP_CONFIG_FILE=/dev/null for cuda.
+
 What it cannot prove: that an engine reads the file in the same way, and anything about a GPU. The
 base image is replaced by what it is made of.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -144,6 +147,7 @@ def _outside(options: argparse.Namespace, arguments: list[str]) -> int:
         raise RootError("only root may mount and change roots: run it with sudo")
     if missing := missing_tools():
         raise RootError(f"install {', '.join(missing)} first, such as by apt-get install")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     work = Path(tempfile.mkdtemp(prefix="image-check-"))
     private = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     again = [sys.executable, "-m", "deploy.image_check", *arguments, "--inside", str(work)]
@@ -154,10 +158,21 @@ def _outside(options: argparse.Namespace, arguments: list[str]) -> int:
     finally:
         if options.keep:
             say(f"kept {work}")
-        elif str(work) in Path("/proc/self/mountinfo").read_text(encoding="utf-8"):
-            say(f"something is mounted below {work}: left it as it is")
         else:
-            shutil.rmtree(work)
+            _remove(work)
+
+
+def _remove(work: Path) -> None:
+    """Remove the directory, unless something is mounted there after all."""
+    if str(work) in Path("/proc/self/mountinfo").read_text(encoding="utf-8"):
+        say(f"something is mounted below {work}: it stays as it is")
+        return
+    for _ in range(20):  # what was killed a moment ago may still write
+        shutil.rmtree(work, ignore_errors=True)
+        if not work.exists():
+            return
+        time.sleep(0.5)
+    say(f"{work} could not be removed")
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

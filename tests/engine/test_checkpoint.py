@@ -230,3 +230,10 @@ def test_a_file_that_may_not_be_read_is_named(saved: Path, monkeypatch: pytest.M
         load(saved)
     assert str(caught.value).startswith(f"{saved / 'model.safetensors'}: user ")
     assert str(caught.value).endswith("cannot read it: Permission denied")
+
+
+def test_json_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    with pytest.raises(CheckpointError, match=r"config\.json: nested too deeply"):
+        checkpoints.read_json(path)
