@@ -64,7 +64,7 @@ FROM environment AS application
 WORKDIR /build
 COPY . .
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --no-deps --root /app .
+    PIP_CONSTRAINT=constraints.txt pip install --no-deps --root /app .
 
 # What both images are but for their libraries.
 FROM system AS runtime
