@@ -70,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (DockerfileError, RootError, OSError) as error:
         print(f"image-check: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     for result in results:
         print(result)
     return 0
@@ -153,8 +155,6 @@ def _outside(options: argparse.Namespace, arguments: list[str]) -> int:
     again = [sys.executable, "-m", "deploy.image_check", *arguments, "--inside", str(work)]
     try:
         return subprocess.run([*private, *again], cwd=ROOT, check=False).returncode
-    except KeyboardInterrupt:
-        return 130
     finally:
         if options.keep:
             say(f"kept {work}")
@@ -180,7 +180,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--target", action="append", help="stage to build and run [cpu]")
     parser.add_argument("--build-arg", action="append", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--context", type=Path, default=ROOT, help="directory to build from")
+    parser.add_argument(
+        "--context", type=lambda text: Path(text).resolve(), default=ROOT, help="directory to build"
+    )
     parser.add_argument("--apt-mirror", help="Debian's archive [the host's]")
     parser.add_argument("--security-mirror", help="its security updates [the host's]")
     parser.add_argument("--keep", action="store_true", help="leave the built roots where they are")

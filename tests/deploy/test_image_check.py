@@ -176,6 +176,20 @@ def test_what_is_needed_is_told(
     assert "install debootstrap, mount, unshare first" in capsys.readouterr().err
 
 
+def test_nothing_is_removed_through_a_mount(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = tmp_path / "work"
+    (work / "a").mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", lambda *_, **__: f"36 35 0:1 / {work}/a rw - tmpfs")
+        image_check._remove(work)
+    assert "something is mounted" in capsys.readouterr().out
+    assert (work / "a").exists()
+    image_check._remove(work)
+    assert not work.exists()
+
+
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare"
 )
