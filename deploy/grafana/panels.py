@@ -98,14 +98,6 @@ def graph(
 
 def layers(title: str, text: str, expr: str) -> heatmap.Panel:
     """A heat map of shares, a row a layer: Grafana sorts rows whose names are numbers."""
-    color = (
-        heatmap.HeatmapColorOptions()
-        .mode(HeatmapColorMode.SCHEME)
-        .scheme("Viridis")
-        .min(0)
-        .max(1)
-        .steps(64)
-    )
     return (
         heatmap.Panel()
         .title(title)
@@ -114,7 +106,7 @@ def layers(title: str, text: str, expr: str) -> heatmap.Panel:
         .height(9)
         .span(8)
         .calculate(False)
-        .color(color)
+        .color(_colors("Viridis").min(0).max(1))
         .cell_values(heatmap.CellValues().unit("percentunit").decimals(1))
         .with_target(_query("A", expr, "{{layer}}"))
     )
@@ -131,9 +123,7 @@ def distribution(title: str, text: str, unit: str, metric: str) -> heatmap.Panel
         .height(8)
         .span(8)
         .calculate(False)
-        .color(
-            heatmap.HeatmapColorOptions().mode(HeatmapColorMode.SCHEME).scheme("Blues").steps(64)
-        )
+        .color(_colors("Blues"))
         .y_axis(heatmap.YAxisConfig().unit(unit))
         .with_target(_query("A", expr, "{{le}}").format(PromQueryFormat.HEATMAP))
     )
@@ -148,7 +138,7 @@ def listing(
         title: of the panel.
         text: its description.
         columns: per name of a column its unit and its expression.
-        hidden: labels that are not shown.
+        hidden: columns that are not shown.
         labels: what the label of that name is called.
     """
     panel = table.Panel().title(title).description(text).datasource(SOURCE).height(8).span(12)
@@ -173,6 +163,11 @@ def listing(
     return panel.with_transformation(
         models.DataTransformerConfig(id_val="organize", options=organize)
     )
+
+
+def _colors(scheme: str) -> heatmap.HeatmapColorOptions:
+    colors = heatmap.HeatmapColorOptions().mode(HeatmapColorMode.SCHEME).scheme(scheme).steps(64)
+    return colors.exponent(0.5).fill("dark-orange")  # Grafana's own defaults
 
 
 def _query(ref: str, expr: str, legend: str) -> queries.Dataquery:

@@ -1,0 +1,250 @@
+"""A real Prometheus over running servers: every expression has data, and faults fire their alerts.
+
+The product's own rules, SPEED times faster (tests/deploy/prometheus.py). Three servers are scraped:
+a healthy one under load; one whose engine is killed and which then stops; one whose queue is filled
+and whose routers are damaged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from deploy.grafana.dashboard import FILE
+from tests.deploy import prometheus
+from tests.deploy.prometheus import ROOT, Prometheus, rules_of, wait_for
+
+if TYPE_CHECKING:
+    from tests.server.conftest import Live, Serve
+
+pytestmark = pytest.mark.skipif(None in prometheus.BINARIES, reason=prometheus.WHY_SKIPPED)
+
+ALERTS = {rule["alert"]: rule for rule in rules_of("alerts.yml")}
+RECORDED = {rule["record"]: rule for rule in rules_of("recording.yml")}
+UNIT_TESTS = Path(__file__).parent / "alerts_test.yml"
+BOARD: dict[str, Any] = json.loads(FILE.read_text())
+TARGETS = {
+    f"{panel['title']} {target['refId']}": target["expr"]
+    for panel in BOARD["panels"]
+    for target in panel.get("targets", ())
+}
+# Alone and together, dense, sparse and both: every kind of decoding step.
+ROUNDS = [["dense"], ["top_k:2"], ["top_k:2"] * 3, ["dense"] * 3, ["dense", "top_k:2"]]
+DOCS = (ROOT / "docs" / "alerts.md").read_text()
+
+
+def promtool(*arguments: str | Path) -> None:
+    ran = subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_promtool_accepts_the_configuration() -> None:
+    promtool("check", "config", prometheus.CONFIG)
+    promtool("check", "rules", *sorted(prometheus.RULES.glob("*.yml")))
+
+
+def test_promtool_proves_the_alerts() -> None:
+    promtool("test", "rules", UNIT_TESTS)
+
+
+@pytest.mark.parametrize("name", ALERTS)
+def test_every_alert_is_proven_to_fire_and_to_be_quiet(name: str) -> None:
+    tests = yaml.safe_load(UNIT_TESTS.read_text())["tests"]
+    asked = [case for t in tests for case in t["alert_rule_test"] if case["alertname"] == name]
+    assert sum("exp_alerts" in case for case in asked) == 1
+    assert sum("exp_alerts" not in case for case in asked) >= 4  # three when all is well
+
+
+@pytest.mark.parametrize("name", ALERTS)
+def test_every_alert_says_what_and_where_to_read_on(name: str) -> None:
+    rule = ALERTS[name]
+    assert rule["labels"]["severity"] in {"critical", "warning"}
+    assert "$value" in rule["annotations"]["description"]
+    assert rule["annotations"]["summary"]
+    file, _, anchor = rule["annotations"]["runbook_url"].partition("#")
+    assert file == "docs/alerts.md"
+    assert anchor == name.lower()
+    assert f"\n## {name}\n" in DOCS
+
+
+def test_the_runbook_has_no_other_alerts() -> None:
+    assert set(re.findall(r"^## (Ambidex\w+)$", DOCS, re.MULTILINE)) == set(ALERTS)
+
+
+# The real one
+
+
+@dataclass
+class Scene:
+    """What Prometheus sees: servers under load, and faults that were injected."""
+
+    prometheus: Prometheus
+    healthy: Live
+    killed: Live
+    crowded: Live
+
+
+@pytest.fixture(scope="module")
+def scene(serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    """Start everything, wait for numbers from healthy servers, then inject the faults."""
+    folder = tmp_path_factory.mktemp("prometheus")
+    with (
+        serve(step_seconds=0.01, sample_every=2) as healthy,
+        contextlib.ExitStack() as stack,
+        serve(step_seconds=0.01, sample_every=1, max_num_seqs=2, max_waiting=6) as crowded,
+        load(healthy, ROUNDS),
+        load(crowded, [["top_k:4"]]),
+    ):
+        killed = stack.enter_context(serve(max_restarts=1))
+        jobs = {"ambidex": healthy, "ambidex-killed": killed, "ambidex-crowded": crowded}
+        hosts = {job: live.url.removeprefix("http://") for job, live in jobs.items()}
+        with prometheus.running(folder, hosts) as running:
+            coverage = "job:ambidex_router_coverage:ratio_rate30m"
+            wait_for(lambda: len(running.query(coverage)) == 2)
+            time.sleep(5)  # a past to compare with
+            kill_engine(killed)
+            damage_routers(crowded)
+            with load(crowded, [["top_k:4"]], clients=12):
+                failed = {"AmbidexFailed", "AmbidexNotReady"}
+                wait_for(lambda: failed <= running.fired("ambidex-killed"))
+                stack.close()  # and the process ends
+                yield Scene(running, healthy, killed, crowded)
+
+
+@contextmanager
+def load(live: Live, rounds: list[list[str]], clients: int = 1) -> Iterator[None]:
+    """Clients that send one round after another; a round's requests, by policy, go out together."""
+    stop = threading.Event()
+
+    def ask(policy: str) -> None:
+        live.post("/generate", "xy" * 20, max_new_tokens=12, experts=policy)
+
+    def client() -> None:
+        for policies in itertools.cycle(rounds):
+            if stop.is_set():
+                return
+            list(requests.map(ask, policies))
+
+    with ThreadPoolExecutor(clients * max(map(len, rounds))) as requests:
+        with ThreadPoolExecutor(clients) as pool:
+            running = [pool.submit(client) for _ in range(clients)]
+            try:
+                yield
+            finally:
+                stop.set()
+                for each in running:
+                    each.result(60)
+
+
+def kill_engine(live: Live) -> None:
+    """No step of this server succeeds any more, whichever engine takes over."""
+
+    def boom(*_: Any) -> Any:
+        raise RuntimeError("the disk is on fire")
+
+    live.engine.runner.run = boom  # type: ignore[method-assign]
+    rebuild = live.frontend.fleet._rebuild
+
+    def rebuild_broken(worker: Any) -> Any:
+        engine = rebuild(worker)
+        engine.runner.run = boom  # type: ignore[method-assign]
+        return engine
+
+    live.frontend.fleet._rebuild = rebuild_broken  # type: ignore[method-assign]
+    deadline = time.monotonic() + 30
+    while live.frontend.fleet.failure is None:
+        live.post("/generate", max_new_tokens=2)
+        assert time.monotonic() < deadline
+
+
+def damage_routers(live: Live) -> None:
+    """From now on the experts that hold least are chosen."""
+    for ffn in live.engine.checkpoint.model.ffns():
+        ffn.router.neg_()
+
+
+@pytest.mark.parametrize(
+    ("job", "alert"),
+    [
+        ("ambidex-killed", "AmbidexEngineRestarted"),
+        ("ambidex-killed", "AmbidexErrors"),
+        ("ambidex-killed", "AmbidexFailed"),
+        ("ambidex-killed", "AmbidexNotReady"),
+        ("ambidex-killed", "AmbidexDown"),
+        ("ambidex-crowded", "AmbidexQueueGrowing"),
+        ("ambidex-crowded", "AmbidexRejecting"),
+        ("ambidex-crowded", "AmbidexRouterCoverageFalling"),
+    ],
+)
+def test_faults_fire_their_alerts(scene: Scene, job: str, alert: str) -> None:
+    wait_for(lambda: alert in scene.prometheus.fired(job))
+
+
+def test_the_healthy_server_has_no_alerts(scene: Scene) -> None:
+    """In 2 s a single late moment of a busy test machine weighs what 5 minutes of them should."""
+    wait_for(lambda: "AmbidexRouterCoverageFalling" in scene.prometheus.fired("ambidex-crowded"))
+    assert scene.prometheus.fired("ambidex") <= {"AmbidexEventLoopLag"}
+
+
+def in_prometheus(expr: str) -> str:
+    """A panel's expression as Grafana would send it, all servers chosen."""
+    for name, value in (
+        ("$instance", ".*"),
+        ("$version", ".*"),
+        ("$__rate_interval", prometheus.RATE_INTERVAL),
+    ):
+        expr = expr.replace(name, value)
+    return expr
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_panel_has_data(scene: Scene, name: str) -> None:
+    wait_for(lambda: scene.prometheus.query(in_prometheus(TARGETS[name])), 20)
+
+
+def test_variables_and_annotations_have_data(scene: Scene) -> None:
+    for variable in BOARD["templating"]["list"]:
+        if variable["type"] == "query":
+            found = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"])
+            assert found
+            (sample, *_) = scene.prometheus.query(in_prometheus(found[1]))
+            assert sample["metric"][found[2]]
+    (annotation,) = BOARD["annotations"]["list"]
+    assert scene.prometheus.query(in_prometheus(annotation["expr"].removesuffix("> 0")))
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_every_recording_rule_has_data(scene: Scene, name: str) -> None:
+    wait_for(lambda: scene.prometheus.query(name), 20)
+    for sample in scene.prometheus.query(name):
+        assert sample["value"][1] not in ("NaN", "+Inf", "-Inf")
+
+
+@pytest.mark.parametrize("name", ALERTS)
+def test_every_alert_is_about_metrics_that_exist(scene: Scene, name: str) -> None:
+    expr = ALERTS[name]["expr"]
+    scene.prometheus.query(expr)
+    used = metrics_in(expr)
+    assert used
+    assert used <= scene.prometheus.metric_names()
+
+
+def metrics_in(expr: str) -> set[str]:
+    """Names of the metrics of an expression: what is left without strings and functions."""
+    bare = re.sub(r'"[^"]*"', "", expr)
+    names = set(re.findall(r"[A-Za-z_:][\w:]*", bare))
+    return {name for name in names if "ambidex_" in name or name.startswith(("process_", "up"))}
