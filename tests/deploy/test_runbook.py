@@ -34,7 +34,7 @@ def sizing_rows() -> Iterator[list[str]]:
 
 
 def test_the_table_of_sizes_is_the_engine_s_own_budget() -> None:
-    """Weights, KV bytes a token, and what one GiB of cache holds, from the plan that serving makes."""
+    """Weights, KV bytes a token, and what one GiB holds, from the plan that serving makes."""
     rows = {row[0]: row[1:] for row in sizing_rows()}
     assert set(rows) == set(MODELS)
     config = EngineConfig(kv_cache_bytes=1 << 30, max_num_seqs=4096, max_num_batched_tokens=4096)
