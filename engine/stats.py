@@ -291,7 +291,7 @@ class Stats:
 
 
 def decode_kind(activated: Sequence[int], every: int) -> str:
-    """Which of DECODE_KINDS tokens are that used so many of `every` expert."""
+    """Which of DECODE_KINDS a batch is whose tokens used so many experts, out of `every`."""
     dense = sum(count == every for count in activated)
     if 0 < dense < len(activated):
         return "mixed"

@@ -15,6 +15,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from deploy.grafana.dashboard import FILE, as_json
+from tests.deploy.prometheus import rules_of
 
 BOARD: dict[str, Any] = json.loads(FILE.read_text())
 PANELS = [panel for panel in BOARD["panels"] if panel["type"] != "row"]
@@ -68,6 +69,21 @@ def test_panels(panel: dict[str, Any]) -> None:
         assert target["expr"].count("(") == target["expr"].count(")")
     assert units(panel) <= UNITS
     assert units(panel)
+
+
+def test_alerts_that_panels_name() -> None:
+    """They exist, and a number turns red where its alert fires."""
+    alerts = {rule["alert"]: rule for rule in rules_of("alerts.yml")}
+    red = 0
+    for panel in PANELS:
+        named = re.findall(r"Ambidex[A-Z]\w+", panel["description"])
+        assert set(named) <= set(alerts)
+        thresholds = panel.get("fieldConfig", {}).get("defaults", {}).get("thresholds", {})
+        for step in thresholds.get("steps", ()):
+            if step["color"] == "red":
+                red += 1
+                assert alerts[named[0]]["expr"].endswith(f" > {step['value']:g}")
+    assert red == 2
 
 
 def units(panel: dict[str, Any]) -> set[str]:

@@ -1,8 +1,8 @@
 """A real Prometheus over running servers: every expression has data, and faults fire their alerts.
 
 The product's own rules, SPEED times faster (tests/deploy/prometheus.py). Three servers are scraped:
-a healthy one under load; one whose engine is killed and which then stops; one whose queue is filled
-and whose routers are damaged.
+a healthy one under load; one that is given a damaged checkpoint, whose engine is killed and which
+then stops; one whose queue is filled and whose routers are damaged.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 
 from deploy.grafana.dashboard import FILE
 from tests.deploy import prometheus
@@ -48,6 +49,19 @@ def promtool(*arguments: str | Path) -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
+def test_fast_rules_change_times_alone() -> None:
+    text = (prometheus.RULES / "alerts.yml").read_text()
+    rules, fast = yaml.safe_load(text), prometheus.fast_rules(text)
+    assert rules != fast
+    for group, fast_group in zip(rules["groups"], fast["groups"], strict=True):
+        for rule, fast_rule in zip(group["rules"], fast_group["rules"], strict=True):
+            assert ("for" in rule) == ("for" in fast_rule)
+            expr = re.sub(r"\[\w+\]", "[]", rule["expr"])
+            assert re.sub(r"\[\d+ms\]", "[]", fast_rule["expr"]) == expr
+            assert {**rule, "expr": "", "for": ""} == {**fast_rule, "expr": "", "for": ""}
+    assert prometheus.faster("5m") == "2000ms"
+
+
 def test_promtool_accepts_the_configuration() -> None:
     promtool("check", "config", prometheus.CONFIG)
     promtool("check", "rules", *sorted(prometheus.RULES.glob("*.yml")))
@@ -68,13 +82,15 @@ def observed(serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         load(healthy, ROUNDS),
         load(crowded, [["top_k:4"]]),
     ):
-        killed = stack.enter_context(serve(max_restarts=1))
+        watched = tmp_path_factory.mktemp("watched")
+        killed = stack.enter_context(serve(max_restarts=1, watch=watched, watch_interval=0.1))
         jobs = {"ambidex": healthy, "ambidex-killed": killed, "ambidex-crowded": crowded}
         hosts = {job: live.url.removeprefix("http://") for job, live in jobs.items()}
         with prometheus.running(folder, hosts) as running:
             coverage = "job:ambidex_router_coverage:ratio_rate30m"
             wait_for(lambda: len(running.query(coverage)) == 2)
             time.sleep(5)  # a past to compare with
+            publish_damaged_checkpoint(watched)
             kill_engine(killed)
             damage_routers(crowded)
             with load(crowded, [["top_k:4"]], clients=12):
@@ -131,6 +147,11 @@ def kill_engine(live: Live) -> None:
         assert time.monotonic() < deadline
 
 
+def publish_damaged_checkpoint(watched: Path) -> None:
+    (watched / "step-1").mkdir()
+    (watched / "step-1" / "manifest.json").write_text("{}")
+
+
 def damage_routers(live: Live) -> None:
     """From now on the experts that hold least are chosen."""
     for ffn in live.engine.checkpoint.model.ffns():
@@ -140,6 +161,7 @@ def damage_routers(live: Live) -> None:
 @pytest.mark.parametrize(
     ("job", "alert"),
     [
+        ("ambidex-killed", "AmbidexReloadRefused"),
         ("ambidex-killed", "AmbidexEngineRestarted"),
         ("ambidex-killed", "AmbidexErrors"),
         ("ambidex-killed", "AmbidexFailed"),
