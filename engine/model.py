@@ -257,6 +257,7 @@ class Decoder(nn.Module):
             x_TD = self.project_out(x_TD)
         if self.config.logits_scaling != 1.0:
             x_TD = x_TD / self.config.logits_scaling
+        logits_TV: Tensor
         if self.head is not None:
             logits_TV = self.head(x_TD)
         elif self._packed_embedding is not None:
