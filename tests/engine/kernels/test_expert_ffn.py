@@ -159,7 +159,6 @@ def test_gates_and_biases(
         size,
         activation,
         Arrivals(device),
-        threshold=threshold,
         **extra,
     )
     wide = {n: v.double() if isinstance(v, Tensor) else v for n, v in extra.items()}
@@ -170,7 +169,6 @@ def test_gates_and_biases(
         ids_TK,
         size,
         activation,
-        threshold=threshold,
         **wide,
     )
     assert relative_error(y_TD, expected) < TOLERANCE[dtype]

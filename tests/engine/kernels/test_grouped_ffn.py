@@ -152,7 +152,6 @@ def test_gates_and_biases(
         down_FD.double(),
         routing,
         activation,
-        threshold=threshold,
         **wide,
     )
     assert relative_error(y_TD, expected) < TOLERANCE[dtype]
@@ -163,7 +162,6 @@ def test_gates_and_biases(
         routing.ids_TK,
         size,
         activation,
-        threshold=threshold,
         **wide,
     )
     assert relative_error(expected, by_token) < 1e-12

@@ -157,13 +157,18 @@ def _minicpm(chance: random.Random, wide: bool) -> Any:
 
 
 def _nemotron(chance: random.Random, wide: bool, **changes: Any) -> Any:
-    values = _llama(chance, wide, hidden_act="relu2", **changes)
+    values = _llama(chance, wide, **{"hidden_act": "relu2", **changes})
     values["norm_eps"] = values.pop("rms_norm_eps")
     if not wide:
         values["head_dim"] = 12
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     config = transformers.NemotronConfig(**values, rope_parameters=rope)
     return transformers.NemotronForCausalLM(config)
+
+
+def _arcee(chance: random.Random, wide: bool) -> Any:
+    values = _llama(chance, wide, hidden_act="relu2")
+    return transformers.ArceeForCausalLM(transformers.ArceeConfig(**values))
 
 
 def _gpt2(chance: random.Random, wide: bool, **changes: Any) -> Any:
@@ -207,6 +212,7 @@ MAKERS: Final[dict[str, Callable[[random.Random, bool], Any]]] = {
     "prosparse": _prosparse,
     "turbosparse": _turbosparse,
     "minicpm-s": _minicpm,
+    "arcee": _arcee,
     "nemotron": _nemotron,
     "nemotron-biases": lambda c, w: _nemotron(
         c, w, attention_bias=True, mlp_bias=True, hidden_act="relu"

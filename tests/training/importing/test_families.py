@@ -18,7 +18,6 @@ from engine.model import Decoder
 from engine.request import NO_MASS_LIMIT, ExpertPolicy, SamplingParams
 from tests.engine.conftest import tiny_tokenizer
 from tests.training.importing.models import (
-    LONGEST,
     MAKERS,
     VOCABULARY,
     experts_for,
@@ -29,7 +28,7 @@ from training.importing.reader import Source
 
 DENSE = ExpertPolicy.dense()
 KINDS = list(MAKERS)
-GREEDY = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
+GREEDY = SamplingParams(max_new_tokens=200, ignore_eos=True)
 
 
 def random_ids(seed: int, *shape: int) -> torch.Tensor:
@@ -94,9 +93,9 @@ def test_greedy_text_is_transformers_own(kind: str, wide: bool, tmp_path: Path) 
     engine = make_engine(model, block_size=16, max_num_batched_tokens=9, max_num_seqs=4)
     assert engine.runner.model.runs_natively == wide
     assert generate(engine, prompts, DENSE) == expected
-    before = engine.stats.prefix_hit_tokens
     assert generate(engine, prompts, DENSE) == expected
-    assert engine.stats.prefix_hit_tokens > before
+    assert engine.stats.snapshot().prefix_hit_tokens > 0
+    assert len(set(expected[0])) > 5, "text that repeats itself proves little"
 
 
 @pytest.mark.parametrize("wide", [True, False], ids=["kernels", "torch"])
@@ -136,11 +135,3 @@ def test_the_kernels_give_a_token_the_same_bits_in_any_company(tmp_path: Path) -
         for prompt, tokens in zip(prompts, together, strict=True):
             alone = generate(make_engine(model), [prompt], ExpertPolicy.top_k(3))
             assert alone == [tokens]
-
-
-def test_requests_end_with_the_context(tmp_path: Path) -> None:
-    """Learned positions and scaled rotary ones end at max_position_embeddings."""
-    make("opt", 8, tmp_path)
-    engine = make_engine(read(tmp_path))
-    prompt = random_ids(1, LONGEST - 10).tolist()
-    assert len(generate(engine, [prompt], DENSE)[0]) == 10
