@@ -45,12 +45,9 @@ class Made:
     @torch.no_grad()
     def greedy(self, prompt: list[int], count: int) -> list[int]:
         """Its own continuation, with its own cache; nothing ends it early."""
+        self.model.generation_config.eos_token_id = None
         ids = self.model.generate(
-            torch.tensor([prompt]),
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-            pad_token_id=0,
+            torch.tensor([prompt]), max_new_tokens=count, do_sample=False, pad_token_id=0
         )
         tokens: list[int] = ids[0, len(prompt) :].tolist()
         return tokens
@@ -242,7 +239,10 @@ def make(kind: str, seed: int, path: Path, *, wide: bool = False, shard: str = "
     model = MAKERS[kind](random.Random(seed), wide).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            spread = 0.3 if parameter.dim() == 1 else 0.7 * parameter.shape[-1] ** -0.5
+            # Layers outweigh the embedding, so that a greedy text does not repeat itself.
+            spread = 0.3 if parameter.dim() == 1 else 2.0 * parameter.shape[-1] ** -0.5
+            if "emb" in name or "wte" in name:
+                spread = 0.2
             if "norm" in name or "ln_" in name:
                 spread = 0.1
             parameter.add_(torch.randn_like(parameter) * spread)
