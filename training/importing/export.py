@@ -1,7 +1,7 @@
 """Writes a checkpoint's dense model in the format of its family, for transformers to load.
 
 The inverse of the table in `families`: neurons stay in their experts' order, which is the same
-function. Routers and quality are left out. A model that was imported gets its family's `config.json`
+function. Routers and quality are left out. A model that was imported gets its own `config.json`
 back; one that was trained here goes to the first family that can express it exactly.
 """
 

@@ -240,7 +240,7 @@ def make(kind: str, seed: int, path: Path, *, wide: bool = False, shard: str = "
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Layers outweigh the embedding, so that a greedy text does not repeat itself.
-            spread = 0.3 if parameter.dim() == 1 else 2.0 * parameter.shape[-1] ** -0.5
+            spread = 0.3 if parameter.dim() == 1 else 1.2 * parameter.shape[-1] ** -0.5
             if "emb" in name or "wte" in name:
                 spread = 0.2
             if "norm" in name or "ln_" in name:
