@@ -144,7 +144,7 @@ def _minicpm(chance: random.Random, wide: bool) -> Any:
     model = _llama_model(chance, wide, tie_word_embeddings=True)
     config = model.config
     scale, last = 1.4 / config.num_hidden_layers**0.5, config.hidden_size / 16
-    model.model.embed_tokens.register_forward_hook(lambda _m, _x, y: y * 12)
+    model.model.embed_tokens.register_forward_hook(lambda _m, _x, y: y * 1.5)
     for layer in model.model.layers:
         layer.mlp.act_fn = nn.Threshold(0.02, 0.0)
         for output in (layer.self_attn.o_proj, layer.mlp.down_proj):
@@ -226,21 +226,38 @@ _CONFIGS: Final[dict[str, dict[str, Any]]] = {
         "model_type": "minicpm",
         "hidden_act": "fatrelu",
         "hidden_act_param": 0.02,
-        "scale_emb": 12,
+        "scale_emb": 1.5,
         "scale_depth": 1.4,
         "dim_model_base": 16,
     },
 }
 
 
-def make(kind: str, seed: int, path: Path, *, wide: bool = False, shard: str = "5GB") -> Made:
-    """A random model of this kind, saved in `path`."""
+def make(
+    kind: str,
+    seed: int,
+    path: Path,
+    *,
+    wide: bool = False,
+    shard: str = "5GB",
+    strength: float = 0.8,
+) -> Made:
+    """A random model of this kind, saved in `path`.
+
+    Args:
+        kind: of MAKERS.
+        seed: decides sizes and weights.
+        path: the directory.
+        wide: sizes that the CPU's kernels take.
+        shard: the largest file.
+        strength: of the layers; from about 2 on they outweigh the embedding, and a greedy text does
+            not repeat itself.
+    """
     torch.manual_seed(seed)
     model = MAKERS[kind](random.Random(seed), wide).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Layers outweigh the embedding, so that a greedy text does not repeat itself.
-            spread = 0.3 if parameter.dim() == 1 else 1.2 * parameter.shape[-1] ** -0.5
+            spread = 0.3 if parameter.dim() == 1 else strength * parameter.shape[-1] ** -0.5
             if "emb" in name or "wte" in name:
                 spread = 0.2
             if "norm" in name or "ln_" in name:

@@ -86,7 +86,7 @@ def test_greedy_text_is_transformers_own(kind: str, wide: bool, tmp_path: Path) 
     """200 tokens through the engine: prompts in chunks, side by side, and again from the cache."""
     if wide and not native.available():
         pytest.skip("needs a C compiler")
-    made = make(kind, 5, tmp_path, wide=wide)
+    made = make(kind, 5, tmp_path, wide=wide, strength=2.2)
     prompts = [random_ids(length, length).tolist() for length in (33, 5)]
     expected = [made.greedy(prompt, 200) for prompt in prompts]
     model = read(tmp_path)
@@ -105,7 +105,7 @@ def test_the_engine_is_the_naive_generate_when_sparse(
 ) -> None:
     if wide and not native.available():
         pytest.skip("needs a C compiler")
-    make(kind, 6, tmp_path, wide=wide)
+    make(kind, 6, tmp_path, wide=wide, strength=2.2)
     model = read(tmp_path, experts_for(Source.open(tmp_path).model_config))
     engine = make_engine(model, block_size=16, max_num_batched_tokens=11, max_num_seqs=4)
     prompts = [random_ids(length, length).tolist() for length in (20, 3)]
