@@ -187,6 +187,9 @@ class Decoder(nn.Module):
             if self.head is None:
                 self._packed_embedding = native.PackedLinear(self.embedding.weight)
                 self.embedding.weight = released(self.embedding.weight)
+            for table in (self.embedding, self.positions):
+                if table is not None:  # what stays in a mapped file keeps all of it resident
+                    table.weight = nn.Parameter(table.weight.clone(), requires_grad=False)
             for module in self.modules():
                 if isinstance(module, Linear | Norm | Attention | ExpertFFN):
                     module.prepare()
