@@ -58,6 +58,7 @@ def flat(text: str) -> str:
     "command",
     [
         *([], ["train"], ["prepare"], ["report"], ["serve"], ["generate"], ["eval"], ["inspect"]),
+        ["export"],
         *(["bench"], *(["bench", c] for c in ("ffn", "train", "decode", "prefill", "serve"))),
     ],
     ids=lambda command: " ".join(command) or "ambidex",
@@ -305,6 +306,8 @@ REFUSED = [
     (["inspect", "--activations", "--top-k", "65"], "top_k must be between 1 and 64, got 65"),
     (["inspect", "--activations", "--data", "{tmp}/f"], "unknown kind of file"),
     (["inspect", "--activations", "--against", "{tmp}"], "manifest.json: missing"),
+    (["export", "{tmp}/none", "--out", "{tmp}/o"], "none: no such checkpoint directory"),
+    (["export", "{tmp}", "--out", "{tmp}/o", "--to", "onnx"], "--to must be one of hf; got 'onnx'"),
     (["report", "{tmp}"], "holds no training run"),
     (["report", "{tmp}/none"], "holds no training run"),
 ]
