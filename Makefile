@@ -15,7 +15,7 @@ CLIENTS := .venv-clients
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-clients test-gpu fuzz check format bench bench-engine bench-vllm chart bench-ssd bench-http soak train-starter image image-check clean
+.PHONY: help install serve test test-clients fuzz test-gpu check format bench bench-engine bench-vllm dashboard chart bench-ssd soak bench-http train-starter image image-check clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -81,6 +81,9 @@ bench-vllm: install  ## Compare with vLLM; VLLM names the interpreter of an envi
 			--json $(RESULTS)/cpu-vs-vllm-$$shape.json || exit 1; \
 	done
 	$(MAKE) chart
+
+dashboard: install  ## Write Grafana's dashboard from deploy/grafana/*.py
+	$(BIN)/python -m deploy.grafana.dashboard
 
 chart: install  ## Draw docs/images/decode.png from the records in RESULTS
 	$(BIN)/python -m benchmarks.chart --results $(RESULTS)
