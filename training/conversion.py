@@ -34,7 +34,7 @@ def permute_neurons(
     ffn: ExpertFFN, layout: ExpertLayout, optimizer: torch.optim.Optimizer | None
 ) -> None:
     """Move the neurons of one FFN, and everything the optimiser remembers about them."""
-    for parameter in (ffn.up, ffn.down):
+    for parameter in ffn.per_neuron():
         write_whole(parameter, layout.apply(whole(parameter.detach())))
         state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
         for value in state.values():
