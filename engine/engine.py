@@ -269,7 +269,13 @@ class Engine:
         del self.runner
         gc.collect()
 
-    def _end(self, request_id: str, reason: FinishReason, error: str | None = None) -> TokenEvent:
+    def _end(
+        self,
+        request_id: str,
+        reason: FinishReason,
+        error: str | None = None,
+        own_fault: bool = False,
+    ) -> TokenEvent:
         """Take a request out from outside of a step; its terminal event."""
         now = time.monotonic()
         request = self.scheduler.abort(request_id)
@@ -284,6 +290,7 @@ class Engine:
             text=text,
             finish_reason=reason,
             error=error,
+            own_fault=own_fault,
             usage=usage_of(request, now),
         )
 
@@ -341,7 +348,8 @@ class Engine:
         used = zip(result.last_activated, result.last_chosen, strict=True)
         for request, token, (count, chosen) in zip(result.ready, tokens, used, strict=True):
             if request.matcher is not None and request.matcher.failure is not None:
-                event = self._end(request.request_id, "error", request.matcher.failure)
+                failure = request.matcher.failure
+                event = self._end(request.request_id, "error", failure, own_fault=True)
             else:
                 event = self._take_token(request, token, count / available, chosen, now)
             self._undelivered.append(event)
@@ -420,8 +428,9 @@ class Engine:
         return tuple(self._describe(token_id, logprob) for token_id, logprob in tokens)
 
     def _describe(self, token_id: int, logprob: float | None) -> TokenLogprob:
-        text, special = self.tokenizer.token_text(token_id), self.tokenizer.is_special(token_id)
-        return TokenLogprob(token_id, text, logprob, special)
+        words = self.tokenizer
+        text, special = words.token_text(token_id), words.is_special(token_id)
+        return TokenLogprob(token_id, text, logprob, special, words.token_bytes(token_id))
 
     def _record_state(self) -> None:
         line, used = self.scheduler, self.allocator.num_used

@@ -37,7 +37,8 @@ PLAIN: Final = """\
 {{ message.name or message.role | capitalize }}: {{ message.content }}
 {% endfor -%}
 {%- if add_generation_prompt %}Assistant:{% endif -%}"""
-PLAIN_STOP: Final = "\nUser:"
+# Names of users that the answer may not go on as, the latest ones.
+MAX_PLAIN_NAMES: Final = 8
 
 
 class TemplateError(InvalidRequest):
@@ -134,6 +135,13 @@ def render(
     except Exception as error:  # a template can raise whatever Python can
         raise TemplateError(_complaint(f"says {str(error)[:300]!r}")) from error
     return "".join(text)
+
+
+def plain_stops(messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Where an answer by the plain template ends: where it would begin a user's next turn."""
+    users = [m.get("name", "User") for m in reversed(messages) if m["role"] == "user"]
+    latest = list(dict.fromkeys(users))[: MAX_PLAIN_NAMES - 1]
+    return tuple(f"\n{name}:" for name in dict.fromkeys([*latest, "User"]))
 
 
 def _complaint(what: str) -> str:

@@ -119,11 +119,14 @@ def first_engine(settings: Settings, phase: Phase = lambda _: nullcontext()) -> 
     return _load(settings.model, config, phase)
 
 
-def _load(path: Path, config: EngineConfig, phase: Phase) -> Engine:
+def _load(path: Path, config: EngineConfig, phase: Phase = lambda _: nullcontext()) -> Engine:
     with phase(f"verifying and loading {path}"):
         found = checkpoints.load(path, config.device, config.dtype)
     with phase("packing weights and making the KV cache"):
-        return Engine(found, config)
+        engine = Engine(found, config)
+    with phase("reading the vocabulary for grammars"):
+        engine.grammars.prepare()  # now: everything waits for it, and requests would
+    return engine
 
 
 class Reloader:
@@ -248,7 +251,7 @@ class Reloader:
         await self.fleet.wait_until_alone()  # never more than two models in memory
         need = await asyncio.to_thread(self._verify, path, config)
         if self._fits_beside(need):
-            engine = await asyncio.to_thread(Engine.load, path, config)
+            engine = await asyncio.to_thread(_load, path, config)
             async with self.fleet.changing:
                 self.fleet.replace(engine, new_weights=True)
         else:
@@ -276,7 +279,7 @@ class Reloader:
         logger.warning("memory does not hold two models: draining before the new one is loaded")
         await self.fleet.empty()
         try:
-            engine = await asyncio.to_thread(Engine.load, path, config)
+            engine = await asyncio.to_thread(_load, path, config)
         except Exception:
             await self._bring_back(old, config)
             raise
@@ -284,6 +287,6 @@ class Reloader:
 
     async def _bring_back(self, path: Path, config: EngineConfig) -> None:
         try:
-            self.fleet.replace(await asyncio.to_thread(Engine.load, path, config))
+            self.fleet.replace(await asyncio.to_thread(_load, path, config))
         except Exception as error:
             self.fleet.fail(f"neither the new checkpoint nor the old one can be loaded: {error}")

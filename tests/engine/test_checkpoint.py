@@ -198,3 +198,10 @@ def test_the_packaged_starter_loads_and_says_how_it_was_made() -> None:
     assert starter.report["corpus"]["fingerprint"] in card
     quarter = [p for p in starter.config.experts.quality if p.share == 0.25]
     assert quarter[0].relative <= 0.01
+
+
+def test_json_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    with pytest.raises(CheckpointError, match=r"config\.json: nested too deeply"):
+        checkpoints.read_json(path)

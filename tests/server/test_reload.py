@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from engine import checkpoint as checkpoints
+from engine import structured
 from engine.errors import InvalidRequest
 from server import memory
 from server.reload import Candidate, candidates, first_engine, inside
@@ -403,3 +404,40 @@ def test_memory_that_is_left(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("max\n")
     assert memory._of_group(tmp_path) is None
     assert (memory.available_bytes("cpu") or 1) > 0
+
+
+def test_who_never_gives_a_lease_back_does_not_keep_the_old_weights(
+    serve: Serve, models: list[Path], tmp_path: Path
+) -> None:
+    publish(models[0], tmp_path, "first")
+    settings = {"watch": tmp_path, "watch_interval": 3600, "admin_key": ADMIN}
+    with serve(model=models[0], retire_timeout=0.3, **settings) as live:
+        fleet = live.frontend.fleet
+        with fleet.lease() as old:
+            publish(models[1], tmp_path, "second")
+            assert reload(live).json()["result"] == "success"
+            wait(lambda: not fleet.retiring, 10)
+            assert not old.running
+        assert live.generate(max_new_tokens=3)
+
+
+def test_the_vocabulary_is_read_before_a_request_needs_it(
+    serve: Serve, models: list[Path], tmp_path: Path
+) -> None:
+    """At the start and with a reload; the same tokenizer's is not read again."""
+    read = structured._vocabulary
+    read.cache_clear()
+    first_engine(Settings(model=models[0], kv_cache_bytes=8 << 20))
+    assert read.cache_info().misses == 1
+    read.cache_clear()
+    publish(models[0], tmp_path, "first")
+    settings = {"watch": tmp_path, "watch_interval": 3600, "admin_key": ADMIN}
+    with serve(model=models[0], **settings) as live:
+        assert read.cache_info().misses == 0
+        for number in (1, 2):
+            publish(models[number], tmp_path, f"model-{number}")
+            assert reload(live).json()["result"] == "success"
+            assert read.cache_info().misses == 1
+        grammar = {"type": "regex", "value": "[0-9]"}
+        assert live.generate(grammar=grammar)["generated_text"].isdigit()
+        assert read.cache_info().misses == 1
