@@ -19,6 +19,7 @@ Manifest = dict[str, Any]
 
 SERVERS = ("overlays/cpu", "overlays/gpu")
 TRAINING = ("training/cpu", "training/gpu")
+DATA = "training/data"
 
 
 @functools.cache
@@ -52,7 +53,9 @@ def workload(kustomization: str) -> Manifest:
 
 
 def pod(kustomization: str) -> Manifest:
-    """The pod's specification in it."""
+    """The pod's specification in it, or the pod's own."""
+    if kustomization == DATA:
+        return one(kustomization, "Pod")["spec"]
     return workload(kustomization)["spec"]["template"]["spec"]
 
 

@@ -8,23 +8,27 @@ Prometheus operator against models generated from its CRDs.
 from __future__ import annotations
 
 import re
-from typing import Any
+import shutil
+import subprocess
+from pathlib import Path
 
 import kubernetes_validate
 import pytest
 import yaml
 from cloudcoil.models.prometheus_operator import v1 as operator
 
+from deploy.kubernetes import prometheus_rule
 from engine.kernels.native import build
-from server.metrics import GAUGES
 from server.routes import ops
 from server.security import HEALTH_PATHS, METRICS_PATHS
 from server.serve import CLOSE_SECONDS
 from server.settings import Settings
 from tests.deploy.manifests import (
+    DATA,
     KUBERNETES,
     SERVERS,
     TRAINING,
+    Manifest,
     arguments,
     container,
     environment,
@@ -37,7 +41,7 @@ from training.presets import read_config
 
 OLDEST = "1.30"  # preStop's sleep
 RELEASES = (OLDEST, kubernetes_validate.latest_version())
-ALL = (*SERVERS, *TRAINING)
+ALL = (*SERVERS, *TRAINING, DATA)
 KEY = "client:0123456789abcdef0123456789abcdef"
 SECRETS = {"AMBIDEX_ADMIN_KEY": "abcdef0123456789", "AMBIDEX_NUM_THREADS": "2"}
 OTHERS = {"OMP_NUM_THREADS": "2"}
@@ -49,6 +53,18 @@ both = pytest.mark.parametrize("overlay", SERVERS)
 every = pytest.mark.parametrize("kustomization", ALL)
 
 
+def promtool(*arguments: str | Path) -> None:
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool is not installed (Debian's package prometheus)")
+    done = subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def rules() -> list[Manifest]:
+    groups = one("overlays/cpu", "PrometheusRule")["spec"]["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
 # The API
 
 
@@ -56,15 +72,26 @@ every = pytest.mark.parametrize("kustomization", ALL)
 @every
 def test_every_object_is_valid(kustomization: str, release: str) -> None:
     objects = [m for m in render(kustomization) if "coreos" not in m["apiVersion"]]
-    assert len(objects) >= 5
+    assert len(objects) >= 3
     for manifest in objects:
         kubernetes_validate.validate(manifest, release, strict=True)
+
+
+def test_the_rules_are_those_of_prometheus() -> None:
+    """One source: the operator's object has the groups of deploy/prometheus/rules, word for word."""
+    assert prometheus_rule.FILE.read_text() == prometheus_rule.prometheus_rule(), (
+        "run: make prometheus-rule"
+    )
+    files = [yaml.safe_load(path.read_text()) for path in prometheus_rule.RULES.glob("*.yml")]
+    groups = one("overlays/cpu", "PrometheusRule")["spec"]["groups"]
+    assert {g["name"]: g for g in groups} == {g["name"]: g for f in files for g in f["groups"]}
+    assert len(groups) >= 2
 
 
 @both
 def test_the_operators_objects_are_valid(overlay: str) -> None:
     objects = [m for m in render(overlay) if "coreos" in m["apiVersion"]]
-    assert {m["kind"] for m in objects} == {"ServiceMonitor"}
+    assert {m["kind"] for m in objects} == {"ServiceMonitor", "PrometheusRule"}
     for manifest in objects:
         model = getattr(operator, manifest["kind"]).model_validate(manifest)
         # The models pass over what they do not know; it would be missing here.
@@ -80,7 +107,7 @@ def test_what_is_not_valid_is_found() -> None:
 def test_every_file_is_used() -> None:
     """No file lies beside a kustomization that does not name it."""
     paths = list(KUBERNETES.rglob("kustomization.yaml"))
-    assert len(paths) == len(ALL) + 4
+    assert len(paths) == len(ALL) + 5
     for path in paths:
         content = yaml.safe_load(path.read_text())
         named = {*content.get("resources", ())} | {
@@ -133,7 +160,7 @@ def test_the_image_is_the_one_of_the_device(kustomization: str) -> None:
 
 @both
 def test_every_variable_is_a_setting_with_a_value_in_its_range(
-    overlay: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+    overlay: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "api-keys").write_text(KEY)
     known = {f"AMBIDEX_{name.upper()}" for name in Settings.model_fields}
@@ -149,7 +176,7 @@ def test_every_variable_is_a_setting_with_a_value_in_its_range(
     assert str(settings.watch) == "/models"
 
 
-def test_the_cache_is_what_the_kernels_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_the_cache_is_what_the_kernels_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In a directory of a volume that a group may write to, as /cache is."""
     tmp_path.chmod(0o2777)
     given = environment("overlays/cpu", SECRETS)
@@ -196,6 +223,8 @@ def test_a_server_has_time_to_end_what_it_accepted(overlay: str) -> None:
     grace = pod(overlay)["terminationGracePeriodSeconds"]
     assert withdrawn >= 10
     assert grace >= withdrawn + drain + CLOSE_SECONDS + 30
+    (alert,) = (rule for rule in rules() if rule.get("alert") == "AmbidexNotReady")
+    assert f"{drain / MINUTE:g}m" < alert["for"], "draining is no reason to wake somebody up"
     down = one(overlay, "HorizontalPodAutoscaler")["spec"]["behavior"]["scaleDown"]
     assert all(policy["periodSeconds"] >= grace for policy in down["policies"])
 
@@ -267,7 +296,7 @@ def test_every_volume_is_mounted_and_exists(kustomization: str) -> None:
             assert {"emptyDir", "secret"} & volume.keys()
 
 
-@every
+@pytest.mark.parametrize("kustomization", (*SERVERS, *TRAINING))
 def test_paths_lie_on_volumes(kustomization: str) -> None:
     """The root cannot be written to, so every path that is named must be a mount's."""
     mounts = {
@@ -296,19 +325,50 @@ def test_keys_come_from_one_secret(overlay: str) -> None:
     assert all(f"--from-literal={key}=" in README for key in (item["key"], "admin-key"))
 
 
-# Autoscaling
+# Autoscaling; that the server exports what is asked for, test_training_job.py shows
 
 
-def test_the_autoscaler_asks_for_what_the_adapter_serves_and_the_server_exports() -> None:
-    exported = {f"ambidex_{name}" for name, *_ in GAUGES}
+def test_the_adapter_answers_with_each_pods_mean_over_a_minute(tmp_path: Path) -> None:
+    """Its query, filled in as the adapter does, in a unit test of Prometheus's own."""
+    (rule,) = ADAPTER["rules"]["custom"]
+    assert rule["resources"]["overrides"].keys() == {"namespace", "pod"}
+    filled = {
+        "Series": "ambidex_requests_waiting",
+        "LabelMatchers": 'namespace="ambidex",pod=~"a|b"',
+        "GroupBy": "pod",
+    }
+    query = re.sub(r"<<\.(\w+)>>", lambda match: filled[match[1]], rule["metricsQuery"])
+    series = 'ambidex_requests_waiting{{namespace="{}",pod="{}",instance="{}:8000"}}'
+    values = {("ambidex", "a"): "0 4 8 8 8", ("ambidex", "b"): "0x4", ("other", "a"): "9x4"}
+    case = {
+        "interval": "15s",
+        "input_series": [
+            {"series": series.format(*labels, labels[1]), "values": found}
+            for labels, found in values.items()
+        ],
+        "promql_expr_test": [
+            {
+                "expr": query,
+                "eval_time": "1m",
+                "exp_samples": [
+                    {"labels": '{pod="a"}', "value": 5.6},
+                    {"labels": '{pod="b"}', "value": 0},
+                ],
+            }
+        ],
+    }
+    (tmp_path / "test.yml").write_text(yaml.safe_dump({"rule_files": [], "tests": [case]}))
+    promtool("test", "rules", tmp_path / "test.yml")
+
+
+def test_the_adapter_serves_what_the_autoscaler_asks_for() -> None:
     (rule,) = ADAPTER["rules"]["custom"]
     pattern = re.search(r'__name__=~"(.*?)"', rule["seriesQuery"])
     assert pattern is not None
-    served = {name for name in exported if re.search(pattern[1], name)}
     for overlay in SERVERS:
         metrics = one(overlay, "HorizontalPodAutoscaler")["spec"]["metrics"]
-        wanted = {metric["pods"]["metric"]["name"] for metric in metrics}
-        assert wanted == served == {"ambidex_requests_waiting", "ambidex_requests_running"}
+        for metric in metrics:
+            assert re.fullmatch(pattern[1], metric["pods"]["metric"]["name"])
 
 
 @both

@@ -187,11 +187,18 @@ def test_what_the_job_trains_is_served_and_no_request_is_hurt(tmp_path: Path) ->
             wait(lambda: clients.failures or len(clients.answers) > arrived + 4, 60, server)
             assert answers(http, "readiness")
             assert answers(http, "liveness")
+            check_the_autoscalers_metrics(http.get("/metrics").text)
         checked = check_the_checkpoint(volumes, after)
         check_the_answers(clients, after["model_loaded_at"])
         stop_with_a_request_under_way(server, clients)
     if RECORD:
         keep(Path(RECORD), clients, trained, after["model_loaded_at"] - checked)
+
+
+def check_the_autoscalers_metrics(exposition: str) -> None:
+    """What it scales by is there, once a server: a series each, without labels."""
+    for metric in one(SERVER, "HorizontalPodAutoscaler")["spec"]["metrics"]:
+        assert exposition.count(f"\n{metric['pods']['metric']['name']} ") == 1
 
 
 def check_the_checkpoint(volumes: Volumes, served: dict[str, Any]) -> float:
