@@ -302,12 +302,13 @@ class Engine:
 
     def step(self) -> list[TokenEvent]:
         """Advance every request that the plan reaches; what their readers see of it."""
+        started = time.monotonic()
         plan = self.scheduler.schedule()
         if plan:
             self._note_admissions(plan)
             result = self.runner.run(plan)
             tokens = sample(result.logits_BV, result.ready, self.model_config.eos_token_id)
-            self._account(plan, result)
+            self._account(plan, result, time.monotonic() - started)
             self._emit(result, tokens)
         self._record_state()
         if not self.scheduler.has_work:
@@ -327,8 +328,8 @@ class Engine:
             if request.admitted is None:
                 request.admitted = now
 
-    def _account(self, plan: Plan, result: StepResult) -> None:
-        """Book the tokens and experts that were computed."""
+    def _account(self, plan: Plan, result: StepResult, seconds: float) -> None:
+        """Book the tokens and experts that were computed, and the time that it took."""
         self.scheduler.advance(plan)
         per_token = self.num_layers * self.num_experts
         for (request, tokens), activated in zip(plan, result.activated, strict=True):
@@ -341,6 +342,8 @@ class Engine:
         self.stats.record_step(total, len(plan), result.layer_activated, result.layer_loaded)
         if result.sample is not None:
             self.stats.record_sample(result.sample)
+        elif total == len(plan):
+            self.stats.record_decode(result.activated, sum(result.layer_loaded), seconds)
 
     def _emit(self, result: StepResult, tokens: list[Sampled]) -> None:
         """Hand out the drawn tokens; an event made stays owed even if a later one fails."""

@@ -64,7 +64,7 @@ class Grammars:
     def prepare(self) -> None:
         """Read the vocabulary now, not with the first grammar: other threads stand still meanwhile.
 
-        Some 20 ms for 4k tokens, 350 ms for 50k, and over a second for 128k, unless another model
+        Some 20 ms for 4k tokens, 0.3 s for 50k, and over a second for 128k, unless another model
         had the same tokenizer.
         """
         try:
@@ -108,7 +108,7 @@ class Grammars:
         finally:
             self._compiling.release()
 
-    def _find(self, grammar: Grammar) -> LLMatcher | str | None:
+    def _find(self, grammar: Grammar) -> _Compiled | str | None:
         with self._lock:
             if grammar in self._kept:
                 self._kept.move_to_end(grammar)

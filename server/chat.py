@@ -37,8 +37,6 @@ PLAIN: Final = """\
 {{ message.name or message.role | capitalize }}: {{ message.content }}
 {% endfor -%}
 {%- if add_generation_prompt %}Assistant:{% endif -%}"""
-# Names of users that the answer may not go on as, the latest ones.
-MAX_PLAIN_NAMES: Final = 8
 
 
 class TemplateError(InvalidRequest):
@@ -137,10 +135,15 @@ def render(
     return "".join(text)
 
 
-def plain_stops(messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Where an answer by the plain template ends: where it would begin a user's next turn."""
+def plain_stops(messages: Sequence[Mapping[str, Any]], most: int) -> tuple[str, ...]:
+    """Where an answer by the plain template ends: where it would begin a user's next turn.
+
+    Args:
+        messages: of the chat.
+        most: strings to return; of many names the latest count, `User` always does.
+    """
     users = [m.get("name", "User") for m in reversed(messages) if m["role"] == "user"]
-    latest = list(dict.fromkeys(users))[: MAX_PLAIN_NAMES - 1]
+    latest = list(dict.fromkeys(users))[: most - 1]
     return tuple(f"\n{name}:" for name in dict.fromkeys([*latest, "User"]))
 
 

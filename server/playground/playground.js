@@ -70,7 +70,9 @@ async function meet() {
 // What is wrong, the next request will say.
 async function refresh() {
   if (!model) return;
+  const then = running;
   const found = await api.info(element("key").value).catch(() => model);
+  if (running !== then) return; // what has begun meanwhile has asked for itself
   if (found.model_sha === model.model_sha && found.model_loaded_at === model.model_loaded_at) return;
   model = found;
   show();

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from engine.engine import Engine
-from engine.request import TokenEvent, TokenLogprob
+from engine.request import MAX_STOPS, TokenEvent, TokenLogprob
 from server import chat as chats
 from server.events import Output
 from server.routes.dependencies import Front
@@ -40,7 +40,8 @@ async def chat_completions(body: ChatRequest, request: Request, front: Front) ->
     """
     template = front.engine.checkpoint.chat_template
     messages = [message.for_template() for message in body.messages]
-    end_of_turn = () if template is not None else chats.plain_stops(messages)
+    room = MAX_STOPS - len(body.stop)
+    end_of_turn = () if template is not None else chats.plain_stops(messages, room)
 
     def prompt(engine: Engine) -> list[int]:
         return chats.prompt_ids(engine.tokenizer, template, messages)

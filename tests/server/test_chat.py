@@ -129,6 +129,27 @@ def test_a_stream_says_what_the_whole_says(live: Live) -> None:
     assert chunks[-1]["experts"] == whole["experts"]
 
 
+def test_the_plain_template_ends_where_a_named_user_would_speak(live: Live) -> None:
+    """Beside many stop strings of the client. Three tokens are made likely, so the name
+    comes up soon."""
+    (ids,) = [live.http.post("/tokenize", json={"prompt": "\nZ:"}).json()["tokens"]]
+    fields = {
+        "logit_bias": dict.fromkeys(ids, 100),
+        "temperature": 2.0,
+        "frequency_penalty": 2.0,
+        "seed": 1,
+        "n": 8,
+        "max_tokens": 100,
+        "stop": [f"stop {i}" for i in range(14)],
+    }
+    others = chat(live, **fields)["choices"]
+    assert {choice["finish_reason"] for choice in others} == {"length"}
+    assert any("\nZ:" in choice["message"]["content"] for choice in others)
+    named = chat(live, [{**HI[0], "name": "Z"}], **fields)["choices"]
+    assert any(choice["finish_reason"] == "stop" for choice in named)
+    assert not any("\nZ:" in choice["message"]["content"] for choice in named)
+
+
 # Templates
 
 

@@ -14,7 +14,7 @@ from tokenizers import models
 from engine.chat_template import MAX_BYTES, read_chat_template
 from engine.errors import CheckpointError
 from engine.tokenizer import END_OF_TEXT, Tokenizer
-from server.chat import MAX_PLAIN_NAMES, TemplateError, plain_stops, prompt_ids, render
+from server.chat import TemplateError, plain_stops, prompt_ids, render
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -108,11 +108,9 @@ def test_the_plain_template_knows_where_users_would_speak() -> None:
         {"role": "user", "content": "c", "name": "Bob"},
         {"role": "user", "content": "d", "name": "Ann"},
     ]
-    assert plain_stops(messages) == ("\nAnn:", "\nBob:", "\nUser:")
-    for stop in plain_stops(messages)[:-1]:
+    assert plain_stops(messages, 16) == ("\nAnn:", "\nBob:", "\nUser:")
+    for stop in plain_stops(messages, 16)[:-1]:
         assert stop in "\n" + render(None, messages)
-    assert plain_stops([{"role": "user", "content": "x"}]) == ("\nUser:",)
-    many = [{"role": "user", "content": "x", "name": f"u{i}"} for i in range(20)]
-    stops = plain_stops(many)
-    assert len(stops) == MAX_PLAIN_NAMES
-    assert stops[0] == "\nu19:"
+    assert plain_stops([{"role": "user", "content": "x"}], 16) == ("\nUser:",)
+    assert plain_stops(messages, 2) == ("\nAnn:", "\nUser:")
+    assert plain_stops(messages, 1) == ("\nUser:",)

@@ -242,6 +242,7 @@ def test_compare_shows_both_and_their_speeds_readable_everywhere(page: Browser) 
     assert "the speed of dense, with 50% of its experts." in verdict
     for dark in (False, True):
         page.look(1280, 900, dark=dark)
+        page.wait_for("document.getAnimations().length === 0")  # buttons fade into their colours
         ground = page.run("getComputedStyle(document.body).backgroundColor")
         assert (ground == "rgb(17, 18, 22)") == dark
         for selector in (".token", ".given", ".hint", "button:enabled", "dt", "dd", "#model", "td"):
@@ -365,7 +366,9 @@ def test_the_page_follows_a_reload(
 ) -> None:
     """Before it generates it asks what is served by now."""
     shutil.copytree(checkpoint_dir, tmp_path / "first")
-    with serve(watch=tmp_path, watch_interval=3600, admin_key=ADMIN) as live:
+    with serve(
+        model=tmp_path / "first", watch=tmp_path, watch_interval=3600, admin_key=ADMIN
+    ) as live:
         browser.open(f"{live.url}/playground")
         browser.wait_for(READY)
         assert texts(browser, "#model")[0].startswith("first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -21,8 +22,10 @@ import torch
 from engine import checkpoint as checkpoints
 from engine import structured
 from engine.errors import InvalidRequest
+from engine.worker import Worker
 from server import memory
-from server.reload import Candidate, candidates, first_engine, inside
+from server.fleet import Fleet
+from server.reload import Candidate, Reloader, candidates, first_engine, inside, unreadable
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -391,6 +394,45 @@ def test_candidates_and_paths(models: list[Path], tmp_path: Path) -> None:
     for path in ("..", "/", "m0/../..", str(tmp_path / "m0")):
         with pytest.raises(InvalidRequest, match="path"):
             inside(tmp_path, path)
+
+
+def test_what_may_not_be_read_is_said_once(
+    models: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As on a volume that belongs to another user; root may read anything, hence the patches."""
+    theirs = publish(models[1], tmp_path, "theirs")
+    (tmp_path / "lost+found").mkdir()
+    assert unreadable(tmp_path) is None
+    assert unreadable(theirs) is None
+    assert unreadable(tmp_path / "not there yet") is None
+    real = Path.stat
+
+    def refusing(path: Path, **options: Any) -> os.stat_result:
+        if path.parent.name in ("theirs", "lost+found"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refusing)
+    settings = Settings(model=models[0], watch=tmp_path, kv_cache_bytes=1 << 20)
+    engine = first_engine(settings)
+    assert engine.checkpoint.path == models[0]
+    reloader = Reloader(Fleet(Worker(engine), settings), settings)
+    assert reloader._newer() == []
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert said.startswith("AMBIDEX_WATCH: user ")
+    assert said.endswith(f"cannot read {theirs / 'manifest.json'}: Permission denied")
+
+    def closed(path: Path) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    assert f"cannot read {tmp_path}:" in (unreadable(tmp_path) or "")
+    assert reloader._newer() == reloader._newer() == []
+    assert len(caplog.records) == 2
 
 
 def test_memory_that_is_left(tmp_path: Path) -> None:
