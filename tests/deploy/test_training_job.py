@@ -50,7 +50,7 @@ evaluate_tokens = 512
 
 def configuration() -> str:
     own = one(JOB, "ConfigMap")["data"]["run.toml"]
-    return f"{own}steps = 30\nevaluate_tokens = 4096\n" if RECORD else SMALL
+    return f"{own}steps = 16\nevaluate_tokens = 4096\n" if RECORD else SMALL
 
 
 @dataclass

@@ -51,6 +51,6 @@ def test_a_full_disk_leaves_the_older_one(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_not_published(tmp_path: Path) -> None:
     publish(STARTER, tmp_path / "bad")
     (tmp_path / "bad" / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="config.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         publish(tmp_path / "bad", tmp_path / "copy")
     assert not (tmp_path / "copy").exists()

@@ -8,7 +8,6 @@ Prometheus operator against models generated from its CRDs.
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -37,6 +36,7 @@ from tests.deploy.manifests import (
     render,
     workload,
 )
+from tests.deploy.prometheus import BINARIES, WHY_SKIPPED
 from training.presets import read_config
 
 OLDEST = "1.30"  # preStop's sleep
@@ -54,8 +54,8 @@ every = pytest.mark.parametrize("kustomization", ALL)
 
 
 def promtool(*arguments: str | Path) -> None:
-    if shutil.which("promtool") is None:
-        pytest.skip("promtool is not installed (Debian's package prometheus)")
+    if None in BINARIES:
+        pytest.skip(WHY_SKIPPED)
     done = subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
