@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -112,7 +113,7 @@ class Job:
     def requeued(self) -> bool:
         return (self.folder / "requeued").exists()
 
-    def wait_for(self, condition: Callable[[], bool]) -> None:
+    def wait_for(self, condition: Callable[[], object]) -> None:
         deadline = time.monotonic() + 90
         while not condition():
             assert self.process.poll() is None, self.output
@@ -134,7 +135,7 @@ def test_slurm_saves_when_time_is_out_and_goes_on(arguments: list[str], tmp_path
     run = tmp_path / "run"
     command = [*arguments, "--out", str(run)]
     first = Job(tmp_path, command, PROCESSES="1", PORT=free_port())
-    first.wait_for(lambda: "step 1/40" in first.output)
+    first.wait_for(lambda: re.search(r"step \d+/40", first.output))
     first.process.send_signal(signal.SIGUSR1)
     assert first.end() != 0, first.output
     assert first.requeued
