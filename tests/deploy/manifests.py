@@ -20,6 +20,14 @@ Manifest = dict[str, Any]
 SERVERS = ("overlays/cpu", "overlays/gpu")
 TRAINING = ("training/cpu", "training/gpu")
 DATA = "training/data"
+ALL = (*SERVERS, *TRAINING, DATA)
+
+# What variables are that come from elsewhere: the Secret, and the container's own resources.
+REFERENCES = {
+    "AMBIDEX_ADMIN_KEY": "0123456789abcdef" * 2,
+    "AMBIDEX_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 @functools.cache
@@ -47,6 +55,10 @@ def one(kustomization: str, kind: str) -> Manifest:
     return found
 
 
+def rule_objects() -> list[Manifest]:
+    return [m for m in render("overlays/cpu") if m["kind"] == "PrometheusRule"]
+
+
 def workload(kustomization: str) -> Manifest:
     """The Deployment or the Job."""
     return one(kustomization, "Deployment" if kustomization in SERVERS else "Job")
@@ -64,12 +76,12 @@ def container(kustomization: str) -> Manifest:
     return found
 
 
-def environment(kustomization: str, references: dict[str, str]) -> dict[str, str]:
-    """The container's variables; `references` says what those are that come from elsewhere."""
+def environment(kustomization: str) -> dict[str, str]:
+    """The container's variables."""
     found = {}
     for variable in container(kustomization)["env"]:
         name = variable["name"]
-        found[name] = variable["value"] if "value" in variable else references[name]
+        found[name] = variable["value"] if "value" in variable else REFERENCES[name]
     return found
 
 
@@ -121,12 +133,10 @@ class Volumes:
         """What the container's process has written."""
         return self.root / f"{kustomization.replace('/', '-')}.log"
 
-    def start(
-        self, kustomization: str, references: dict[str, str], **changed: str
-    ) -> subprocess.Popen[bytes]:
+    def start(self, kustomization: str, **changed: str) -> subprocess.Popen[bytes]:
         """Run the container's command on this machine: `ambidex` is the image's entry point."""
         assert "command" not in container(kustomization)
-        variables = environment(kustomization, references)
+        variables = environment(kustomization)
         given = {name: self.substitute(kustomization, v) for name, v in variables.items()}
         command = [self.substitute(kustomization, word) for word in arguments(kustomization)]
         with self.log(kustomization).open("wb") as log:

@@ -28,13 +28,12 @@ import pytest
 
 from benchmarks.records import Record, write_records
 from engine import checkpoint as checkpoints
-from tests.deploy.manifests import Volumes, container, one, pod
+from tests.deploy.manifests import REFERENCES, Volumes, container, one, pod
 
 SERVER, JOB = "overlays/cpu", "training/cpu"
 RECORD = os.environ.get("AMBIDEX_JOB_RECORD")  # where `make job-check` wants its numbers
-KEY, ADMIN = "fedcba9876543210" * 2, "0123456789abcdef" * 2
-SECRETS = {"api-keys": f"tester:{KEY}\n", "admin-key": ADMIN}
-REFERENCES = {"AMBIDEX_ADMIN_KEY": ADMIN, "AMBIDEX_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+KEY = "fedcba9876543210" * 2
+SECRETS = {"api-keys": f"tester:{KEY}\n", "admin-key": REFERENCES["AMBIDEX_ADMIN_KEY"]}
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE"}
 CLIENTS = 2  # so that one is always under way
 SECONDS = 300 if RECORD else 100  # for training
@@ -166,7 +165,7 @@ def test_what_the_job_trains_is_served_and_no_request_is_hurt(tmp_path: Path) ->
     port = free_port()
     changed = {"AMBIDEX_HOST": "127.0.0.1", "AMBIDEX_PORT": port}
     with (
-        ended(volumes.start(SERVER, REFERENCES, **changed, **QUIET)) as server,
+        ended(volumes.start(SERVER, **changed, **QUIET)) as server,
         httpx.Client(
             base_url=f"http://127.0.0.1:{port}",
             headers={"Authorization": f"Bearer {KEY}"},
@@ -182,7 +181,7 @@ def test_what_the_job_trains_is_served_and_no_request_is_hurt(tmp_path: Path) ->
         clients.ask(stream=True)
         with clients.asking():
             began = time.monotonic()
-            with ended(volumes.start(JOB, REFERENCES, **QUIET)) as job:
+            with ended(volumes.start(JOB, **QUIET)) as job:
                 assert job.wait(SECONDS) == 0, volumes.log(JOB).read_text()
             trained = time.monotonic() - began
             wait(lambda: info(http)["model_sha"] != before["model_sha"], 30, server)
