@@ -58,13 +58,13 @@ def token_mass(ffn: ExpertFFN, x_TD: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def calibrate_router(ffn: ExpertFFN, x_TD: Tensor) -> float:
+def calibrate_router(ffn: ExpertFFN, x_TD: Tensor, mass_TE: Tensor | None = None) -> float:
     """Set the router's common norm so that softmax(scores) predicts the shares of true mass.
 
     The norm leaves every ranking as it is; the one with the least cross-entropy to the true shares
-    on `x_TD` is chosen. Returns that cross-entropy in nats.
+    on `x_TD` is chosen. `mass_TE` is their true mass, if known. Returns that cross-entropy in nats.
     """
-    share_TE = true_shares(token_mass(ffn, x_TD))
+    share_TE = true_shares(token_mass(ffn, x_TD) if mass_TE is None else mass_TE)
     unit_ED = centroid_router(whole(ffn.up), ffn.num_experts)
     scores_TE = x_TD.float() @ unit_ED.T
     losses = torch.stack([share_loss(scores_TE * norm, share_TE) for norm in _NORMS.tolist()])
@@ -74,10 +74,14 @@ def calibrate_router(ffn: ExpertFFN, x_TD: Tensor) -> float:
 
 
 @torch.no_grad()
-def learn_router(ffn: ExpertFFN, x_TD: Tensor) -> None:
-    """Calibrate the centroids on these FFN inputs, then fit the router's rows to the true mass."""
-    calibrate_router(ffn, x_TD)
-    ffn.router.copy_(fit_router(x_TD, token_mass(ffn, x_TD), ffn.router))
+def learn_router(ffn: ExpertFFN, x_TD: Tensor, mass_TE: Tensor | None = None) -> None:
+    """Calibrate the centroids on these FFN inputs, then fit the router's rows to the true mass.
+
+    `mass_TE` is the true mass of these tokens, if known.
+    """
+    mass_TE = token_mass(ffn, x_TD) if mass_TE is None else mass_TE
+    calibrate_router(ffn, x_TD, mass_TE)
+    ffn.router.copy_(fit_router(x_TD, mass_TE, ffn.router))
 
 
 @torch.no_grad()

@@ -177,11 +177,13 @@ def study(model: Decoder, probe_BL: Tensor, top_k: int) -> ActivationStudy:
     """
     check_range("top_k", top_k, 1, model.config.experts.num_experts)
     pairs = zip(model.ffns(), ffn_inputs(model, probe_BL), strict=True)
-    layers = tuple(_study_layer(ffn, x_TD, top_k) for ffn, x_TD in pairs)
+    layers = tuple(study_layer(ffn, x_TD, top_k) for ffn, x_TD in pairs)
     return ActivationStudy(probe_BL.numel(), top_k, layers)
 
 
-def _study_layer(ffn: ExpertFFN, x_TD: Tensor, top_k: int) -> LayerStudy:
+@torch.no_grad()
+def study_layer(ffn: ExpertFFN, x_TD: Tensor, top_k: int) -> LayerStudy:
+    """One layer on FFN inputs of its own; see `study`."""
     hidden_TF = activate_reference(x_TD @ whole(ffn.up).T, ffn.activation).float()
     mass_TE = hidden_TF.view(x_TD.shape[0], ffn.num_experts, -1).sum(-1)
     active_TF = (hidden_TF > 0).float()

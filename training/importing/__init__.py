@@ -1,0 +1,1 @@
+"""Checkpoints of other makers, read layer by layer and turned into experts."""

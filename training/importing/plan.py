@@ -1,0 +1,343 @@
+"""What an import will do: shapes, experts, tokens, and what it needs. No tensor is read for it.
+
+Shapes: D model, F neurons, E experts, S neurons per expert.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Final
+
+from engine.config import (
+    MAX_EXPERTS,
+    ExpertConfig,
+    ModelConfig,
+    check_choice,
+    check_range,
+)
+from engine.errors import require
+from engine.request import ExpertPolicy
+from training.config import CLUSTERINGS
+from training.evaluation import top_k_of
+
+ROUTERS: Final = ("fitted", "centroid")
+DTYPES: Final = ("auto", "float32", "bfloat16")
+SHARES: Final = tuple(Fraction(n, 16) for n in (1, 2, 4, 6, 8, 12))
+_KINDS: Final = ("routed", "oracle", "random")
+_USUAL_EXPERTS: Final = 128
+_LEAST_SIZE, _MOST_SIZE = 16, 64  # neurons of an expert, where the choice is ours
+_BATCH_TOKENS: Final = 2048
+# Operations that a default import may spend on each kind of tokens: minutes on two CPU cores.
+_CALIBRATION_FLOPS: Final = 12e12
+_QUALITY_FLOPS: Final = 6e12
+_LEAST_TOKENS, _MOST_TOKENS = 2048, 16384
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What the user decides.
+
+    Attributes:
+        num_experts: of each layer; 0: chosen from the number of neurons.
+        expert_size: neurons of an expert; 0: follows from `num_experts`.
+        cluster: what makes neurons alike: their `weights` or their `coactivation`.
+        router: `fitted` to the true activation mass where that covers more than its beginning, the
+            `centroid` of the experts' weights; or that alone.
+        calibration_tokens: to cluster, fit and compare on; 0: by the model's size.
+        quality_tokens: held out, to measure the quality curve on; 0: by the model's size.
+        dtype: of the weights written and of the products; `auto` is the source's, but bfloat16 for
+            float16, which no CPU computes with.
+        max_loss: how much perplexity the recommended policy may lose, as a share of the dense one.
+        seed: of the sample of text and of the clusterings.
+    """
+
+    num_experts: int = 0
+    expert_size: int = 0
+    cluster: str = "weights"
+    router: str = "fitted"
+    calibration_tokens: int = 0
+    quality_tokens: int = 0
+    dtype: str = "auto"
+    max_loss: float = 0.01
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        check_range("--experts", self.num_experts, 0, MAX_EXPERTS)
+        check_range("--expert-size", self.expert_size, 0, 1 << 20)
+        check_choice("--cluster", self.cluster, CLUSTERINGS)
+        check_choice("--router", self.router, ROUTERS)
+        check_range("--calibration-tokens", self.calibration_tokens, 0, 1 << 24)
+        check_range("--quality-tokens", self.quality_tokens, 0, 1 << 24)
+        check_choice("--dtype", self.dtype, DTYPES)
+        check_range("--max-loss", self.max_loss, 0.0, 1.0)
+        check_range("--seed", self.seed, 0, (1 << 31) - 1)
+
+
+def parse_loss(text: str) -> float:
+    """A share such as "1%" or "0.01".
+
+    Raises:
+        ConfigError: if it is neither, or not between 0% and 100%.
+    """
+    number, percent, rest = text.strip().partition("%")
+    try:
+        value = float(number) / (100 if percent else 1)
+    except ValueError:
+        value = -1.0
+    require(
+        not rest and 0 <= value <= 1,
+        f"--max-loss must be a share between 0% and 100%, such as 1% or 0.01; got {text[:40]!r}",
+    )
+    return value
+
+
+def choose_experts(neurons: int, num_experts: int = 0, expert_size: int = 0) -> tuple[int, str]:
+    """(E, why) for `neurons` neurons; 0 leaves a number to be chosen.
+
+    About 128 experts, of 16 to 64 neurons: finer ones lose less quality, coarser ones compute
+    faster, and kernels like multiples of 16.
+
+    Raises:
+        ConfigError: if the wish does not divide the neurons, or nothing does.
+    """
+    if expert_size and not num_experts:
+        require(
+            neurons % expert_size == 0 and 2 <= neurons // expert_size <= MAX_EXPERTS,
+            f"--expert-size {expert_size} must divide the model's {neurons} neurons into 2 to "
+            f"{MAX_EXPERTS} experts",
+        )
+        return neurons // expert_size, "as asked for"
+    if num_experts:
+        require(
+            num_experts >= 2 and neurons % num_experts == 0,
+            f"--experts {num_experts} must be at least 2 and divide the model's {neurons} neurons"
+            f"{_neighbours(neurons, num_experts)}",
+        )
+        require(
+            expert_size in (0, neurons // num_experts),
+            f"--experts {num_experts} makes experts of {neurons // num_experts} neurons, not of "
+            f"--expert-size {expert_size}: give one of the two",
+        )
+        return num_experts, "as asked for"
+    target = min(max(neurons / _USUAL_EXPERTS, _LEAST_SIZE), _MOST_SIZE)
+    divisors = [e for e in range(2, MAX_EXPERTS + 1) if neurons % e == 0]
+    require(
+        bool(divisors),
+        f"the model's {neurons} neurons have no divisor from 2 to {MAX_EXPERTS}: they cannot be "
+        f"cut into equal experts",
+    )
+
+    def distance(experts: int) -> tuple[float, int]:
+        size = neurons // experts
+        ratio = max(size / target, target / size)
+        return ratio * (1.0 if size % 16 == 0 else 1.5), experts
+
+    return min(divisors, key=distance), (
+        f"the nearest to {_USUAL_EXPERTS} experts of {_LEAST_SIZE} to {_MOST_SIZE} neurons, "
+        f"multiples of 16 preferred"
+    )
+
+
+def _neighbours(neurons: int, wish: int) -> str:
+    """The nearest numbers of experts that divide the neurons, as the end of a sentence."""
+    fitting = [e for e in range(2, MAX_EXPERTS + 1) if neurons % e == 0]
+    near = sorted(sorted(fitting, key=lambda e: abs(e - wish))[:3])
+    return f"; near it are {', '.join(map(str, near))}" if near else ""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One way to choose experts, under which held-out tokens go through the model.
+
+    Attributes:
+        kind: dense; routed, oracle or random, each with `k` experts a token.
+        k: 0 if dense.
+    """
+
+    kind: str
+    k: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.kind if self.kind == "dense" else f"{self.kind}:{self.k}"
+
+    @property
+    def policy(self) -> ExpertPolicy:
+        """What the model's layers run; chance takes the place of a `random` one's router."""
+        if self.kind == "dense":
+            return ExpertPolicy.dense()
+        return ExpertPolicy.oracle(self.k) if self.kind == "oracle" else ExpertPolicy.top_k(self.k)
+
+
+def streams(num_experts: int) -> tuple[Stream, ...]:
+    """Dense, and each kind of choice at each of SHARES, without repeats."""
+    ks = sorted({top_k_of(share, num_experts) for share in SHARES})
+    return (Stream("dense"), *(Stream(kind, k) for kind in _KINDS for k in ks))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An import, decided.
+
+    Attributes:
+        family: of the source.
+        source_dtype: of the source's weights.
+        config: of the checkpoint that will be written, apart from its measured quality.
+        why: how the number of experts came about.
+        calibration_tokens, quality_tokens: at most.
+        options: as given.
+    """
+
+    family: str
+    source_dtype: str
+    config: ModelConfig
+    why: str
+    calibration_tokens: int
+    quality_tokens: int
+    options: ImportOptions
+
+    @classmethod
+    def make(cls, family: str, config: ModelConfig, options: ImportOptions) -> Plan:
+        """Decide what the options leave open.
+
+        Raises:
+            ConfigError: if the model's neurons cannot be cut as asked.
+        """
+        experts, why = choose_experts(
+            config.intermediate_size, options.num_experts, options.expert_size
+        )
+        source_dtype = config.torch_dtype
+        dtype = options.dtype
+        if dtype == "auto":
+            dtype = "float32" if source_dtype == "float32" else "bfloat16"
+        return cls(
+            family,
+            source_dtype,
+            dataclasses.replace(
+                config,
+                experts=ExpertConfig(experts, config.intermediate_size // experts),
+                torch_dtype=dtype,
+            ),
+            why,
+            options.calibration_tokens or _affordable(config, _CALIBRATION_FLOPS),
+            options.quality_tokens or _affordable(config, _QUALITY_FLOPS),
+            options,
+        )
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        return streams(self.config.experts.num_experts)
+
+    @property
+    def item_bytes(self) -> int:
+        return 4 if self.config.torch_dtype == "float32" else 2
+
+    @property
+    def layer_parameters(self) -> int:
+        return _layer_parameters(self.config)
+
+    @property
+    def other_parameters(self) -> int:
+        config = self.config
+        return config.num_parameters - config.num_hidden_layers * self.layer_parameters
+
+    @property
+    def state_bytes(self) -> int:
+        """Hidden states of all tokens, under every choice of experts."""
+        rows = self.calibration_tokens + len(self.streams) * self.quality_tokens
+        return rows * self.config.hidden_size * self.item_bytes
+
+    @property
+    def memory_bytes(self) -> int:
+        """The most that is held at once, about, above what Python and torch take themselves."""
+        config = self.config
+        layer = self.layer_parameters * (self.item_bytes + self.source_bytes)
+        # Clustering: rows and centroids in float32, similarities and prices beside them.
+        up, neurons = config.hidden_size * config.intermediate_size, config.intermediate_size
+        clustering = 3 * 4 * up + 6 * 8 * neurons * config.experts.num_experts
+        inputs = (
+            2 * 4 * self.calibration_tokens * (config.hidden_size + 3 * config.experts.num_experts)
+        )
+        running = 3 * 4 * _BATCH_TOKENS * neurons
+        ends = self.other_parameters * (self.item_bytes + self.source_bytes)
+        return self.state_bytes + max(layer + max(clustering, inputs + running), ends)
+
+    @property
+    def source_bytes(self) -> int:
+        return 4 if self.source_dtype == "float32" else 2
+
+    @property
+    def disk_bytes(self) -> int:
+        """The checkpoint, and the states of a layer twice while it is written."""
+        return self.config.num_parameters * self.item_bytes + 2 * self.state_bytes
+
+    @property
+    def flops(self) -> float:
+        """Operations of all products with weights, about."""
+        config, parameters = self.config, self.layer_parameters
+        ffn = 2 * config.hidden_size * config.intermediate_size
+        base, total = parameters - ffn, float(self.calibration_tokens * 2 * parameters)
+        for stream in self.streams:
+            share = stream.k / config.experts.num_experts if stream.k else 1.0
+            used = base + ffn * share + (ffn / 2 if stream.kind == "oracle" else 0)
+            total += 2 * self.quality_tokens * used
+        total += 5 * 2 * self.calibration_tokens * ffn / 2  # mass, study
+        head = len(self.streams) * self.quality_tokens * config.vocab_size * config.hidden_size
+        return total * config.num_hidden_layers + 2 * head
+
+    @property
+    def single_flops(self) -> float:
+        """Operations in float32 whatever the dtype: clustering and fitting, about."""
+        config = self.config
+        neurons, experts = config.intermediate_size, config.experts.num_experts
+        width = config.hidden_size
+        lloyd = 12 * neurons * experts * (4 * width + 5 * 2 * experts)
+        fit = 75 * 6 * self.calibration_tokens * width * experts
+        fitted = self.options.router == "fitted"
+        return float(config.num_hidden_layers * (lloyd + fit * fitted))
+
+    def describe(self) -> Iterator[tuple[str, str]]:
+        """(what, how much) for people."""
+        config, experts = self.config, self.config.experts
+        yield "family", self.family
+        yield "parameters", f"{config.num_parameters:,} in {self.source_dtype}"
+        yield "layers", f"{config.num_hidden_layers} of width {config.hidden_size}"
+        yield (
+            "attention",
+            f"{config.num_attention_heads} heads, {config.num_key_value_heads} for keys and "
+            f"values, context {config.max_position_embeddings}",
+        )
+        yield "FFN", f"{config.intermediate_size:,} neurons, {config.hidden_act}"
+        yield "vocabulary", f"{config.vocab_size:,}"
+        yield "experts", f"{experts.num_experts} of {experts.expert_size} neurons ({self.why})"
+        yield "clustering", f"by {self.options.cluster}, routers {self.options.router}"
+        yield (
+            "tokens",
+            f"{self.calibration_tokens:,} to calibrate, {self.quality_tokens:,} held out for "
+            f"{len(self.streams)} points of the quality curve",
+        )
+        yield "written as", config.torch_dtype
+        yield "memory", f"about {size_text(self.memory_bytes)} above Python's own"
+        yield "disk", f"{size_text(self.disk_bytes)} while it runs"
+
+
+def _layer_parameters(config: ModelConfig) -> int:
+    """Of one layer, from the shape's own count."""
+    two = dataclasses.replace(config, num_hidden_layers=2)
+    one = dataclasses.replace(config, num_hidden_layers=1)
+    return two.num_parameters - one.num_parameters
+
+
+def _affordable(config: ModelConfig, flops: float) -> int:
+    """Tokens that go through the layers once for so many operations, rounded, within bounds."""
+    a_token = 2 * config.num_hidden_layers * _layer_parameters(config)
+    tokens = min(max(flops / a_token, _LEAST_TOKENS), _MOST_TOKENS)
+    return int(tokens) // 512 * 512
+
+
+def size_text(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / (1 << 30):.1f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.0f} MiB"
