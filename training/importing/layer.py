@@ -13,7 +13,7 @@ from typing import Any, Final, Self
 import torch
 from torch import Tensor
 
-from engine.checkpoint import CheckpointError
+from engine.errors import CheckpointError
 from engine.experts import ExpertFFN, ExpertLayout
 from training.conversion import (
     calibrate_router,

@@ -65,7 +65,8 @@ class Frame:
 @torch.no_grad()
 def embed(model: Decoder, ids_BL: Tensor) -> Tensor:
     """What goes into the first layer: [T, D], sequence by sequence."""
-    return model.embedding(ids_BL.flatten())
+    x_TD: Tensor = model.embedding(ids_BL.flatten())
+    return x_TD
 
 
 @torch.no_grad()
