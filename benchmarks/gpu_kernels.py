@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.gpu_timing import DEVICE, Call, check, interleaved_us, relative_error
 from benchmarks.records import Record
-from engine.attention import rope_table
+from engine.rotary import rope_table
 from engine.kernels import (
     attend_step,
     expert_ffn,

@@ -1,4 +1,4 @@
-"""Attention: rotary positions, and one signature for every way to look keys and values up.
+"""Attention: rotation, and one signature for every way to look keys and values up.
 
 `Attend` is what a decoder layer calls: given this layer's queries, keys and values of a flat batch
 of T tokens, return the attended values. Training and the naive `generate` use `causal_attend` over
@@ -21,13 +21,6 @@ from torch import Tensor
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
-def rope_table(max_positions: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each [max_positions, d/2] (RoFormer, Su et al. 2021)."""
-    inverse = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angles = torch.outer(torch.arange(max_positions, dtype=torch.float64), inverse)
-    return angles.cos().float(), angles.sin().float()
-
-
 def rotate(x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
     """Rotate the halves of each head by its token's position; [T, H, d] in the input's dtype."""
     first, second = x_THd.float().chunk(2, dim=-1)
@@ -35,18 +28,34 @@ def rotate(x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x_THd.dtype)
 
 
-def causal_attend(batch: int, length: int) -> Attend:
-    """Attention inside each of `batch` sequences of `length` tokens laid out one after another."""
+def causal_attend(batch: int, length: int, window: int = 0) -> Attend:
+    """Attention inside each of `batch` sequences of `length` tokens laid out one after another.
+
+    Args:
+        batch, length: of the flat batch.
+        window: last tokens that a token sees, itself included; 0: all.
+    """
+    hides = 0 < window < length
 
     def attend(_layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
         q, k, v = (
             t.view(batch, length, *t.shape[1:]).transpose(1, 2) for t in (q_THd, k_TGd, v_TGd)
         )
         gqa = q_THd.shape[1] != k_TGd.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        if not hides:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        else:
+            mask = window_mask(length, length, window, q.device)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
         return out.transpose(1, 2).reshape(q_THd.shape)
 
     return attend
+
+
+def window_mask(n: int, length: int, window: int, device: torch.device) -> Tensor:
+    """Which of `length` tokens the last n see, bool [n, length]; a `window` of 0 hides none."""
+    mask = torch.ones((n, length), dtype=torch.bool, device=device).tril(length - n)
+    return mask.triu(length - n - window + 1) if window else mask
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,10 @@ class SequenceSpan:
 
 
 class KVCache:
-    """Keys and values of all layers, [layers, 2, slots, G, d]; a block is `block_size` slots."""
+    """Keys and values of all layers, [layers, 2, slots, G, d]; a block is `block_size` slots.
+
+    A token sees the last `window` tokens, itself included, or all where that is 0.
+    """
 
     def __init__(
         self,
@@ -78,8 +90,10 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        window: int = 0,
     ) -> None:
         self.block_size = block_size
+        self.window = window
         shape = (layers, 2, num_blocks * block_size, heads, head_dim)
         self.slots = torch.zeros(shape, dtype=dtype, device=device)
 
@@ -115,6 +129,8 @@ class PagedAttend:
             contexts = torch.tensor([spans[b].context for b in decoding])
             longest = int(contexts.max())
             mask_BL = torch.arange(longest) < contexts[:, None]
+            if cache.window:
+                mask_BL &= torch.arange(longest) >= contexts[:, None] - cache.window
             # Padding points at the sequence's own slots or block 0: masked, but always in bounds.
             self._decode_slots = slots_BL[decoding, :longest].to(device)
             self._decode_mask = mask_BL[:, None, None].to(device)
@@ -128,7 +144,7 @@ class PagedAttend:
             out_THd[self._decode_rows] = self._decode(q_THd[self._decode_rows], keys, values)
         for span, slots in self._chunks:
             rows = slice(span.start, span.start + span.length)
-            out_THd[rows] = self.chunk(q_THd[rows], keys[slots], values[slots])
+            out_THd[rows] = self.chunk(q_THd[rows], keys[slots], values[slots], self.cache.window)
         return out_THd
 
     def _decode(self, q_BHd: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -145,14 +161,15 @@ class PagedAttend:
         return out[:, :, 0]
 
     @staticmethod
-    def chunk(q_nHd: Tensor, k_LGd: Tensor, v_LGd: Tensor) -> Tensor:
+    def chunk(q_nHd: Tensor, k_LGd: Tensor, v_LGd: Tensor, window: int = 0) -> Tensor:
         """A chunk of n queries at the end of a context of L tokens, causal among themselves."""
         n, length = q_nHd.shape[0], k_LGd.shape[0]
         q, k, v = (t.transpose(0, 1)[None] for t in (q_nHd, k_LGd, v_LGd))
         gqa = q_nHd.shape[1] != k_LGd.shape[1]
-        if n == length:  # a prompt's first chunk; no mask lets PyTorch take its fastest kernel
+        hides = 0 < window < length
+        if n == length and not hides:  # a prompt's first chunk; without a mask PyTorch is fastest
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
         else:
-            mask = torch.ones((n, length), dtype=torch.bool, device=q.device).tril(length - n)
+            mask = window_mask(n, length, window if hides else 0, q.device)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
         return out[0].transpose(0, 1)

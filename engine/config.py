@@ -16,7 +16,10 @@ from engine.request import ExpertPolicy
 
 MODEL_TYPE: Final = "ambidex"
 DTYPES: Final = ("float32", "bfloat16", "float16")
-ACTIVATIONS: Final = ("relu", "relu2")
+ACTIVATIONS: Final = ("relu", "relu2", "fatrelu", "drelu")
+NORMS: Final = ("rmsnorm", "layernorm", "layernorm1p")
+POSITIONS: Final = ("rope", "learned")
+ROPE_TYPES: Final = ("linear", "dynamic", "yarn", "llama3")
 MAX_EXPERTS: Final = 512  # the routing kernel ranks a token's experts in registers
 
 
@@ -99,8 +102,81 @@ class ExpertConfig:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for longer contexts; keys and defaults are transformers'.
+
+    Attributes:
+        rope_type: "linear" divides all frequencies by `factor`; "yarn" (Peng et al. 2023) and
+            "llama3" (Llama 3.1) divide the low ones; "dynamic" changes them only beyond
+            `max_position_embeddings`, which is where a request ends here.
+        factor: at least 1.
+        original_max_position_embeddings: the context of pre-training (yarn, llama3).
+        low_freq_factor, high_freq_factor: the wavelengths between which llama3 interpolates.
+        beta_fast, beta_slow: the rotations between which yarn interpolates.
+        attention_factor: what yarn multiplies cosines and sines by; None: derived from `factor`.
+        mscale, mscale_all_dim: what `attention_factor` is derived from instead, where both are set.
+        truncate: whether yarn's bounds are rounded to whole dimensions.
+    """
+
+    rope_type: str
+    factor: float
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("rope_scaling.rope_type", self.rope_type, ROPE_TYPES)
+        check_range("rope_scaling.factor", self.factor, 1.0, 1e4)
+        if self.rope_type in ("yarn", "llama3"):
+            original = self.original_max_position_embeddings or 0
+            check_range("rope_scaling.original_max_position_embeddings", original, 1, 1 << 20)
+        check_range("rope_scaling.low_freq_factor", self.low_freq_factor, 1e-3, 1e3)
+        require(
+            self.low_freq_factor < self.high_freq_factor <= 1e3,
+            f"rope_scaling.high_freq_factor must be above low_freq_factor {self.low_freq_factor} "
+            f"and at most 1000, got {self.high_freq_factor}",
+        )
+        check_range("rope_scaling.beta_slow", self.beta_slow, 1e-3, 1e4)
+        check_range("rope_scaling.beta_fast", self.beta_fast, self.beta_slow, 1e4)
+        for name in ("attention_factor", "mscale", "mscale_all_dim"):
+            value = getattr(self, name)
+            if value is not None:
+                check_range(f"rope_scaling.{name}", value, 0.0, 1e3)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """The decoder's shape. Keys are Hugging Face's where they exist."""
+    """The decoder's shape. Keys are Hugging Face's where they exist.
+
+    The defaults of what follows `eos_token_id` are the models that are trained here; other
+    families' models are imported.
+
+    Attributes:
+        rms_norm_eps: of the norms, whichever they are.
+        hidden_act: "relu"; "relu2", its square; "fatrelu", zero up to `hidden_act_param`; "drelu",
+            ReLU of both the gate and what it multiplies.
+        head_dim: of attention; 0: hidden_size / num_attention_heads.
+        norm: "layernorm1p" is a LayerNorm whose weight is stored less 1 (Nemotron).
+        do_layer_norm_before: whether norms come before attention and FFN, and after the last layer;
+            else after each sum, and nowhere else.
+        position_embedding_type: rotary, or learned and added to the embedding.
+        position_offset: the row of learned positions that the first token takes.
+        partial_rotary_factor: share of a head's dimensions that is rotated. The others lie beside
+            them: each half of a head has its rotated dimensions first.
+        sliding_window: last tokens that a token sees, itself included; None: all.
+        attention_bias: of queries, keys, values and output.
+        mlp_bias: of both products of an FFN; none with gates.
+        gated_mlp: act(x @ gate.T) * (x @ up.T) instead of act(x @ up.T).
+        word_embed_proj_dim: width of the embedding, projected to hidden_size; 0: the same.
+        embedding_multiplier, residual_multiplier: of embeddings; of what layers add.
+        logits_scaling: the last hidden state is divided by it before the head.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -118,8 +194,48 @@ class ModelConfig:
     torch_dtype: str = "float32"
     bos_token_id: int = 0
     eos_token_id: int = 0
+    hidden_act_param: float = 0.0
+    head_dim: int = 0
+    norm: str = "rmsnorm"
+    do_layer_norm_before: bool = True
+    position_embedding_type: str = "rope"
+    position_offset: int = 0
+    partial_rotary_factor: float = 1.0
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    gated_mlp: bool = False
+    word_embed_proj_dim: int = 0
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
 
     def __post_init__(self) -> None:
+        self._check_sizes()
+        self._check_attention()
+        check_choice("norm", self.norm, NORMS)
+        check_range("rms_norm_eps", self.rms_norm_eps, 1e-12, 1e-2)
+        check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
+        check_range("hidden_act_param", self.hidden_act_param, 0.0, 1e3)
+        require(
+            self.hidden_act_param == 0 or self.hidden_act == "fatrelu",
+            f"hidden_act_param is fatrelu's threshold; {self.hidden_act} has none",
+        )
+        require(self.gated_mlp or self.hidden_act != "drelu", "hidden_act drelu needs gated_mlp")
+        require(not (self.gated_mlp and self.mlp_bias), "gated_mlp takes no mlp_bias")
+        for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling"):
+            check_range(name, getattr(self, name), 1e-6, 1e6)
+        check_choice("torch_dtype", self.torch_dtype, DTYPES)
+        check_range("bos_token_id", self.bos_token_id, 0, self.vocab_size - 1)
+        check_range("eos_token_id", self.eos_token_id, 0, self.vocab_size - 1)
+        require(
+            self.experts.num_experts * self.experts.expert_size == self.intermediate_size,
+            f"experts: {self.experts.num_experts} experts of {self.experts.expert_size} neurons "
+            f"do not make up intermediate_size {self.intermediate_size}",
+        )
+
+    def _check_sizes(self) -> None:
         check_range("vocab_size", self.vocab_size, 2, 1 << 20)
         check_range("hidden_size", self.hidden_size, 2, 1 << 16)
         check_range("intermediate_size", self.intermediate_size, 1, 1 << 20)
@@ -127,39 +243,68 @@ class ModelConfig:
         check_range("num_attention_heads", self.num_attention_heads, 1, 1024)
         check_range("num_key_value_heads", self.num_key_value_heads, 1, self.num_attention_heads)
         check_range("max_position_embeddings", self.max_position_embeddings, 1, 1 << 20)
-        check_range("rms_norm_eps", self.rms_norm_eps, 1e-12, 1e-2)
-        check_range("rope_theta", self.rope_theta, 1.0, 1e9)
-        check_range("bos_token_id", self.bos_token_id, 0, self.vocab_size - 1)
-        check_range("eos_token_id", self.eos_token_id, 0, self.vocab_size - 1)
-        check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
-        check_choice("torch_dtype", self.torch_dtype, DTYPES)
-        require(self.tie_word_embeddings, "tie_word_embeddings must be true: embeddings are tied")
+        check_range("word_embed_proj_dim", self.word_embed_proj_dim, 0, 1 << 16)
+        if not self.word_embed_proj_dim:
+            object.__setattr__(self, "word_embed_proj_dim", self.hidden_size)
+
+    def _check_attention(self) -> None:
+        heads = self.num_attention_heads
+        check_range("head_dim", self.head_dim, 0, 1 << 12)
+        if not self.head_dim:
+            whole = self.hidden_size % heads == 0
+            even = self.position_embedding_type != "rope" or self.hidden_size % (2 * heads) == 0
+            require(
+                whole and even,
+                f"hidden_size {self.hidden_size} must be an even multiple of num_attention_heads "
+                f"{heads}",
+            )
+            object.__setattr__(self, "head_dim", self.hidden_size // heads)
         require(
-            self.hidden_size % (2 * self.num_attention_heads) == 0,
-            f"hidden_size {self.hidden_size} must be an even multiple of num_attention_heads "
-            f"{self.num_attention_heads}",
-        )
-        require(
-            self.num_attention_heads % self.num_key_value_heads == 0,
+            heads % self.num_key_value_heads == 0,
             f"num_key_value_heads {self.num_key_value_heads} must divide num_attention_heads "
-            f"{self.num_attention_heads}",
+            f"{heads}",
         )
+        check_choice("position_embedding_type", self.position_embedding_type, POSITIONS)
+        check_range("position_offset", self.position_offset, 0, 1 << 10)
+        check_range("rope_theta", self.rope_theta, 1.0, 1e9)
+        check_range("partial_rotary_factor", self.partial_rotary_factor, 1e-3, 1.0)
         require(
-            self.experts.num_experts * self.experts.expert_size == self.intermediate_size,
-            f"experts: {self.experts.num_experts} experts of {self.experts.expert_size} neurons "
-            f"do not make up intermediate_size {self.intermediate_size}",
+            not self.is_rotary or (self.head_dim % 2 == 0 and self.rotary_dim % 2 == 0),
+            f"head_dim {self.head_dim} and what partial_rotary_factor {self.partial_rotary_factor} "
+            "leaves of it must be even",
         )
+        if self.sliding_window is not None:
+            check_range("sliding_window", self.sliding_window, 1, 1 << 20)
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+    def is_rotary(self) -> bool:
+        return self.position_embedding_type == "rope"
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def window(self) -> int:
+        """Tokens that a token sees where that is less than all; else 0."""
+        window = self.sliding_window or 0
+        return window if window < self.max_position_embeddings else 0
 
     @property
     def num_parameters(self) -> int:
         """Trainable parameters, the router excluded (it is derived from `up`)."""
-        d, kv = self.hidden_size, self.num_key_value_heads * self.head_dim
-        layer = 2 * d * d + 2 * d * kv + 2 * d * self.intermediate_size + 2 * d
-        return self.vocab_size * d + self.num_hidden_layers * layer + d
+        d, f, width = self.hidden_size, self.intermediate_size, self.word_embed_proj_dim
+        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        norm = d if self.norm == "rmsnorm" else 2 * d
+        layer = 2 * d * q + 2 * d * kv + (3 if self.gated_mlp else 2) * d * f + 2 * norm
+        layer += (q + 2 * kv + d) * self.attention_bias + (f + d) * self.mlp_bias
+        total = self.num_hidden_layers * layer + norm * self.do_layer_norm_before
+        total += self.vocab_size * width * (1 if self.tie_word_embeddings else 2)
+        total += 2 * d * width if width != d else 0
+        if not self.is_rotary:
+            total += (self.max_position_embeddings + self.position_offset) * d
+        return total
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `config.json`."""
@@ -186,6 +331,10 @@ class ModelConfig:
         fields = known_fields(cls, fields, "config.json")
         try:
             fields["experts"] = ExpertConfig.from_dict(fields["experts"])
+            scaling = fields.get("rope_scaling")
+            if scaling is not None:
+                scaling = known_fields(RopeScaling, scaling, "config.json: rope_scaling")
+                fields["rope_scaling"] = RopeScaling(**scaling)
             return cls(**fields)
         except (TypeError, KeyError) as error:
             raise ConfigError(f"config.json: {error}") from error

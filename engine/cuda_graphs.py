@@ -302,14 +302,19 @@ class DecodeGraphs:
             quarters=key.quarters,
         )
         chosen_LBE: Tensor | None = None
-        if key.batch == 1:
+        if key.batch == 1 and model.is_plain:
             if key.max_k:
                 shape = len(model.layers), 1, self.num_experts
                 chosen_LBE = batch.ids_B.new_empty(shape, dtype=torch.bool)
             logits_BV = thin_forward(model, batch.ids_B, attend, policy, arrivals, chosen_LBE)
         else:
             trace = Trace()
-            logits_BV = fused_forward(model, batch.ids_B, attend, policy, trace)
+            positions_B = None
+            if not model.config.is_rotary:  # a padding row's context is empty
+                positions_B = (batch.contexts_B - 1).clamp_min(0)
+            logits_BV = fused_forward(
+                model, batch.ids_B, attend, policy, trace, positions_T=positions_B
+            )
             if key.max_k:
                 chosen_LBE = torch.stack(trace.choices())
         totals = None if chosen_LBE is None else count_chosen(chosen_LBE)

@@ -6,7 +6,8 @@ neuron, expert e owns rows e*S .. (e+1)*S of both, and
     FFN(x) = act(x @ up.T) @ down
 
 is computed over all rows (dense) or over the chosen experts' rows (sparse). No gate multiplies an
-expert's output, so choosing every expert is the dense FFN.
+expert's output, so choosing every expert is the dense FFN. Imported models may have biases, or a
+gate for each neuron: FFN(x) = (act(x @ gate.T) * (x @ up.T)) @ down.
 
 Shapes: T tokens, D model, F neurons, E experts, S neurons per expert, P token-expert pairs.
 """
@@ -37,7 +38,7 @@ from engine.kernels import (
 )
 from engine.kernels.add_norm import Norm
 from engine.kernels.arrivals import Arrivals
-from engine.kernels.expert_ffn import activate_reference
+from engine.kernels.expert_ffn import ACTIVATIONS, activate_reference, gated_reference
 from engine.kernels.sliced_ffn import sparse_ffn
 from engine.request import ExpertPolicy
 
@@ -95,8 +96,13 @@ def centroid_router(up_FD: Tensor, num_experts: int, norm: float = 1.0) -> Tenso
 
 def true_mass(x_TD: Tensor, up_FD: Tensor, num_experts: int, activation: str) -> Tensor:
     """Activation mass of each expert, [T, E]: the sum of its neurons' activations."""
-    hidden_TF = activate_reference(x_TD @ up_FD.T, activation)
-    return hidden_TF.view(x_TD.shape[0], num_experts, -1).sum(-1)
+    return mass_of(activate_reference(x_TD @ up_FD.T, activation), num_experts)
+
+
+def mass_of(hidden_TF: Tensor, num_experts: int, *, gated: bool = False) -> Tensor:
+    """The activations' mass by expert, [T, E]; of gated neurons by their absolute value."""
+    hidden_TF = hidden_TF.abs() if gated else hidden_TF
+    return hidden_TF.view(hidden_TF.shape[0], num_experts, -1).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -265,7 +271,8 @@ def side_by_side(
 class ExpertFFN(nn.Module):
     """An FFN stored neuron by neuron that runs dense or sparse, per token.
 
-    Parameters `up` and `down` are [F, D]; the buffer `router` is [E, D], float32. Training uses
+    Parameters `up` and `down` are [F, D]; the buffer `router` is [E, D], float32. `gate` [F, D],
+    `up_bias` [F] and `down_bias` [D] are None unless the model has them. Training uses
     differentiable Triton kernels on CUDA and plain products elsewhere, as evaluation does;
     `prepare` switches to the inference paths: packed weights on the CPU, Triton kernels on CUDA.
     """
@@ -276,30 +283,64 @@ class ExpertFFN(nn.Module):
         super().__init__()
         self.num_experts = config.experts.num_experts
         self.activation = config.hidden_act
+        self.threshold = config.hidden_act_param
         shape = (config.intermediate_size, config.hidden_size)
         self.up = nn.Parameter(torch.empty(shape))
         self.down = nn.Parameter(torch.empty(shape))
+        self.gate = nn.Parameter(torch.empty(shape)) if config.gated_mlp else None
+        self.up_bias = nn.Parameter(torch.empty(shape[0])) if config.mlp_bias else None
+        self.down_bias = nn.Parameter(torch.empty(shape[1])) if config.mlp_bias else None
+        # act(x @ up.T) @ down with ReLU or its square: what all kernels take.
+        self.is_plain = self.gate is None and self.up_bias is None
+        self.is_plain &= self.activation in ACTIVATIONS
         router_shape = (self.num_experts, config.hidden_size)
         self.register_buffer("router", torch.zeros(router_shape, dtype=torch.float32))
         self.packed: native.PackedExpertFFN | None = None
         self._use_kernels = False
         self._arrivals: Arrivals | None = None
 
+    def per_neuron(self) -> list[nn.Parameter]:
+        """The parameters whose rows are neurons."""
+        found = (self.up, self.down, self.gate, self.up_bias)
+        return [parameter for parameter in found if parameter is not None]
+
     def prepare(self) -> None:
-        """Switch to the inference paths; on the CPU the packed form replaces both."""
+        """Switch to the inference paths; on the CPU the packed form replaces all."""
         if self.up.is_cuda:
             self.use_kernels()
         elif self.packed is None and native.supports(self.up.dtype, self.up.shape[1]):
+            extras = native.FFNExtras(self.gate, self.up_bias, self.down_bias, self.threshold)
             self.packed = native.PackedExpertFFN(
-                self.up, self.down, self.num_experts, self.activation
+                self.up, self.down, self.num_experts, self.activation, extras
             )
-            self.up = released(self.up)
-            self.down = released(self.down)
+            for name in ("up", "down", "gate", "up_bias", "down_bias"):
+                weight = getattr(self, name)
+                if weight is not None:
+                    setattr(self, name, released(weight))
 
     def use_kernels(self) -> None:
         """Run the GPU's kernels for inference; on the CPU that needs Triton's interpreter."""
         self._use_kernels = True
         self._arrivals = Arrivals(self.up.device)
+
+    def hidden(self, x_TD: Tensor) -> Tensor:
+        """The activations of all neurons, [T, F]."""
+        if self.packed is not None:
+            return self.packed.hidden(x_TD)
+        up_TF = x_TD @ self.up.T
+        if self.up_bias is not None:
+            up_TF = up_TF + self.up_bias
+        if self.gate is None:
+            return activate_reference(up_TF, self.activation, self.threshold)
+        return gated_reference(x_TD @ self.gate.T, up_TF, self.activation, self.threshold)
+
+    def mass_of(self, hidden_TF: Tensor) -> Tensor:
+        """The mass of each expert, [T, E], from `hidden`."""
+        return mass_of(hidden_TF, self.num_experts, gated=self.gate is not None)
+
+    def _down(self, hidden_TF: Tensor) -> Tensor:
+        y_TD = hidden_TF @ self.down
+        return y_TD if self.down_bias is None else y_TD + self.down_bias
 
     def forward(self, x_TD: Tensor, policy: PolicyBatch, trace: Trace | None = None) -> Tensor:
         """[T, D] -> [T, D], each token by its own policy; records the choice in `trace`."""
@@ -345,21 +386,17 @@ class ExpertFFN(nn.Module):
 
     def _record_mass(self, sampled_nD: Tensor, trace: Trace) -> None:
         """The true mass of every expert, which takes the whole first product."""
-        if self.packed is None:
-            hidden_nF = activate_reference(sampled_nD @ self.up.T, self.activation)
-        else:
-            hidden_nF = activate_reference(self.packed.first(sampled_nD), self.activation)
-        hidden_nES = hidden_nF.view(hidden_nF.shape[0], self.num_experts, -1)
-        trace.masses.append(hidden_nES.sum(-1))
+        hidden_nF = self.hidden(sampled_nD)
+        trace.masses.append(self.mass_of(hidden_nF))
         if trace.count_fired:
-            trace.fired.append((hidden_nF > 0).sum(-1))
+            trace.fired.append((hidden_nF != 0).sum(-1))
 
     def _mixed(self, x_TD: Tensor, policy: PolicyBatch) -> tuple[Tensor, Tensor]:
         """Dense tokens and sparse tokens of one batch, each on its own path."""
         assert policy.dense_rows is not None
         assert policy.sparse_rows is not None
         rows = policy.sparse_rows
-        if self._use_kernels and gpu_ways.mixed_is_masked(
+        if self._use_kernels and self.is_plain and gpu_ways.mixed_is_masked(
             self._gpu_layer, policy.dense_rows.numel(), rows.numel(), policy.max_k
         ):
             return self._masked(x_TD, policy.k_T, policy.mass_T, self.num_experts)
@@ -376,11 +413,10 @@ class ExpertFFN(nn.Module):
         """Every neuron: act(x @ up.T) @ down; leaves the experts' mass in `trace` if wanted."""
         if self.packed is not None:
             return self.packed(x_TD, native.every_pair(x_TD.shape[0], self.num_experts))
-        hidden_TF = activate_reference(x_TD @ self.up.T, self.activation)
+        hidden_TF = self.hidden(x_TD)
         if trace is not None and trace.mass_every:
-            sampled_nF = hidden_TF[:: trace.mass_every]
-            trace.masses.append(sampled_nF.view(sampled_nF.shape[0], self.num_experts, -1).sum(-1))
-        return hidden_TF @ self.down
+            trace.masses.append(self.mass_of(hidden_TF[:: trace.mass_every]))
+        return self._down(hidden_TF)
 
     def sparse(
         self, x_TD: Tensor, k_T: Tensor, mass_T: Tensor, policy: PolicyBatch
@@ -392,7 +428,7 @@ class ExpertFFN(nn.Module):
             chosen_TE = native.choose(x_TD, self.router, k_T, mass_T, policy.shared_T)
             return self.packed(x_TD, native.sort_pairs(chosen_TE)), chosen_TE
         scores_TE = self.scores(x_TD, oracle=policy.oracle)
-        if policy.same_k is not None and self._trains_with_kernels(x_TD):
+        if policy.same_k is not None and self.is_plain and self._trains_with_kernels(x_TD):
             routed = grouped_training.route_top_k(scores_TE, policy.same_k)
             y_TD = grouped_training.grouped_ffn(x_TD, self.up, self.down, routed, self.activation)
             return y_TD, routed.chosen_TE
@@ -405,7 +441,11 @@ class ExpertFFN(nn.Module):
             chosen_TE = sharing.share_reference(scores_TE, chosen_TE, policy.shared_T)
         if self.packed is not None:
             return self.packed(x_TD, native.sort_pairs(chosen_TE)), chosen_TE
-        return sparse_ffn(x_TD, self.up, self.down, chosen_TE, self.activation), chosen_TE
+        if self.is_plain:
+            return sparse_ffn(x_TD, self.up, self.down, chosen_TE, self.activation), chosen_TE
+        size = self.up.shape[0] // self.num_experts
+        chosen_TF = chosen_TE.repeat_interleave(size, dim=1)
+        return self._down(self.hidden(x_TD) * chosen_TF), chosen_TE
 
     def _trains_with_kernels(self, x_TD: Tensor) -> bool:
         wanted = x_TD.requires_grad or self.up.requires_grad or self.down.requires_grad
@@ -418,20 +458,39 @@ class ExpertFFN(nn.Module):
         """`sparse` on CUDA: nothing here waits for the device."""
         size = self.up.shape[0] // self.num_experts
         way = gpu_ways.sparse_way(self._gpu_layer, x_TD.shape[0], policy.max_k, policy.quarters)
+        if way in ("masked", "union") and not self.is_plain:
+            way = "grouped"
         if way == "masked":
             return self._masked(x_TD, k_T, mass_T, policy.max_k, policy.shared_T)
         choice = self._select(x_TD, k_T, mass_T, policy.max_k, policy.shared_T)
         if way == "few":
             assert self._arrivals is not None
             y_TD = expert_ffn.expert_ffn(
-                x_TD, self.up, self.down, choice.ids_TK, size, self.activation, self._arrivals
+                x_TD,
+                self.up,
+                self.down,
+                choice.ids_TK,
+                size,
+                self.activation,
+                self._arrivals,
+                **self._extras,
             )
         elif way == "union":
             y_TD = union_ffn.union_ffn(x_TD, self.up, self.down, choice.chosen_TE, self.activation)
         else:
             pairs = routing.sort_pairs(choice)
-            y_TD = grouped_ffn.grouped_ffn(x_TD, self.up, self.down, pairs, self.activation)
+            y_TD = grouped_ffn.grouped_ffn(
+                x_TD, self.up, self.down, pairs, self.activation, **self._extras
+            )
         return y_TD, choice.chosen_TE
+
+    @property
+    def _extras(self) -> dict[str, Any]:
+        """What the kernels for models with gates, biases or a threshold take beside the others."""
+        if self.is_plain:
+            return {}
+        extras = {"gate_FD": self.gate, "up_bias_F": self.up_bias, "down_bias_D": self.down_bias}
+        return extras | {"threshold": self.threshold}
 
     def _masked(
         self, x_TD: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int, shared_T: Tensor | None = None
@@ -462,8 +521,7 @@ class ExpertFFN(nn.Module):
     def scores(self, x_TD: Tensor, *, oracle: bool = False) -> Tensor:
         """Scores [T, E] whose softmax is the (predicted or true) share of activation mass."""
         if oracle:
-            up_FD = self.up if self.packed is None else self.packed.up_FD()
-            mass_TE = true_mass(x_TD, up_FD, self.num_experts, self.activation)
+            mass_TE = self.mass_of(self.hidden(x_TD))
             return mass_TE.detach().float().clamp_min(1e-30).log()
         x_TD = x_TD.detach().float()
         if torch.is_autocast_enabled(x_TD.device.type):  # near ties must fall as in evaluation

@@ -1,7 +1,8 @@
 """The decoder, and a naive `generate` that is the oracle of the fast engine.
 
-RMSNorm, rotary positions, grouped-query attention, expert FFN, tied embeddings; no biases. The
-model works on a flat batch of T tokens: which tokens belong together is known to `attend` alone,
+What is trained here has RMSNorm, rotary positions, grouped-query attention, expert FFNs, tied
+embeddings and no biases; `ModelConfig` says what imported models may have instead. The model works
+on a flat batch of T tokens: which tokens belong together is known to `attend` alone,
 and which experts a token may use to `policy` alone.
 
 Shapes: T tokens, D model, V vocabulary, H query heads, G key-value heads, d head dimension,
@@ -11,62 +12,41 @@ B sequences, L length.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.attention import Attend, causal_attend, rope_table, rotate
+from engine.attention import Attend, causal_attend, rotate
 from engine.config import ModelConfig
 from engine.experts import ExpertFFN, PolicyBatch, Trace, released
 from engine.kernels import native
-from engine.kernels.native.layers import LayerParts, Limits, PackedLayers
+from engine.kernels.native.layers import LayerParts, LayerShape, Limits, PackedLayers
 from engine.native_attention import NativeAttend
+from engine.norms import Norm, norm_of
 from engine.request import ExpertPolicy
+from engine.rotary import rotary_tables
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias that `prepare` packs for inference on the CPU."""
+    """A linear layer that `prepare` packs for inference on the CPU."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = False) -> None:
+        super().__init__(inputs, outputs, bias=bias)
         self.packed: native.PackedLinear | None = None
 
     def prepare(self) -> None:
         if self.packed is None:
-            self.packed = native.PackedLinear(self.weight)
+            self.packed = native.PackedLinear(self.weight, self.bias)
             self.weight = released(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.packed(x) if self.packed is not None else super().forward(x)
 
 
-class RMSNorm(nn.RMSNorm):
-    """RMSNorm that `prepare` hands to the CPU's kernels."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config.hidden_size, config.rms_norm_eps)
-        self._epsilon = config.rms_norm_eps
-        self._prepared = False
-
-    def prepare(self) -> None:
-        self._prepared = True
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        if self._prepared:
-            return native.rms_norm(x_TD, None, self.weight, self._epsilon)
-        return super().forward(x_TD)
-
-    def add(self, x_TD: Tensor, delta_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """x + delta, and its norm. A prepared norm adds in place."""
-        if self._prepared:
-            return x_TD, native.rms_norm(x_TD, delta_TD, self.weight, self._epsilon)
-        x_TD = x_TD + delta_TD
-        return x_TD, self(x_TD)
-
-
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions; keys and values may have fewer heads."""
+    """Causal self-attention; keys and values may have fewer heads."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -74,8 +54,10 @@ class Attention(nn.Module):
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
-        self.qkv = Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim)
-        self.out = Linear(config.hidden_size, config.hidden_size)
+        self.rotary = config.is_rotary
+        all_heads, bias = (self.heads + 2 * self.kv_heads) * self.head_dim, config.attention_bias
+        self.qkv = Linear(config.hidden_size, all_heads, bias=bias)
+        self.out = Linear(self.heads * self.head_dim, config.hidden_size, bias=bias)
         self._prepared = False
 
     def prepare(self) -> None:
@@ -84,21 +66,28 @@ class Attention(nn.Module):
     def forward(self, x_TD: Tensor, cos_Td: Tensor, sin_Td: Tensor, attend: Attend) -> Tensor:
         heads = self.qkv(x_TD).view(x_TD.shape[0], -1, self.head_dim)
         qk_THd, v_TGd = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
-        turn = native.rotate_ if self._prepared else rotate
-        q_THd, k_TGd = torch.split(turn(qk_THd, cos_Td, sin_Td), [self.heads, self.kv_heads], dim=1)
-        out: Tensor = self.out(attend(self.layer, q_THd, k_TGd, v_TGd).reshape(x_TD.shape))
+        if self.rotary:
+            turn = native.rotate_ if self._prepared else rotate
+            qk_THd = turn(qk_THd, cos_Td, sin_Td)
+        q_THd, k_TGd = torch.split(qk_THd, [self.heads, self.kv_heads], dim=1)
+        out: Tensor = self.out(attend(self.layer, q_THd, k_TGd, v_TGd).flatten(1))
         return out
 
 
 class Layer(nn.Module):
-    """One decoder layer: x + attention(norm(x)), then x + ffn(norm(x))."""
+    """One decoder layer: x + attention(norm(x)), then x + ffn(norm(x)).
+
+    Or, with norms after, norm(x + attention(x)), then norm(x + ffn(x)).
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config)
+        self.attention_norm = norm_of(config)
         self.attention = Attention(config, layer)
-        self.ffn_norm = RMSNorm(config)
+        self.ffn_norm = norm_of(config)
         self.ffn = ExpertFFN(config)
+        self.norm_first = config.do_layer_norm_before
+        self.multiplier = config.residual_multiplier
 
     def forward(
         self,
@@ -109,10 +98,27 @@ class Layer(nn.Module):
         policy: PolicyBatch,
         trace: Trace | None,
     ) -> Tensor:
-        attended_TD = self.attention(self.attention_norm(x_TD), cos_Td, sin_Td, attend)
+        return self.around(
+            x_TD, lambda x: self.attention(x, cos_Td, sin_Td, attend), policy, trace
+        )
+
+    def around(
+        self,
+        x_TD: Tensor,
+        attention: Callable[[Tensor], Tensor],
+        policy: PolicyBatch,
+        trace: Trace | None,
+    ) -> Tensor:
+        """The layer around its attention."""
+        if not self.norm_first:
+            _, x_TD = self.attention_norm.add(x_TD, self._scaled(attention(x_TD)))
+            return self.ffn_norm.add(x_TD, self._scaled(self.ffn(x_TD, policy, trace)))[1]
+        attended_TD = self._scaled(attention(self.attention_norm(x_TD)))
         x_TD, normed_TD = self.ffn_norm.add(x_TD, attended_TD)
-        ffn_TD: Tensor = self.ffn(normed_TD, policy, trace)
-        return x_TD + ffn_TD
+        return x_TD + self._scaled(self.ffn(normed_TD, policy, trace))
+
+    def _scaled(self, delta_TD: Tensor) -> Tensor:
+        return delta_TD if self.multiplier == 1.0 else delta_TD * self.multiplier
 
 
 class Decoder(nn.Module):
@@ -124,17 +130,26 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        width, inner = config.word_embed_proj_dim, config.hidden_size
+        self.embedding = nn.Embedding(config.vocab_size, width)
+        self.positions: nn.Embedding | None = None
+        if not config.is_rotary:
+            rows = config.max_position_embeddings + config.position_offset
+            self.positions = nn.Embedding(rows, inner)
+        self.project_in = Linear(width, inner) if width != inner else None
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config)
+        self.norm = norm_of(config) if config.do_layer_norm_before else None
+        self.project_out = Linear(inner, width) if width != inner else None
+        self.head = None if config.tie_word_embeddings else Linear(width, config.vocab_size)
+        # As those that are trained here, which have GPU kernels for whole steps.
+        self.is_plain = self._plain()
         self._packed_embedding: native.PackedLinear | None = None
         self._packed_layers: PackedLayers | None = None
         self.materialize_tables(self.embedding.weight.device)
 
     def materialize_tables(self, device: torch.device | str) -> None:
         """(Re)compute the rotary tables; they are derived, so no checkpoint holds them."""
-        config = self.config
-        cos, sin = rope_table(config.max_position_embeddings, config.head_dim, config.rope_theta)
+        cos, sin = rotary_tables(self.config)
         self.register_buffer("cos", cos.to(device), persistent=False)
         self.register_buffer("sin", sin.to(device), persistent=False)
 
@@ -147,7 +162,9 @@ class Decoder(nn.Module):
         std = self.config.initializer_range
         residual = std / math.sqrt(2 * self.config.num_hidden_layers)
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
+            if name.endswith("bias") or (parameter.dim() == 1 and self.config.norm == "layernorm1p"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 1:
                 nn.init.ones_(parameter)
             else:
                 into_residual = name.endswith(("attention.out.weight", "ffn.down"))
@@ -168,11 +185,12 @@ class Decoder(nn.Module):
         if self.embedding.weight.is_cuda:
             for ffn in self.ffns():
                 ffn.prepare()
-        elif self.runs_natively and self._packed_embedding is None:
-            self._packed_embedding = native.PackedLinear(self.embedding.weight)
-            self.embedding.weight = released(self.embedding.weight)
+        elif self._packed_layers is None and self.runs_natively:
+            if self.head is None:
+                self._packed_embedding = native.PackedLinear(self.embedding.weight)
+                self.embedding.weight = released(self.embedding.weight)
             for module in self.modules():
-                if isinstance(module, Linear | RMSNorm | Attention | ExpertFFN):
+                if isinstance(module, Linear | Norm | Attention | ExpertFFN):
                     module.prepare()
             self._packed_layers = self._pack_layers()
 
@@ -182,7 +200,22 @@ class Decoder(nn.Module):
         weight, config = self.embedding.weight, self.config
         if weight.device.type != "cpu":  # asked first: the answer below may compile them
             return False
-        return native.supports(weight.dtype, config.hidden_size, config.head_dim)
+        even = config.word_embed_proj_dim % 2 == 0  # inputs come in pairs
+        return even and native.supports(weight.dtype, config.hidden_size, config.head_dim)
+
+    def _plain(self) -> bool:
+        config = self.config
+        scales = config.embedding_multiplier, config.residual_multiplier, config.logits_scaling
+        return (
+            config.norm == "rmsnorm"
+            and config.do_layer_norm_before
+            and config.is_rotary
+            and not config.attention_bias
+            and self.head is None
+            and self.project_in is None
+            and scales == (1.0, 1.0, 1.0)
+            and all(ffn.is_plain for ffn in self.ffns())
+        )
 
     def forward(
         self,
@@ -194,17 +227,44 @@ class Decoder(nn.Module):
         rows: Tensor | None = None,
     ) -> Tensor:
         """Logits [T, V] in float32, or [len(rows), V] of the given rows of the batch alone."""
-        packed = self._packed_embedding
-        x_TD = self.embedding(ids_T) if packed is None else packed.rows(ids_T)
+        x_TD = self.embed(ids_T, positions_T)
         if isinstance(attend, NativeAttend) and self._runs_whole(policy, trace):
             x_TD = self._run_whole(x_TD, positions_T, attend, policy, trace, rows)
         else:
             cos_Td, sin_Td = self.turns(positions_T)
             for layer in self.layers:
                 x_TD = layer(x_TD, cos_Td, sin_Td, attend, policy, trace)
-            x_TD = self.norm(x_TD if rows is None else x_TD[rows])
-        # The head is the embedding's transpose.
-        logits_TV = F.linear(x_TD, self.embedding.weight) if packed is None else packed(x_TD)
+            x_TD = self.last_norm(x_TD if rows is None else x_TD[rows])
+        return self.logits_of(x_TD)
+
+    def embed(self, ids_T: Tensor, positions_T: Tensor | None) -> Tensor:
+        """What the first layer takes, [T, D]; rotary models need no positions here."""
+        packed, config = self._packed_embedding, self.config
+        x_TD: Tensor = self.embedding(ids_T) if packed is None else packed.rows(ids_T)
+        if config.embedding_multiplier != 1.0:
+            x_TD = x_TD * config.embedding_multiplier
+        if self.project_in is not None:
+            x_TD = self.project_in(x_TD)
+        if self.positions is not None:
+            assert positions_T is not None
+            x_TD = x_TD + self.positions(positions_T + config.position_offset)
+        return x_TD
+
+    def last_norm(self, x_TD: Tensor) -> Tensor:
+        return x_TD if self.norm is None else self.norm(x_TD)
+
+    def logits_of(self, x_TD: Tensor) -> Tensor:
+        """Logits [T, V] in float32 of what the last layer and norm gave."""
+        if self.project_out is not None:
+            x_TD = self.project_out(x_TD)
+        if self.config.logits_scaling != 1.0:
+            x_TD = x_TD / self.config.logits_scaling
+        if self.head is not None:
+            logits_TV = self.head(x_TD)
+        elif self._packed_embedding is not None:
+            logits_TV = self._packed_embedding(x_TD)
+        else:
+            logits_TV = F.linear(x_TD, self.embedding.weight)
         return logits_TV.float()
 
     def _pack_layers(self) -> PackedLayers:
@@ -216,10 +276,19 @@ class Decoder(nn.Module):
             assert qkv is not None
             assert out is not None
             assert ffn is not None
-            norms = layer.attention_norm.weight, layer.ffn_norm.weight
+            first, second = layer.attention_norm, layer.ffn_norm
+            norms = (first.weight, first.bias), (second.weight, second.bias)
             parts.append(LayerParts(norms[0], qkv, out, norms[1], ffn))
-        heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        return PackedLayers(parts, *heads, config.rms_norm_eps)
+        shape = LayerShape(
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.rms_norm_eps,
+            config.residual_multiplier,
+            config.window,
+            config.do_layer_norm_before,
+        )
+        return PackedLayers(parts, shape)
 
     def _runs_whole(self, policy: PolicyBatch, trace: Trace | None) -> bool:
         """Whether one call may run all layers: it chooses by the router and keeps choices alone."""
@@ -244,8 +313,9 @@ class Decoder(nn.Module):
             limits = Limits(policy.k_T, policy.mass_T, policy.shared_T, most)
         routers = [ffn.router for ffn in self.ffns()]
         x_TD = x_TD.contiguous()
+        turns = self.turns(positions_T) if self.config.is_rotary else None
         delta_TD, chosen_LTE = self._packed_layers(
-            x_TD, self.turns(positions_T), attend.sequences, routers, limits
+            x_TD, turns, attend.sequences, routers, limits
         )
         if trace is not None:
             for layer in range(len(routers)):
@@ -253,6 +323,10 @@ class Decoder(nn.Module):
                 trace.add(x_TD, chosen_TE, self.config.experts.num_experts)
         if rows is not None:
             x_TD, delta_TD = x_TD[rows], delta_TD[rows]
+        if self.norm is None:
+            return x_TD
+        if self.config.residual_multiplier != 1.0:
+            delta_TD = delta_TD * self.config.residual_multiplier
         return self.norm.add(x_TD, delta_TD)[1]
 
     def logits(self, ids_BL: Tensor, policy: ExpertPolicy, trace: Trace | None = None) -> Tensor:
@@ -262,7 +336,7 @@ class Decoder(nn.Module):
         policies = PolicyBatch.uniform(
             policy, ids_BL.numel(), self.config.experts.num_experts, ids_BL.device
         )
-        attend = causal_attend(batch, length)
+        attend = causal_attend(batch, length, self.config.window)
         logits_TV: Tensor = self(ids_BL.flatten(), positions_T, attend, policies, trace)
         return logits_TV.view(batch, length, -1)
 

@@ -31,7 +31,8 @@ HeadsAttend = Callable[[int, Tensor], Tensor]
 
 def supports(cache: KVCache) -> bool:
     """Whether the kernels serve this cache: on CUDA, with heads of a width that they take."""
-    return cache.slots.is_cuda and cache.slots.shape[-1] <= MAX_HEAD_DIM
+    width = cache.slots.shape[-1]
+    return cache.slots.is_cuda and width <= MAX_HEAD_DIM and width % 2 == 0 and not cache.window
 
 
 @dataclass(frozen=True)

@@ -235,6 +235,8 @@ class PromptGraphs:
         max_k = k_bucket(max(r.policy.limits(experts)[0] for r, _ in sparse), experts)
         if not dense:
             return max_k
+        if not self.model.is_plain:  # their dense and sparse tokens take paths of their own
+            return None
         size = config.intermediate_size // experts
         itemsize = self.model.embedding.weight.element_size()
         layer = Layer(config.hidden_size, experts, size, itemsize)
@@ -287,7 +289,9 @@ class PromptGraphs:
         policy = PolicyBatch(static.k_T[rows], static.mass_T[rows], key.max_k, None, None)
         trace = Trace()
         wanted = static.rows_R[: key.requests]
-        logits_RV = fused_forward(self.model, static.ids_T[rows], attend, policy, trace, wanted)
+        logits_RV = fused_forward(
+            self.model, static.ids_T[rows], attend, policy, trace, wanted, static.positions_T[rows]
+        )
         self._logits_RV[: key.requests].copy_(logits_RV)
         if key.max_k:
             found = count_chosen(torch.stack(trace.choices()))

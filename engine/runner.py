@@ -130,8 +130,8 @@ class Runner:
         shape, size, dtype = self.model.config, self.block_size, self.model.embedding.weight.dtype
         layers, heads, dim = shape.num_hidden_layers, shape.num_key_value_heads, shape.head_dim
         if self.model.runs_natively and size % native.KV_BLOCK == 0:
-            return native.PagedCache(layers, num_blocks * size, heads, dim, dtype)
-        return KVCache(layers, num_blocks, size, heads, dim, dtype, self.device)
+            return native.PagedCache(layers, num_blocks * size, heads, dim, dtype, shape.window)
+        return KVCache(layers, num_blocks, size, heads, dim, dtype, self.device, shape.window)
 
     def _make_graphs(self, config: EngineConfig, num_blocks: int) -> DecodeGraphs | None:
         if not config.cuda_graphs or isinstance(self.cache, native.PagedCache):
@@ -216,7 +216,7 @@ class Runner:
             attend = NativeAttend(self.cache, self.block_size, spans)
         elif supports(self.cache):
             kernels = KernelAttend.of_spans(self.cache, spans, self.model.turns(positions_T))
-            return fused_forward(self.model, ids_T, kernels, *rest)
+            return fused_forward(self.model, ids_T, kernels, *rest, positions_T)
         else:
             attend = PagedAttend(self.cache, spans)
         logits: Tensor = self.model(ids_T, positions_T, attend, *rest)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.attention import KVCache, PagedAttend, SequenceSpan, causal_attend, rope_table, rotate
+from engine.attention import KVCache, PagedAttend, SequenceSpan, causal_attend, rotate
+from engine.rotary import rope_table
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 

@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 
-from engine.attention import rope_table, rotate
+from engine.attention import rotate
 from engine.model import Decoder, generate
 from engine.request import ExpertPolicy
+from engine.rotary import rope_table
 from tests.engine.conftest import tiny_config, tiny_model
 
 POLICIES = [ExpertPolicy.dense(), ExpertPolicy.top_k(3), ExpertPolicy.mass(0.7)]

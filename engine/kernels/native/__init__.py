@@ -24,17 +24,18 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.kernels.expert_ffn import activate_reference, gated_reference
 from engine.kernels.native.build import library
 
 DTYPES: Final = (torch.float32, torch.bfloat16)
 KV_BLOCK: Final = 16  # tokens of one block of keys and values
-_ACTIVATIONS: Final = {"relu": 1, "relu2": 2}
+_ACTIVATIONS: Final = {"relu": 1, "relu2": 2, "fatrelu": 3, "drelu": 4}
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _KEPT_PAIRS: Final = 1 << 14  # what is decoded over and over is worth keeping
 _local = threading.local()
@@ -61,8 +62,8 @@ def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
     function(*arguments, _INT(torch.get_num_threads()))
 
 
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return _POINTER(tensor.data_ptr())
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return _POINTER(None if tensor is None else tensor.data_ptr())
 
 
 def scratch(name: str, elements: int, dtype: torch.dtype) -> Tensor:
@@ -138,18 +139,26 @@ def unpack(packed: Tensor, outputs: int) -> Tensor:
     return rows[:outputs]
 
 
+def padded_bias(bias_N: Tensor, width: int) -> Tensor:
+    """float32, with zeros up to whole panels."""
+    bias = bias_N.detach().float()
+    return F.pad(bias, (0, -bias.shape[-1] % width)).contiguous()
+
+
 class PackedLinear:
-    """``y = x @ weight.T`` from one packed copy of the weight; the caller may free its own.
+    """``y = x @ weight.T + bias`` from one packed copy of the weight; the caller may free its own.
 
     Args:
         weight_NK: [N, K], float32 or bfloat16, K even.
+        bias_N: [N], if any.
     """
 
-    def __init__(self, weight_NK: Tensor) -> None:
+    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> None:
         self.outputs, self.inputs = weight_NK.shape
         self.dtype = weight_NK.dtype
         self.width = panel_width(self.outputs)
         self.packed = pack(weight_NK.detach(), self.width)
+        self.bias = None if bias_N is None else padded_bias(bias_N, self.width)
 
     def __call__(self, x_TK: Tensor) -> Tensor:
         """[T, K] -> [T, N], both in the weight's type."""
@@ -158,8 +167,9 @@ class PackedLinear:
         T = x_TK.shape[0]
         y_TN = torch.empty(T, self.outputs, dtype=self.dtype)
         call(
-            "linear", self.dtype, _pointer(x_TK), _pointer(self.packed), _pointer(y_TN),
-            _LONG(T), _LONG(self.outputs), _LONG(self.inputs), _INT(self._vectors()),
+            "linear", self.dtype, _pointer(x_TK), _pointer(self.packed), _pointer(self.bias),
+            _pointer(y_TN), _LONG(T), _LONG(self.outputs), _LONG(self.inputs),
+            _INT(self._vectors()),
         )  # fmt: skip
         return y_TN
 
@@ -223,7 +233,7 @@ def choose(
     scores_TE = torch.empty(T, E, dtype=torch.float32) if shared_T is not None else None
     call(
         "choose", x_TD.dtype, _pointer(x_TD), _pointer(router_ED), _pointer(k_T), _pointer(mass_T),
-        _POINTER(None) if scores_TE is None else _pointer(scores_TE), _pointer(chosen_TE),
+        _pointer(scores_TE), _pointer(chosen_TE),
         _LONG(T), _LONG(E), _LONG(D),
     )  # fmt: skip
     if scores_TE is not None and shared_T is not None:
@@ -264,21 +274,46 @@ def _every_pair(T: int, E: int) -> Pairs:
 _few_pairs = functools.lru_cache(maxsize=64)(_every_pair)
 
 
+class FFNExtras(NamedTuple):
+    """What an FFN may have beside two matrices.
+
+    Attributes:
+        gate_FD: [F, D]: activations become act(x @ gate.T) * (x @ up.T + up_bias).
+        up_bias_F, down_bias_D: biases of the two products.
+        threshold: of the activation "fatrelu".
+    """
+
+    gate_FD: Tensor | None = None
+    up_bias_F: Tensor | None = None
+    down_bias_D: Tensor | None = None
+    threshold: float = 0.0
+
+
 class PackedExpertFFN:
     """``act(x @ up.T) @ down`` over chosen experts, from one copy of the weights.
 
-    Both matrices are packed; the caller may free its own. Where an expert has one token and most of
+    All matrices are packed; the caller may free its own. Where an expert has one token and most of
     its neurons are silent, their weights in `down` are not even read.
 
     Args:
         up_FD, down_FD: [F, D], float32 or bfloat16; expert e owns rows e*S .. (e+1)*S.
         num_experts: E; divides F.
-        activation: "relu", or "relu2" for its square.
+        activation: "relu"; "relu2", its square; "fatrelu", zero up to a threshold; "drelu", ReLU of
+            the gate and of what it multiplies.
+        extras: a gate, biases, the threshold.
     """
 
-    def __init__(self, up_FD: Tensor, down_FD: Tensor, num_experts: int, activation: str) -> None:
+    def __init__(
+        self,
+        up_FD: Tensor,
+        down_FD: Tensor,
+        num_experts: int,
+        activation: str,
+        extras: FFNExtras = FFNExtras(),
+    ) -> None:
         (self.neurons, self.model), self.dtype = up_FD.shape, up_FD.dtype
-        self.num_experts, self.activation = num_experts, _ACTIVATIONS[activation]
+        self.num_experts, self.activation = num_experts, activation
+        self.code, self.threshold = _ACTIVATIONS[activation], extras.threshold
         self.expert_size = self.neurons // num_experts
         self.width, self.down_width = panel_width(self.expert_size), panel_width(self.model)
         shape = (num_experts, self.expert_size, self.model)
@@ -286,6 +321,15 @@ class PackedExpertFFN:
         self.up = self._packed(ups.unbind(0), self.width)
         odd = self.expert_size % 2  # inputs come in pairs
         self.down = self._packed([F.pad(d, (0, 0, 0, odd)).T for d in downs], self.down_width)
+        gate, bias, self.down_bias = extras.gate_FD, extras.up_bias_F, None
+        self.gate = gate
+        if gate is not None:
+            self.gate = self._packed(gate.detach().view(shape).unbind(0), self.width)
+        self.up_bias = bias
+        if bias is not None:
+            self.up_bias = padded_bias(bias.view(num_experts, self.expert_size), self.width)
+        if extras.down_bias_D is not None:
+            self.down_bias = padded_bias(extras.down_bias_D, self.down_width)
 
     def _packed(self, weights: Sequence[Tensor], width: int) -> Tensor:
         """One matrix [outputs, inputs] an expert, packed one after another."""
@@ -305,15 +349,24 @@ class PackedExpertFFN:
         y_TD = scratch("y", T * D, torch.float32)
         call(
             "expert_ffn", self.dtype, _pointer(x_TD), _pointer(self.up), _pointer(self.down),
+            _pointer(self.gate), _pointer(self.up_bias), _pointer(self.down_bias),
             _pointer(pairs.expert_U), _pointer(pairs.offsets), _pointer(pairs.token_P),
             _LONG(pairs.used), _LONG(T), _LONG(D), _LONG(S), _INT(self.width // lanes()),
-            _INT(self.down_width // lanes()), _INT(self.activation), _pointer(h), _pointer(y_TD),
-            _pointer(out_TD),
+            _INT(self.down_width // lanes()), _INT(self.code), _FLOAT(self.threshold), _pointer(h),
+            _pointer(y_TD), _pointer(out_TD),
         )  # fmt: skip
         return out_TD
 
-    def first(self, x_TD: Tensor) -> Tensor:
-        """``x @ up.T`` over all neurons, [T, F], before the activation.
+    def hidden(self, x_TD: Tensor) -> Tensor:
+        """The activations of all neurons, [T, F]."""
+        up_TF = self._first(x_TD, self.up, self.up_bias)
+        if self.gate is None:
+            return activate_reference(up_TF, self.activation, self.threshold)
+        gate_TF = self._first(x_TD, self.gate, None)
+        return gated_reference(gate_TF, up_TF, self.activation, self.threshold)
+
+    def _first(self, x_TD: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+        """``x @ weight.T + bias`` over all neurons, [T, F].
 
         The experts' panels lie one after another, so they are one packed matrix, whose outputs
         include the padding of each expert's last panel.
@@ -323,14 +376,11 @@ class PackedExpertFFN:
         T, padded = x_TD.shape[0], self.up.shape[1] * self.width
         y_TN = torch.empty(T, self.num_experts * padded, dtype=self.dtype)
         call(
-            "linear", self.dtype, _pointer(x_TD), _pointer(self.up), _pointer(y_TN), _LONG(T),
-            _LONG(self.num_experts * padded), _LONG(self.model), _INT(self.width // lanes()),
+            "linear", self.dtype, _pointer(x_TD), _pointer(packed), _pointer(bias), _pointer(y_TN),
+            _LONG(T), _LONG(self.num_experts * padded), _LONG(self.model),
+            _INT(self.width // lanes()),
         )  # fmt: skip
         return y_TN.view(T, self.num_experts, padded)[:, :, : self.expert_size].flatten(1)
-
-    def up_FD(self) -> Tensor:
-        """The first matrix, unpacked: [F, D]."""
-        return torch.cat([unpack(packed, self.expert_size) for packed in self.up])
 
 
 # --- the steps between ---------------------------------------------------------------------------
@@ -340,10 +390,22 @@ def rms_norm(x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float
     """RMSNorm (Zhang and Sennrich, 2019) of x + delta, [T, D]; the sum replaces x in place."""
     T, D = x_TD.shape
     out_TD = torch.empty_like(x_TD)
-    delta = _POINTER(None) if delta_TD is None else _pointer(delta_TD)
     call(
-        "rms_norm", x_TD.dtype, _pointer(x_TD), delta, _pointer(weight_D), _pointer(out_TD),
-        _LONG(T), _LONG(D), _FLOAT(eps),
+        "rms_norm", x_TD.dtype, _pointer(x_TD), _pointer(delta_TD), _pointer(weight_D),
+        _pointer(out_TD), _LONG(T), _LONG(D), _FLOAT(1.0), _FLOAT(eps),
+    )  # fmt: skip
+    return out_TD
+
+
+def layer_norm(
+    x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, bias_D: Tensor, eps: float
+) -> Tensor:
+    """LayerNorm (Ba et al. 2016) of x + delta, [T, D]; the sum replaces x in place."""
+    T, D = x_TD.shape
+    out_TD = torch.empty_like(x_TD)
+    call(
+        "layer_norm", x_TD.dtype, _pointer(x_TD), _pointer(delta_TD), _pointer(weight_D),
+        _pointer(bias_D), _pointer(out_TD), _LONG(T), _LONG(D), _FLOAT(1.0), _FLOAT(eps),
     )  # fmt: skip
     return out_TD
 
@@ -365,14 +427,22 @@ class PagedCache:
     """Keys and values of L layers in blocks of KV_BLOCK tokens; keys are packed for their product.
 
     Attributes:
+        window: last tokens that a token sees, itself included; 0: all.
         keys: [L, blocks, G, d * KV_BLOCK]: inputs by tokens, in bfloat16 in pairs of inputs.
         values: [L, blocks, G, KV_BLOCK * d].
     """
 
     def __init__(
-        self, layers: int, slots: int, heads: int, head_dim: int, dtype: torch.dtype
+        self,
+        layers: int,
+        slots: int,
+        heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        window: int = 0,
     ) -> None:
         blocks = slots // KV_BLOCK
+        self.window = window
         self.heads, self.head_dim, self.dtype = heads, head_dim, dtype
         shape = (layers, blocks, heads, head_dim * KV_BLOCK)
         self.keys = torch.zeros(shape, dtype=dtype)
@@ -415,6 +485,6 @@ class PagedCache:
             "attend", self.dtype, _pointer(q_THd), _pointer(self.keys[layer]),
             _pointer(self.values[layer]), _pointer(table_BM), _pointer(first_B), _pointer(rows_B),
             _pointer(context_B), _pointer(out_THd), _LONG(B), _LONG(H), _LONG(self.heads), _LONG(d),
-            _LONG(q_THd.stride(0)), _LONG(M), _FLOAT(d**-0.5),
+            _LONG(q_THd.stride(0)), _LONG(M), _LONG(self.window), _FLOAT(d**-0.5),
         )  # fmt: skip
         return out_THd

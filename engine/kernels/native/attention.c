@@ -16,7 +16,7 @@ typedef struct {
     const void *keys, *values;                     /* one layer's cache */
     const int32_t *table, *first, *rows, *context; /* per sequence: see __init__.py */
     void *out;                                     /* [T, H, d] */
-    ix B, H, G, d, q_stride, table_stride;
+    ix B, H, G, d, q_stride, table_stride, window; /* tokens that one sees; 0: all */
     float scale;
 } attend_call;
 
@@ -45,10 +45,9 @@ INLINE void ask_for(const void *cache, const attend_call *call, ix block, ix g, 
     for (ix i = 0; i < bytes(BLOCK * call->d, half); i += 64) __builtin_prefetch(part + i, 0, 2);
 }
 
-/* Scores of M queries for `blocks` blocks of keys: scores[m * stride + j]. */
+/* Scores of M queries for blocks `b` .. `blocks` of keys: scores[m * stride + j]. */
 INLINE void score(const attend_call *call, const int32_t *table, ix g, const void *const *q, int M,
-                  ix blocks, float *scores, ix stride, const int half) {
-    ix b = 0;
+                  ix b, ix blocks, float *scores, ix stride, const int half) {
 #if VECTORS == 1
     /* Several blocks side by side: one alone is a single chain of sums, each waiting for the last. */
     for (; b + MOST_VECTORS <= blocks; b += MOST_VECTORS) {
@@ -77,17 +76,19 @@ INLINE void score(const attend_call *call, const int32_t *table, ix g, const voi
     }
 }
 
-/* Softmax over the first `context` of `length` scores, in place; 0 beyond. Returns the sum. */
-INLINE float weigh(float *scores, ix context, ix length) {
+/* Softmax over scores `first` .. `context` of those from `start` to `length`, in place; the others
+ * become 0. `start` begins a block. Returns the sum. */
+INLINE float weigh(float *scores, ix start, ix first, ix context, ix length) {
+    for (ix j = start; j < first; j++) scores[j] = -INFINITY;
     for (ix j = context; j < length; j++) scores[j] = -INFINITY;
     vec top = splat(-INFINITY), sum = splat(0);
-    for (ix j = 0; j < length; j += LANES) {
+    for (ix j = start; j < length; j += LANES) {
         vec x = *(vec *)(scores + j);
         bits more = (bits)(x > top);
         top = (vec)(((bits)x & more) | ((bits)top & ~more));
     }
     float most = greatest(top);
-    for (ix j = 0; j < length; j += LANES) {
+    for (ix j = start; j < length; j += LANES) {
         vec weight = exponential(*(vec *)(scores + j) - most);
         *(vec *)(scores + j) = weight;
         sum += weight;
@@ -126,15 +127,17 @@ INLINE void attend_rows(const attend_call *call, ix sequence, ix g, int M, const
         y[m] = values + m * d;
         memset(y[m], 0, d * sizeof(float));
     }
-    const ix blocks = (longest + BLOCK - 1) / BLOCK, length = blocks * BLOCK;
-    score(call, table, g, q, M, blocks, scores, stride, half);
+    const ix blocks = (longest + BLOCK - 1) / BLOCK, length = blocks * BLOCK, window = call->window;
+    const ix skipped = window && least > window ? (least - window) / BLOCK : 0;
+    score(call, table, g, q, M, skipped, blocks, scores, stride, half);
     for (int m = 0; m < M; m++) {
-        sums[m] = weigh(scores + m * stride, context[m], length);
+        const ix seen = window && context[m] > window ? context[m] - window : 0;
+        sums[m] = weigh(scores + m * stride, skipped * BLOCK, seen, context[m], length);
         weights[m] = half ? (void *)(rounded + m * stride) : (void *)(scores + m * stride);
-        for (ix j = 0; half && j < length; j += LANES)
+        for (ix j = skipped * BLOCK; half && j < length; j += LANES)
             store(rounded, m * stride + j, *(vec *)(scores + m * stride + j), 1);
     }
-    for (ix b = 0; b < blocks; b++) {
+    for (ix b = skipped; b < blocks; b++) {
         const ix start = b * BLOCK, block = ((ix)table[b] * call->G + g) * BLOCK * d;
         const void *now[TOKENS], *rows_of_values = at(call->values, block, half);
         for (int m = 0; m < M; m++) now[m] = at(weights[m], start, half);
@@ -183,9 +186,10 @@ INLINE void attend(const attend_call *call, const int half, int threads) {
 #define ARGUMENTS                                                                                    \
     const void *q, const void *keys, const void *values, const int32_t *table, const int32_t *first, \
         const int32_t *rows, const int32_t *context, void *out, ix B, ix H, ix G, ix d, ix q_stride, \
-        ix table_stride, float scale, int threads
-#define CALL \
-    {q, keys, values, table, first, rows, context, out, B, H, G, d, q_stride, table_stride, scale}
+        ix table_stride, ix window, float scale, int threads
+#define CALL                                                                                     \
+    {q, keys, values, table, first, rows, context, out, B, H, G, d, q_stride, table_stride, window, \
+     scale}
 
 void attend_float(ARGUMENTS) {
     attend_call call = CALL;

@@ -1,15 +1,21 @@
 /* The small steps between the products. Contract: native/__init__.py. */
 #include "vectors.h"
 
-/* x += delta (unless NULL), then out = x / sqrt(mean(x^2) + eps) * weight, row by row. */
-INLINE void rms_norm(void *x, const void *delta, const void *weight, void *out, ix T, ix D, float eps,
-                     const int half, int threads) {
+/* One row of x += multiplier * delta, unless that is NULL. */
+INLINE void add_row(void *row, const void *delta, ix D, float multiplier, const int half) {
+    for (ix i = 0; delta && i < D; i += LANES)
+        store(row, i, load(row, i, half) + multiplier * load(delta, i, half), half);
+}
+
+/* x += multiplier * delta (unless NULL), then out = x / sqrt(mean(x^2) + eps) * weight, row by row. */
+INLINE void rms_norm(void *x, const void *delta, const void *weight, void *out, ix T, ix D,
+                     float multiplier, float eps, const int half, int threads) {
 #pragma omp parallel for schedule(static) num_threads(T * D > 1 << 15 ? threads : 1)
     for (ix t = 0; t < T; t++) {
         void *row = (void *)at(x, t * D, half);
         vec squares = splat(0);
+        add_row(row, delta ? at(delta, t * D, half) : NULL, D, multiplier, half);
         for (ix i = 0; i < D; i += LANES) {
-            if (delta) store(row, i, load(row, i, half) + load(delta, t * D + i, half), half);
             vec value = load(row, i, half);
             squares = multiply_add(squares, value, value);
         }
@@ -19,15 +25,40 @@ INLINE void rms_norm(void *x, const void *delta, const void *weight, void *out, 
     }
 }
 
-void rms_norm_float(void *x, const void *delta, const void *weight, void *out, ix T, ix D, float eps,
-                    int threads) {
-    rms_norm(x, delta, weight, out, T, D, eps, 0, threads);
+/* The same of (x - mean) / sqrt(variance + eps) * weight + bias; `out` may be x. */
+INLINE void layer_norm(void *x, const void *delta, const void *weight, const void *bias, void *out,
+                       ix T, ix D, float multiplier, float eps, const int half, int threads) {
+#pragma omp parallel for schedule(static) num_threads(T * D > 1 << 15 ? threads : 1)
+    for (ix t = 0; t < T; t++) {
+        void *row = (void *)at(x, t * D, half);
+        vec sum = splat(0), squares = splat(0);
+        add_row(row, delta ? at(delta, t * D, half) : NULL, D, multiplier, half);
+        for (ix i = 0; i < D; i += LANES) sum += load(row, i, half);
+        vec mean = splat(total(sum) / D);
+        for (ix i = 0; i < D; i += LANES) {
+            vec value = load(row, i, half) - mean;
+            squares = multiply_add(squares, value, value);
+        }
+        vec scale = splat(1.0f / sqrtf(total(squares) / D + eps));
+        for (ix i = 0; i < D; i += LANES) {
+            vec value = (load(row, i, half) - mean) * scale * load(weight, i, half);
+            store(out, t * D + i, value + load(bias, i, half), half);
+        }
+    }
 }
 
-void rms_norm_half(void *x, const void *delta, const void *weight, void *out, ix T, ix D, float eps,
-                   int threads) {
-    rms_norm(x, delta, weight, out, T, D, eps, 1, threads);
-}
+#define NORMS(TYPE, HALF)                                                                             \
+    void rms_norm_##TYPE(void *x, const void *delta, const void *weight, void *out, ix T, ix D,       \
+                         float multiplier, float eps, int threads) {                                  \
+        rms_norm(x, delta, weight, out, T, D, multiplier, eps, HALF, threads);                        \
+    }                                                                                                 \
+    void layer_norm_##TYPE(void *x, const void *delta, const void *weight, const void *bias,          \
+                           void *out, ix T, ix D, float multiplier, float eps, int threads) {         \
+        layer_norm(x, delta, weight, bias, out, T, D, multiplier, eps, HALF, threads);                \
+    }
+
+NORMS(float, 0)
+NORMS(half, 1)
 
 /* Rotates the halves of `heads` heads of d elements, in place; rows `stride` elements apart. d is a
  * multiple of 32. */

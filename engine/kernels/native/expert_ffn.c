@@ -1,41 +1,63 @@
-/* y = sum over a token's experts of act(x @ up_e.T) @ down_e. Contract: native/__init__.py.
+/* y = sum over a token's experts of h_e @ down_e. Contract: native/__init__.py.
+ *
+ * h_e = act(x @ up_e.T + up_bias), or act(x @ gate_e.T) * (x @ up_e.T + up_bias). What points to
+ * nothing is absent. down_bias is added once a token.
  *
  * Both matrices are packed expert by expert; to be packed, down_e is turned. Pairs (token, expert)
  * come sorted by expert: those of the u-th expert in use are offsets[u] .. offsets[u + 1].
  */
 #include "products.h"
 
-enum { RELU = 1, RELU2 = 2 };
+enum { RELU = 1, RELU2 = 2, FATRELU = 3, DRELU = 4 };
 
 typedef struct {
-    const void *x, *up, *down;
+    const void *x, *up, *down, *gate;
+    const float *up_bias, *down_bias; /* padded to whole panels, of each expert */
     const int32_t *expert, *offsets, *token;
     ix used, T, D, S;
     int vectors, down_vectors, activation;
+    float threshold;
     void *h;  /* [P, S rounded up to even] */
     float *y; /* [T, D], sums */
     void *out;
 } ffn_call;
 
+INLINE vec positive(vec x) { return (vec)((bits)x & ~(bits)(x < 0)); } /* NaN stays NaN */
+
+INLINE vec activate(vec x, int activation, float threshold) {
+    if (activation == FATRELU) return (vec)((bits)x & ~(bits)(x <= threshold));
+    x = positive(x);
+    return activation == RELU2 ? x * x : x;
+}
+
 /* One panel of the u-th expert's neurons, for all its tokens. */
 INLINE void up_panel(const ffn_call *call, ix u, ix panel, const int half) {
     const ix D = call->D, S = call->S, width = call->vectors * LANES;
     const ix panels = (S + width - 1) / width, row = S + S % 2;
-    const void *w = at(call->up, (call->expert[u] * panels + panel) * width * D, half);
+    const ix start = (call->expert[u] * panels + panel) * width;
+    const void *w = at(call->up, start * D, half);
+    const void *gate = call->gate ? at(call->gate, start * D, half) : NULL;
     const ix first = panel * width, real = S - first < width ? S - first : width;
     for (ix p = call->offsets[u]; p < call->offsets[u + 1]; p += TOKENS) {
         ix left = call->offsets[u + 1] - p;
         int M = left < TOKENS ? (int)left : TOKENS;
         const void *x[TOKENS];
-        vec sums[TOKENS][MOST_VECTORS] = {};
+        vec sums[TOKENS][MOST_VECTORS] = {}, gates[TOKENS][MOST_VECTORS];
         for (int m = 0; m < M; m++) x[m] = at(call->x, (ix)call->token[p + m] * D, half);
         packed_product(M, call->vectors, half, x, w, D, sums);
+        if (gate) {
+            memset(gates, 0, sizeof gates);
+            packed_product(M, call->vectors, half, x, gate, D, gates);
+        }
         for (int m = 0; m < M; m++)
             for (int n = 0; n < call->vectors; n++) {
                 vec value = sums[m][n];
                 ix to = (p + m) * row + first + n * LANES;
-                value = (vec)((bits)value & ~(bits)(value < 0)); /* NaN stays NaN */
-                if (call->activation == RELU2) value *= value;
+                if (call->up_bias) value += *(const vec *)(call->up_bias + start + n * LANES);
+                if (gate) {
+                    if (call->activation == DRELU) value = positive(value);
+                    value *= activate(gates[m][n], call->activation, call->threshold);
+                } else value = activate(value, call->activation, call->threshold);
                 if ((n + 1) * LANES <= real) store(call->h, to, value, half);
                 else
                     for (int i = 0; n * LANES + i < real; i++)
@@ -60,8 +82,10 @@ INLINE void down_panel(const ffn_call *call, ix panel, const int half) {
     const ix D = call->D, row = call->S + call->S % 2, width = call->down_vectors * LANES;
     const ix c = panel * width, size = row * width, panels = D / width;
     const int N = call->down_vectors;
-    for (ix t = 0; t < call->T; t++)
-        memset(call->y + t * D + c, 0, width * sizeof(float));
+    for (ix t = 0; t < call->T; t++) {
+        if (call->down_bias) memcpy(call->y + t * D + c, call->down_bias + c, width * sizeof(float));
+        else memset(call->y + t * D + c, 0, width * sizeof(float));
+    }
     for (ix u = 0; u < call->used; u++) {
         const void *w = at(call->down, (call->expert[u] * panels + panel) * size, half);
         for (ix p = call->offsets[u]; p < call->offsets[u + 1]; p += TOKENS) {
@@ -108,11 +132,13 @@ INLINE void expert_ffn(const ffn_call *call, const int half, int threads) {
 }
 
 #define ARGUMENTS                                                                                   \
-    const void *x, const void *up, const void *down, const int32_t *expert, const int32_t *offsets, \
-        const int32_t *token, ix used, ix T, ix D, ix S, int vectors, int down_vectors,             \
-        int activation, void *h, float *y, void *out, int threads
-#define CALL \
-    {x, up, down, expert, offsets, token, used, T, D, S, vectors, down_vectors, activation, h, y, out}
+    const void *x, const void *up, const void *down, const void *gate, const float *up_bias,    \
+        const float *down_bias, const int32_t *expert, const int32_t *offsets,                  \
+        const int32_t *token, ix used, ix T, ix D, ix S, int vectors, int down_vectors,         \
+        int activation, float threshold, void *h, float *y, void *out, int threads
+#define CALL                                                                                    \
+    {x, up, down, gate, up_bias, down_bias, expert, offsets, token, used, T, D, S, vectors,     \
+     down_vectors, activation, threshold, h, y, out}
 
 void expert_ffn_float(ARGUMENTS) {
     ffn_call call = CALL;

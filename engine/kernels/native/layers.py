@@ -19,14 +19,37 @@ from torch import Tensor
 from engine.kernels import native
 
 
+NormWeights = tuple[Tensor, Tensor | None]  # weight and, of a LayerNorm, bias, [D] each
+
+
 class LayerParts(NamedTuple):
     """One layer's weights."""
 
-    attention_norm_D: Tensor
+    attention_norm: NormWeights
     qkv: native.PackedLinear
     out: native.PackedLinear
-    ffn_norm_D: Tensor
+    ffn_norm: NormWeights
     ffn: native.PackedExpertFFN
+
+
+class LayerShape(NamedTuple):
+    """What the weights do not say.
+
+    Attributes:
+        heads, kv_heads, head_dim: of attention.
+        epsilon: of the norms.
+        multiplier: of what attention and FFN add to x.
+        window: last tokens that a token sees, itself included; 0: all.
+        norm_first: norms come before attention and FFN; else after each sum.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    epsilon: float
+    multiplier: float = 1.0
+    window: int = 0
+    norm_first: bool = True
 
 
 class CachedSequences(NamedTuple):
@@ -62,18 +85,23 @@ class Limits(NamedTuple):
 class _LayerWeights(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_void_p)
-        for name in ("attention_norm", "qkv", "out", "ffn_norm", "up", "down", "router")
+        for name in (
+            *("attention_norm", "qkv", "out", "ffn_norm", "up", "down", "router"),
+            *("attention_norm_bias", "qkv_bias", "out_bias", "ffn_norm_bias"),
+            *("gate", "up_bias", "down_bias"),
+        )
     ]
 
 
 _SIZES = ("layers", "D", "H", "G", "d", "E", "S")
 _VECTORS = ("qkv_vectors", "out_vectors", "up_vectors", "down_vectors", "activation")
+_FLAGS = ("window", "norm_first")
 
 
 class _ModelShape(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in (*_SIZES, *_VECTORS)),
-        ("epsilon", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in (*_SIZES, *_VECTORS, *_FLAGS)),
+        *((name, ctypes.c_double) for name in ("epsilon", "multiplier", "threshold")),
     ]
 
 
@@ -96,60 +124,69 @@ class PackedLayers:
 
     Args:
         layers: in order.
-        heads, kv_heads, head_dim: of attention.
-        epsilon: of the norms.
+        shape: of all of them.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[LayerParts],
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        epsilon: float,
-    ) -> None:
+    def __init__(self, layers: Sequence[LayerParts], shape: LayerShape) -> None:
         self._parts = list(layers)  # keeps the weights that the pointers point to
         first, lanes = layers[0], native.lanes()
         self.dtype, self.num_experts = first.qkv.dtype, first.ffn.num_experts
         self._width, self._size = first.ffn.model, first.ffn.expert_size
-        self._heads, self._kv_heads, self._head_dim = heads, kv_heads, head_dim
+        self._heads, self._kv_heads, self._head_dim = shape.heads, shape.kv_heads, shape.head_dim
         self._shape = _ModelShape(
             len(layers),
             self._width,
-            heads,
-            kv_heads,
-            head_dim,
+            shape.heads,
+            shape.kv_heads,
+            shape.head_dim,
             self.num_experts,
             self._size,
             first.qkv.width // lanes,
             first.out.width // lanes,
             first.ffn.width // lanes,
             first.ffn.down_width // lanes,
-            first.ffn.activation,
-            epsilon,
+            first.ffn.code,
+            shape.window,
+            shape.norm_first,
+            shape.epsilon,
+            shape.multiplier,
+            first.ffn.threshold,
         )
         self._weights = (_LayerWeights * len(layers))()
         for weights, parts in zip(self._weights, layers, strict=True):
-            weights.attention_norm = parts.attention_norm_D.data_ptr()
-            weights.qkv = parts.qkv.packed.data_ptr()
-            weights.out = parts.out.packed.data_ptr()
-            weights.ffn_norm = parts.ffn_norm_D.data_ptr()
-            weights.up = parts.ffn.up.data_ptr()
-            weights.down = parts.ffn.down.data_ptr()
+            ffn = parts.ffn
+            found = {
+                "attention_norm": parts.attention_norm[0],
+                "attention_norm_bias": parts.attention_norm[1],
+                "qkv": parts.qkv.packed,
+                "qkv_bias": parts.qkv.bias,
+                "out": parts.out.packed,
+                "out_bias": parts.out.bias,
+                "ffn_norm": parts.ffn_norm[0],
+                "ffn_norm_bias": parts.ffn_norm[1],
+                "up": ffn.up,
+                "up_bias": ffn.up_bias,
+                "gate": ffn.gate,
+                "down": ffn.down,
+                "down_bias": ffn.down_bias,
+            }
+            for name, tensor in found.items():
+                setattr(weights, name, None if tensor is None else tensor.data_ptr())
 
     def __call__(
         self,
         x_TD: Tensor,
-        turns: tuple[Tensor, Tensor],
+        turns: tuple[Tensor, Tensor] | None,
         sequences: CachedSequences,
         routers: Sequence[Tensor],
         limits: Limits | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Run all layers; x is replaced by the sum before the last FFN.
+        """Run all layers; x is replaced by the sum before the last FFN, or, with norms after, by the
+        last norm.
 
         Args:
             x_TD: contiguous, the embedded tokens; overwritten.
-            turns: cosines and sines of each token's position, float32 [T, d / 2].
+            turns: cosines and sines of each token's position, float32 [T, d / 2]; None: no rotation.
             sequences: which tokens belong together.
             routers: float32 [E, D], one a layer.
             limits: None: all tokens use all experts.
@@ -165,9 +202,9 @@ class PackedLayers:
             weights.router = router_ED.data_ptr()
         held, chosen_LTE = self._experts(T, limits)
         cache = sequences.cache
+        if turns is not None:
+            held |= {"cos": turns[0], "sin": turns[1]}
         held |= {
-            "cos": turns[0],
-            "sin": turns[1],
             "slot": sequences.slot_T,
             "table": sequences.table_BM,
             "first": sequences.first_B,
