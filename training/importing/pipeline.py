@@ -26,8 +26,6 @@ from torch import Tensor
 
 from engine.checkpoint import atomic_directory, write_json
 from engine.config import ModelConfig
-from engine.errors import CheckpointError
-from engine.model import Decoder
 from engine.tokenizer import Tokenizer
 from training.errors import TrainingError, writing
 from training.importing import source as sources
@@ -37,7 +35,7 @@ from training.importing.plan import ImportOptions, Plan, Stream
 from training.importing.quality import Quality, measure_quality
 from training.importing.report import import_card, import_page, import_report
 from training.importing.source import ModelSource, dtype_of
-from training.importing.streams import Frame, embed, pass_layer
+from training.importing.streams import Frame, embed, pack, pass_layer
 from training.importing.workspace import Workspace
 
 _FORMAT: Final = 1
@@ -130,12 +128,7 @@ def prepare(
         raise TrainingError(f"{out}: is there already; give --out a new directory")
     source = sources.open_source(path)
     plan = Plan.make(source.family, source.model_config, options)
-    tokenizer = sources.read_tokenizer(path)
-    if tokenizer.vocab_size > plan.config.vocab_size:
-        raise CheckpointError(
-            f"{path / 'tokenizer.json'}: has {tokenizer.vocab_size} tokens, the model only "
-            f"{plan.config.vocab_size}"
-        )
+    tokenizer = sources.read_tokenizer(path, plan.config)
     text = read_calibration(
         tokenizer,
         paths,
@@ -162,10 +155,8 @@ def run(
     with workspace.opened(prepared.identity, fresh=fresh):
         config = prepared.plan.config
         dtype = dtype_of(config.torch_dtype)
-        with torch.device("meta"):
-            model = Decoder(config)
         rest = {name: tensor.to(dtype) for name, tensor in prepared.source.rest().items()}
-        frame = Frame(model, rest)
+        frame = Frame(config, rest)
         states = _begin(workspace, frame, prepared, monitor)
         for index in range(workspace.layers_done, config.num_hidden_layers):
             _import_layer(index, frame, states, workspace, prepared, monitor)
@@ -220,21 +211,20 @@ def _import_layer(
                 inputs,
             )
 
-        fit: list[Tensor] = []
-        check: list[Tensor] = []
-        passed("fit", Stream("dense"), fit)
-        passed("check", Stream("dense"), check)
-        fit_TD, check_TD = torch.cat(fit), torch.cat(check)
-        del fit, check
+        inputs: dict[str, list[Tensor]] = {"fit": [], "check": []}
+        for name, kept in inputs.items():
+            passed(name, Stream("dense"), kept)
+        fit_TD, check_TD = torch.cat(inputs.pop("fit")), torch.cat(inputs.pop("check"))
         monitor.advance(f"{number} cluster", 0)
         build_layer_experts(layer.ffn, fit_TD, options, generator)
         monitor.advance(f"{number} router", 0)
         router = fit_layer_router(layer.ffn, fit_TD, check_TD, options.router)
         study = studied(layer.ffn, check_TD)
         del fit_TD, check_TD
+        weights = {f"layers.{index}.{name}": t for name, t in layer.state_dict().items()}
+        pack(layer, plan.config)
         uses = {stream.name: passed(stream.name, stream) for stream in plan.streams}
         result = LayerResult(study, router, uses)
-        weights = {f"layers.{index}.{name}": t for name, t in layer.state_dict().items()}
         workspace.save(index, weights, result, states)
     monitor.message(f"{number}: {_summary(result, plan)}")
 
@@ -270,6 +260,8 @@ def _write(
     content = import_report(prepared, results, quality, command, versions)
     intact = "all layers are done and intact: free space and run the same command again"
     with writing(out, intact), atomic_directory(out) as directory:
+        for name, kept in prepared.source.texts().items():
+            (directory / name).write_text(kept, encoding="utf-8")
         _write_files(directory, config, prepared.tokenizer, content)
         (directory / "README.md").write_text(import_card(config, content), encoding="utf-8")
         (directory / "report.html").write_text(

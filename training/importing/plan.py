@@ -166,10 +166,10 @@ class Stream:
 
     @property
     def policy(self) -> ExpertPolicy:
-        """What the model's layers run; chance takes the place of a `random` one's router."""
+        """What the model's layers run; chance takes the place of a `random` one's oracle."""
         if self.kind == "dense":
             return ExpertPolicy.dense()
-        return ExpertPolicy.oracle(self.k) if self.kind == "oracle" else ExpertPolicy.top_k(self.k)
+        return ExpertPolicy.top_k(self.k) if self.kind == "routed" else ExpertPolicy.oracle(self.k)
 
 
 def streams(num_experts: int) -> tuple[Stream, ...]:

@@ -17,6 +17,7 @@ from engine.checkpoint import MANIFEST, read_json, verify_manifest
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
 from engine.tokenizer import Tokenizer
+from training.importing.reader import Source
 
 
 class ModelSource(Protocol):
@@ -38,6 +39,9 @@ class ModelSource(Protocol):
 
     def unused(self) -> list[str]:
         """Names of tensors that nothing has read."""
+
+    def texts(self) -> dict[str, str]:
+        """Files to keep beside the imported model, by name."""
 
 
 class AmbidexSource:
@@ -67,6 +71,9 @@ class AmbidexSource:
     def unused(self) -> list[str]:
         return sorted(self._files.keys() - self._routers - self._read)
 
+    def texts(self) -> dict[str, str]:
+        return {}
+
     def _tensor(self, name: str) -> Tensor:
         self._read.add(name)
         with _opened(self._files[name]) as file:
@@ -89,23 +96,27 @@ def open_source(path: Path) -> ModelSource:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory")
-    if (path / MANIFEST).is_file():
-        return AmbidexSource(path)
-    raise CheckpointError(f"{path}: holds no model that can be imported")
+    return AmbidexSource(path) if (path / MANIFEST).is_file() else Source.open(path)
 
 
-def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer beside the model.
+def read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
+    """The tokenizer beside the model of that shape.
 
     Raises:
-        CheckpointError: if it is missing or not usable.
+        CheckpointError: if it is missing, not usable, or has more tokens than the model.
     """
     if not (path / "tokenizer.json").is_file():
         raise CheckpointError(
             f"{path / 'tokenizer.json'}: missing; transformers' "
             f"AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) makes it from older files"
         )
-    return Tokenizer.from_file(path / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(path / "tokenizer.json", config.eos_token_id)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{path / 'tokenizer.json'}: has {tokenizer.vocab_size} tokens, the model only "
+            f"{config.vocab_size}"
+        )
+    return tokenizer
 
 
 def fingerprint(path: Path) -> str:

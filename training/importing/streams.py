@@ -9,6 +9,7 @@ Shapes: T tokens, D model, E experts, L length, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
@@ -18,8 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.attention import causal_attend
+from engine.config import ModelConfig
 from engine.experts import ExpertFFN, PolicyBatch, Trace
-from engine.model import Decoder, Layer
+from engine.kernels import native
+from engine.model import Attention, Decoder, Layer, Linear
+from engine.norms import Norm
 from training.expert_use import ExpertUse
 from training.importing.plan import Stream
 
@@ -33,11 +37,11 @@ Advance = Callable[[int], None]
 class Frame:
     """A decoder in which only the part at work has weights."""
 
-    def __init__(self, model: Decoder, rest: Mapping[str, Tensor]) -> None:
-        """Args:
-        model: made on the meta device.
-        rest: tensors outside the layers, in the dtype to run in.
-        """
+    def __init__(self, config: ModelConfig, rest: Mapping[str, Tensor]) -> None:
+        """`rest`: the tensors outside the layers, in the dtype to run in."""
+        self._config = config
+        with torch.device("meta"):
+            model = Decoder(dataclasses.replace(config, num_hidden_layers=1))
         self.model = model.requires_grad_(False).eval()
         self.model.materialize_tables("cpu")
         self._rest = rest
@@ -45,12 +49,11 @@ class Frame:
     @contextmanager
     def layer(self, index: int, tensors: Mapping[str, Tensor]) -> Iterator[Layer]:
         """The layer with its weights, while it is needed; its router is empty."""
-        layer = self.model.layers[index]
-        assert isinstance(layer, Layer)
+        with torch.device("meta"):
+            layer = Layer(self._config, index)
         router = torch.zeros(layer.ffn.router.shape, dtype=torch.float32)
         layer.load_state_dict({**tensors, "ffn.router": router}, assign=True)
-        yield layer.requires_grad_(False)
-        layer.to("meta")
+        yield layer.requires_grad_(False).eval()
 
     @contextmanager
     def ends(self) -> Iterator[Decoder]:
@@ -62,11 +65,22 @@ class Frame:
                 module.to("meta")
 
 
+def pack(layer: Layer, config: ModelConfig) -> None:
+    """Switch a layer to the CPU's kernels where they support it: several times faster if sparse.
+
+    Its weights are released: take them from it before.
+    """
+    if native.supports(layer.ffn.up.dtype, config.hidden_size, config.head_dim):
+        for module in layer.modules():
+            if isinstance(module, Linear | Norm | Attention | ExpertFFN):
+                module.prepare()
+
+
 @torch.no_grad()
 def embed(model: Decoder, ids_BL: Tensor) -> Tensor:
     """What goes into the first layer: [T, D], sequence by sequence."""
-    x_TD: Tensor = model.embedding(ids_BL.flatten())
-    return x_TD
+    sequences, length = ids_BL.shape
+    return model.embed(ids_BL.flatten(), torch.arange(length).repeat(sequences))
 
 
 @torch.no_grad()
@@ -102,7 +116,7 @@ def pass_layer(
         positions_T = torch.arange(length).repeat(sequences)
         policies = PolicyBatch.uniform(stream.policy, rows_TD.shape[0], experts)
         trace = Trace(keep_inputs=inputs is not None, mass_every=_MASS_EVERY if stream.k else 0)
-        attend = causal_attend(sequences, length)
+        attend = causal_attend(sequences, length, model.config.window)
         with _by_chance(layer.ffn, generator, wanted=stream.kind == "random"):
             rows_TD.copy_(layer(rows_TD, *model.turns(positions_T), attend, policies, trace))
         _count(use, trace, rows_TD.shape[0] * experts)
@@ -117,7 +131,6 @@ def _by_chance(ffn: ExpertFFN, generator: torch.Generator, *, wanted: bool) -> I
     """While it lasts, every token's experts are drawn with equal chances."""
 
     def scores(x_TD: Tensor, *, oracle: bool = False) -> Tensor:
-        assert not oracle
         return torch.rand(x_TD.shape[0], ffn.num_experts, generator=generator)
 
     if not wanted:
@@ -149,6 +162,6 @@ def token_losses(model: Decoder, x_TD: Tensor, targets_T: Tensor) -> Tensor:
     for rows_TD, targets in zip(
         torch.split(x_TD, _LOGIT_TOKENS), torch.split(targets_T, _LOGIT_TOKENS), strict=True
     ):
-        logits_TV = F.linear(model.norm(rows_TD), model.embedding.weight).float()
+        logits_TV = model.logits_of(model.last_norm(rows_TD))
         losses.append(F.cross_entropy(logits_TV, targets, reduction="none"))
     return torch.cat(losses).double()
