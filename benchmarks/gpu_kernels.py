@@ -27,7 +27,6 @@ from torch import Tensor
 
 from benchmarks.gpu_timing import DEVICE, Call, check, interleaved_us, relative_error
 from benchmarks.records import Record
-from engine.rotary import rope_table
 from engine.kernels import (
     attend_step,
     expert_ffn,
@@ -39,6 +38,7 @@ from engine.kernels import (
     union_ffn,
 )
 from engine.kernels.arrivals import Arrivals
+from engine.rotary import rope_table
 
 Case = tuple[str, Callable[[], list[Record]]]
 

@@ -103,7 +103,7 @@ class ExpertConfig:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for longer contexts; keys and defaults are transformers'.
+    """How rotary frequencies are stretched for longer contexts, in transformers' keys.
 
     Attributes:
         rope_type: "linear" divides all frequencies by `factor`; "yarn" (Peng et al. 2023) and

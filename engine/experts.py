@@ -396,8 +396,12 @@ class ExpertFFN(nn.Module):
         assert policy.dense_rows is not None
         assert policy.sparse_rows is not None
         rows = policy.sparse_rows
-        if self._use_kernels and self.is_plain and gpu_ways.mixed_is_masked(
-            self._gpu_layer, policy.dense_rows.numel(), rows.numel(), policy.max_k
+        if (
+            self._use_kernels
+            and self.is_plain
+            and gpu_ways.mixed_is_masked(
+                self._gpu_layer, policy.dense_rows.numel(), rows.numel(), policy.max_k
+            )
         ):
             return self._masked(x_TD, policy.k_T, policy.mass_T, self.num_experts)
         sparse_nD, chosen_nE = self.sparse(

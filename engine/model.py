@@ -98,9 +98,7 @@ class Layer(nn.Module):
         policy: PolicyBatch,
         trace: Trace | None,
     ) -> Tensor:
-        return self.around(
-            x_TD, lambda x: self.attention(x, cos_Td, sin_Td, attend), policy, trace
-        )
+        return self.around(x_TD, lambda x: self.attention(x, cos_Td, sin_Td, attend), policy, trace)
 
     def around(
         self,
@@ -162,10 +160,10 @@ class Decoder(nn.Module):
         std = self.config.initializer_range
         residual = std / math.sqrt(2 * self.config.num_hidden_layers)
         for name, parameter in self.named_parameters():
-            if name.endswith("bias") or (parameter.dim() == 1 and self.config.norm == "layernorm1p"):
+            if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 1:
-                nn.init.ones_(parameter)
+                nn.init.constant_(parameter, 0.0 if self.config.norm == "layernorm1p" else 1.0)
             else:
                 into_residual = name.endswith(("attention.out.weight", "ffn.down"))
                 scale = residual if into_residual else std
@@ -314,9 +312,7 @@ class Decoder(nn.Module):
         routers = [ffn.router for ffn in self.ffns()]
         x_TD = x_TD.contiguous()
         turns = self.turns(positions_T) if self.config.is_rotary else None
-        delta_TD, chosen_LTE = self._packed_layers(
-            x_TD, turns, attend.sequences, routers, limits
-        )
+        delta_TD, chosen_LTE = self._packed_layers(x_TD, turns, attend.sequences, routers, limits)
         if trace is not None:
             for layer in range(len(routers)):
                 chosen_TE = None if chosen_LTE is None else chosen_LTE[layer]

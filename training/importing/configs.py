@@ -1,5 +1,6 @@
-"""`config.json` of the families, read and written. Keys and defaults are transformers' own, or those
-of the code that its authors published with the model.
+"""`config.json` of the families, read and written.
+
+Keys and defaults are transformers' own, or those of the code that came with the first models.
 
 All readers return a model whose neurons are one expert, and raise KeyError for a key that is
 missing and ConfigError for a value that cannot be run.

@@ -181,7 +181,9 @@ OPT: Final = Family(
         ),
         Weight("attention.out.weight", ("model.decoder.layers.{i}.self_attn.out_proj.weight",)),
         Weight(
-            "attention.out.bias", ("model.decoder.layers.{i}.self_attn.out_proj.bias",), when=_biased
+            "attention.out.bias",
+            ("model.decoder.layers.{i}.self_attn.out_proj.bias",),
+            when=_biased,
         ),
         *_with_bias("ffn_norm", "model.decoder.layers.{i}.final_layer_norm"),
         Weight("ffn.up", ("model.decoder.layers.{i}.fc1.weight",)),
@@ -191,7 +193,7 @@ OPT: Final = Family(
     ),
     rest=(
         Weight("embedding.weight", ("model.decoder.embed_tokens.weight",)),
-        # Their first two rows belong to no position; kept, so that what is written is what was read.
+        # The first two rows belong to no position, and are kept to be written back.
         Weight("positions.weight", ("model.decoder.embed_positions.weight",)),
         Weight("project_in.weight", ("model.decoder.project_in.weight",), when=_projected),
         Weight("project_out.weight", ("model.decoder.project_out.weight",), when=_projected),

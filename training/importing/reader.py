@@ -152,7 +152,9 @@ class Source:
     def _check_tied_head(self, embedding: Tensor) -> None:
         """A head that is stored although it is tied must be the embedding."""
         head = "lm_head.weight"
-        if head in self._left and not torch.equal(self._tensor(head, tuple(embedding.shape)), embedding):
+        if head in self._left and not torch.equal(
+            self._tensor(head, tuple(embedding.shape)), embedding
+        ):
             raise CheckpointError(
                 f"{self._files[head]}: {head} differs from the embedding, although config.json "
                 "says that they are tied (tie_word_embeddings)"

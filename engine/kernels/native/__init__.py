@@ -309,8 +309,9 @@ class PackedExpertFFN:
         down_FD: Tensor,
         num_experts: int,
         activation: str,
-        extras: FFNExtras = FFNExtras(),
+        extras: FFNExtras | None = None,
     ) -> None:
+        extras = extras or FFNExtras()
         (self.neurons, self.model), self.dtype = up_FD.shape, up_FD.dtype
         self.num_experts, self.activation = num_experts, activation
         self.code, self.threshold = _ACTIVATIONS[activation], extras.threshold

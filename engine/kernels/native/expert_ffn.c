@@ -27,7 +27,8 @@ INLINE vec positive(vec x) { return (vec)((bits)x & ~(bits)(x < 0)); } /* NaN st
 INLINE vec activate(vec x, int activation, float threshold) {
     if (activation == FATRELU) return (vec)((bits)x & ~(bits)(x <= threshold));
     x = positive(x);
-    return activation == RELU2 ? x * x : x;
+    if (activation == RELU2) x *= x;
+    return x;
 }
 
 /* One panel of the u-th expert's neurons, for all its tokens. */

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from engine.kernels import native
 
-
 NormWeights = tuple[Tensor, Tensor | None]  # weight and, of a LayerNorm, bias, [D] each
 
 
@@ -181,12 +180,13 @@ class PackedLayers:
         routers: Sequence[Tensor],
         limits: Limits | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Run all layers; x is replaced by the sum before the last FFN, or, with norms after, by the
-        last norm.
+        """Run all layers.
+
+        x is replaced by the sum before the last FFN or, where norms come after, by the last norm.
 
         Args:
             x_TD: contiguous, the embedded tokens; overwritten.
-            turns: cosines and sines of each token's position, float32 [T, d / 2]; None: no rotation.
+            turns: cosines and sines of each token's position, float32 [T, d / 2]; None: none.
             sequences: which tokens belong together.
             routers: float32 [E, D], one a layer.
             limits: None: all tokens use all experts.

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.attention import rope_table
 from engine.kernels.arrivals import Arrivals
 from engine.kernels.attend_step import (
     FEW_ROWS,
@@ -18,6 +17,7 @@ from engine.kernels.attend_step import (
     most_splits,
     split_lengths,
 )
+from engine.rotary import rope_table
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.attention import rope_table, rotate
+from engine.attention import rotate
 from engine.kernels import native, routing
 from engine.kernels.sliced_ffn import sparse_ffn_reference
+from engine.rotary import rope_table
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="needs a C compiler")
 

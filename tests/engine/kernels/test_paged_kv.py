@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.attention import rope_table, rotate
+from engine.attention import rotate
 from engine.kernels import paged_kv
 from engine.kernels.paged_kv import (
     paged_decode,
@@ -16,6 +16,7 @@ from engine.kernels.paged_kv import (
     rotate_and_store,
     rotate_and_store_reference,
 )
+from engine.rotary import rope_table
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
