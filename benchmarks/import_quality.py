@@ -32,6 +32,7 @@ CONTEXT: Final = 256
 BATCH: Final = 16
 TOKENS: Final = 4_000_000
 SEED: Final = 1
+PIECE: Final = 1 << 14
 _LEARN_CHARS: Final = 1 << 23
 
 
@@ -41,7 +42,7 @@ def train_opt(paths: Sequence[Path], out: Path, minutes: float) -> dict[str, Any
 
     survey = Survey(find_sources(paths), VALID_SHARE, SEED)
     tokenizer = train_tokenizer(survey.training_text(_LEARN_CHARS), VOCABULARY)
-    tokens = sample_tokens(survey, tokenizer, {Part.TRAIN: TOKENS}, SEED)[Part.TRAIN]
+    tokens = sample_tokens(survey, tokenizer, {Part.TRAIN: TOKENS}, SEED, PIECE)[Part.TRAIN]
     rows = torch.from_numpy(tokens.astype("int64"))[: tokens.size // CONTEXT * CONTEXT]
     rows = rows.view(-1, CONTEXT)
     torch.manual_seed(SEED)

@@ -27,7 +27,7 @@ from training.vocabulary import Tokens
 
 VALID_SHARE: Final = 0.2  # of the text, held out where no files are
 MOST_LENGTH: Final = 512  # tokens of a sequence
-_PIECE_CHARS: Final = 1 << 14
+_PIECE_SEQUENCES: Final = 2  # about; more and smaller pieces would cut more texts
 _CHARS_A_TOKEN: Final = 8  # more than any usual tokenizer needs
 _CHECK_SHARE: Final = 8  # every eighth calibration sequence judges the routers and fits none
 
@@ -92,25 +92,27 @@ def read_calibration(
     survey = Survey(find_sources(paths, valid_paths), VALID_SHARE, seed)
     name = survey.sources.description
     wanted = {Part.TRAIN: calibration_tokens, Part.VALID: held_out_tokens}
-    sampled = sample_tokens(survey, tokenizer, wanted, seed)
-    fit = _sequences(sampled[Part.TRAIN], length, 0, calibration_tokens, 2, f"{name}: to calibrate")
-    held = _sequences(sampled[Part.VALID], length, 1, held_out_tokens, 1, f"{name}: held out")
+    piece = _PIECE_SEQUENCES * length * 4
+    sampled = sample_tokens(survey, tokenizer, wanted, seed, piece)
+    fit = _sequences(sampled[Part.TRAIN], length, 0, calibration_tokens, 2, f"{name}: gives")
+    held = _sequences(sampled[Part.VALID], length, 1, held_out_tokens, 1, f"{name}: holds out")
     is_check = torch.arange(fit.shape[0]) % _CHECK_SHARE == 1
     digest = hashlib.sha256(fit.numpy().tobytes() + b"held out" + held.numpy().tobytes())
     return CalibrationText(fit[~is_check], fit[is_check], held, name, digest.hexdigest())
 
 
 def sample_tokens(
-    survey: Survey, tokenizer: Tokenizer, wanted: dict[Part, int], seed: int
+    survey: Survey, tokenizer: Tokenizer, wanted: dict[Part, int], seed: int, piece_chars: int
 ) -> dict[Part, Tokens]:
     """At least `wanted` tokens of each part, if it has as many, from pieces all over it.
 
-    A piece is the end of its text, or is ended: an end-of-text token follows each.
+    A piece has `piece_chars` characters at most, of one text or of several short ones. An
+    end-of-text token follows each, also where it breaks off.
     """
     source = random.Random(seed)
     kept: dict[Part, list[tuple[float, int, list[str]]]] = {part: [] for part in wanted}
-    most = {part: -(-n * _CHARS_A_TOKEN // _PIECE_CHARS) + 1 for part, n in wanted.items()}
-    for number, (part, piece) in enumerate(_pieces(survey)):
+    most = {part: -(-n * _CHARS_A_TOKEN // piece_chars) + 1 for part, n in wanted.items()}
+    for number, (part, piece) in enumerate(_pieces(survey, piece_chars)):
         if part not in wanted:
             continue
         # The pieces with the lowest of as many random numbers are a random sample of them.
@@ -119,15 +121,11 @@ def sample_tokens(
             heapq.heappush(kept[part], entry)
         elif entry > kept[part][0]:
             heapq.heapreplace(kept[part], entry)
-    return {
-        part: _encode(
-            tokenizer, [piece for *_, piece in sorted(entries, reverse=True)], wanted[part]
-        )
-        for part, entries in kept.items()
-    }
+    chosen = {part: [piece for *_, piece in sorted(kept[part], reverse=True)] for part in kept}
+    return {part: _encode(tokenizer, pieces, wanted[part]) for part, pieces in chosen.items()}
 
 
-def _pieces(survey: Survey) -> Iterator[tuple[Part, list[str]]]:
+def _pieces(survey: Survey, chars: int) -> Iterator[tuple[Part, list[str]]]:
     """Everything that is kept, in pieces of bounded length: texts that short documents share."""
     open_pieces: dict[Part, list[str]] = {}
     sizes: dict[Part, int] = dict.fromkeys(Part, 0)
@@ -140,17 +138,17 @@ def _pieces(survey: Survey) -> Iterator[tuple[Part, list[str]]]:
             texts.append(fragment.text)
         is_begun = not fragment.last
         sizes[part] += len(fragment.text)
-        if sizes[part] >= _PIECE_CHARS:
+        if sizes[part] >= chars:
             *whole, text = open_pieces.pop(part)
-            yield part, [*whole, text[:_PIECE_CHARS]]
-            yield from ((part, [piece]) for piece in _cut(text[_PIECE_CHARS:]))
+            yield part, [*whole, text[:chars]]
+            yield from ((part, [piece]) for piece in _cut(text[chars:], chars))
             sizes[part] = 0
     yield from open_pieces.items()
 
 
-def _cut(text: str) -> Iterator[str]:
-    for start in range(0, len(text), _PIECE_CHARS):
-        yield text[start : start + _PIECE_CHARS]
+def _cut(text: str, chars: int) -> Iterator[str]:
+    for start in range(0, len(text), chars):
+        yield text[start : start + chars]
 
 
 def _encode(tokenizer: Tokenizer, pieces: list[list[str]], wanted: int) -> Tokens:
@@ -169,7 +167,7 @@ def _sequences(tokens: Tokens, length: int, more: int, most: int, least: int, na
     count = min((tokens.size - more) // length, max(least, most // length))
     if count < least:
         raise DataError(
-            f"{name} there are {tokens.size} tokens, fewer than {least} "
+            f"{name} {tokens.size} tokens, fewer than {least} "
             f"sequence{'s' * (least > 1)} of {length + more}; give more text"
         )
     rows = [tokens[i * length : (i + 1) * length + more] for i in range(count)]
