@@ -330,6 +330,24 @@ def import_model(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="The checkpoint directory to read.")],
+    out: Annotated[Path, typer.Option(help="The new directory to write.")],
+    to: Annotated[str, typer.Option(help="The format: hf, Hugging Face's.")] = "hf",
+) -> None:
+    """Write a checkpoint's dense model for transformers, in its own family's format.
+
+    A model that was trained here goes to the first family that can express it exactly.
+    """
+    from engine.config import check_choice
+    from training.importing.export import export as export_model
+
+    check_choice("--to", to, ("hf",))
+    family = export_model(checkpoint, out)
+    typer.echo(f"{family.architecture}: {out}")
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="A run's directory, finished or not.")],
     against: Annotated[

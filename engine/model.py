@@ -187,6 +187,9 @@ class Decoder(nn.Module):
             if self.head is None:
                 self._packed_embedding = native.PackedLinear(self.embedding.weight)
                 self.embedding.weight = released(self.embedding.weight)
+            for table in (self.embedding, self.positions):
+                if table is not None:  # what stays in a mapped file keeps all of it resident
+                    table.weight = nn.Parameter(table.weight.clone(), requires_grad=False)
             for module in self.modules():
                 if isinstance(module, Linear | Norm | Attention | ExpertFFN):
                     module.prepare()
@@ -257,6 +260,7 @@ class Decoder(nn.Module):
             x_TD = self.project_out(x_TD)
         if self.config.logits_scaling != 1.0:
             x_TD = x_TD / self.config.logits_scaling
+        logits_TV: Tensor
         if self.head is not None:
             logits_TV = self.head(x_TD)
         elif self._packed_embedding is not None:

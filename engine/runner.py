@@ -216,7 +216,7 @@ class Runner:
             attend = NativeAttend(self.cache, self.block_size, spans)
         elif supports(self.cache):
             kernels = KernelAttend.of_spans(self.cache, spans, self.model.turns(positions_T))
-            return fused_forward(self.model, ids_T, kernels, *rest, positions_T)
+            return fused_forward(self.model, ids_T, kernels, *rest, positions_T=positions_T)
         else:
             attend = PagedAttend(self.cache, spans)
         logits: Tensor = self.model(ids_T, positions_T, attend, *rest)

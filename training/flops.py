@@ -25,7 +25,8 @@ class FlopCounter:
         projections = 2 * (2 * d * d + 2 * d * kv)
         attention = 2 * d * length  # scores and values over half of the positions on average
         self._base = layers * (projections + attention) + 2 * d * config.vocab_size
-        self._ffn = layers * 2 * (2 * d * config.intermediate_size)
+        matrices = 3 if config.gated_mlp else 2
+        self._ffn = layers * 2 * (matrices * d * config.intermediate_size)
         self._router = layers * 2 * d * config.experts.num_experts
         self._num_experts = config.experts.num_experts
         self._switch = switch

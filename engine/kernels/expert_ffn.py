@@ -94,6 +94,7 @@ def expert_ffn_reference(
     gate_FD: Tensor | None = None,
     up_bias_F: Tensor | None = None,
     down_bias_D: Tensor | None = None,
+    threshold: float = 0.0,
 ) -> Tensor:
     """As `expert_ffn`, token by token and expert by expert, in float32 or the inputs' float64."""
     wide = torch.promote_types(x_TD.dtype, torch.float32)
@@ -107,7 +108,7 @@ def expert_ffn_reference(
                 gate = None if gate_FD is None else gate_FD[rows]
                 bias = None if up_bias_F is None else up_bias_F[rows]
                 x_1D = x_TD[token : token + 1].to(wide)
-                h_1S = hidden_reference(x_1D, up_FD[rows], activation, gate, bias)
+                h_1S = hidden_reference(x_1D, up_FD[rows], activation, gate, bias, threshold)
                 y_TD[token] += (h_1S @ down_FD[rows].to(wide))[0]
     return y_TD.to(x_TD.dtype)
 
@@ -122,12 +123,12 @@ def expert_up_reference(
     norm: Norm | None = None,
     gate_FD: Tensor | None = None,
     up_bias_F: Tensor | None = None,
+    threshold: float = 0.0,
 ) -> Tensor:
     """As `expert_up`; unused slots hold zeros."""
     x = normed_reference(x_TD, norm)
-    h_TES = hidden_reference(x, up_FD, activation, gate_FD, up_bias_F).view(
-        x.shape[0], -1, expert_size
-    )
+    h_TF = hidden_reference(x, up_FD, activation, gate_FD, up_bias_F, threshold)
+    h_TES = h_TF.view(x.shape[0], -1, expert_size)
     h_TKS = h_TES[torch.arange(x.shape[0], device=x.device)[:, None], ids_TK.clamp_min(0).long()]
     return h_TKS.masked_fill(ids_TK[:, :, None] < 0, 0.0).to(x_TD.dtype)
 
@@ -165,6 +166,30 @@ def activate(x, SQUARE: tl.constexpr):
 
 
 @jit
+def activate_more(x, SQUARE: tl.constexpr, FAT: tl.constexpr, threshold):
+    """`activate`, or zero up to a threshold."""
+    return tl.where(x <= threshold, 0.0, x) if FAT else activate(x, SQUARE)
+
+
+@jit
+def gated(gate, up, SQUARE: tl.constexpr, FAT: tl.constexpr, BOTH: tl.constexpr, threshold):
+    """act(gate) * up, or act(gate) * relu(up)."""
+    if BOTH:
+        up = activate(up, False)
+    return activate_more(gate, SQUARE, FAT, threshold) * up
+
+
+def activation_flags(activation: str) -> dict[str, bool]:
+    """The constants by which kernels know one of MORE_ACTIVATIONS."""
+    assert activation in MORE_ACTIVATIONS
+    return {
+        "SQUARE": activation == "relu2",
+        "FAT": activation == "fatrelu",
+        "BOTH": activation == "drelu",
+    }
+
+
+@jit
 def _expert_up_kernel(
     x_ptr,
     norm_ptr,
@@ -177,10 +202,13 @@ def _expert_up_kernel(
     expert_size,
     max_k,
     epsilon,
+    threshold,
     NORMED: tl.constexpr,
     GATED: tl.constexpr,
     BIASED: tl.constexpr,
     SQUARE: tl.constexpr,
+    FAT: tl.constexpr,
+    BOTH: tl.constexpr,
     CHAINED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -213,9 +241,10 @@ def _expert_up_kernel(
     if BIASED:
         h += tl.load(up_bias_ptr + neuron, mask=in_s, other=0.0).to(tl.float32)
     if GATED:
-        h *= activate(tl.sum(gate.to(tl.float32) * scaled[None, :], axis=1) * factor, SQUARE)
+        gates = tl.sum(gate.to(tl.float32) * scaled[None, :], axis=1) * factor
+        h = gated(gates, h, SQUARE, FAT, BOTH, threshold)
     else:
-        h = activate(h, SQUARE)
+        h = activate_more(h, SQUARE, FAT, threshold)
     tl.store(h_ptr + pair * expert_size + s, h.to(h_ptr.dtype.element_ty), mask=in_s)
 
 
@@ -313,6 +342,7 @@ def expert_up(
     norm: Norm | None = None,
     gate_FD: Tensor | None = None,
     up_bias_F: Tensor | None = None,
+    threshold: float = 0.0,
     blocks: dict[str, int] | None = None,
 ) -> Tensor:
     """Activations of each token's experts, [T, K, S] in the dtype of x; unused slots unwritten.
@@ -322,13 +352,13 @@ def expert_up(
         up_FD: [F, D], contiguous, dtype of x; expert e owns rows e*S .. (e+1)*S.
         ids_TK: int32, contiguous, the experts of each token, -1 in unused slots.
         expert_size: S.
-        activation: one of ACTIVATIONS.
+        activation: one of MORE_ACTIVATIONS.
         norm: of x, if any.
         gate_FD: as `up_FD`, in gated models.
         up_bias_F: contiguous, any float type.
+        threshold: of "fatrelu".
         blocks: the tile, for measurements.
     """
-    assert activation in ACTIVATIONS
     assert ids_TK.dtype == torch.int32
     for tensor in (x_TD, up_FD, ids_TK) if gate_FD is None else (x_TD, up_FD, ids_TK, gate_FD):
         assert tensor.is_contiguous()
@@ -348,10 +378,11 @@ def expert_up(
         expert_size,
         max_k,
         0.0 if norm is None else norm.epsilon,
+        threshold,
         NORMED=norm is not None,
         GATED=gate_FD is not None,
         BIASED=up_bias_F is not None,
-        SQUARE=activation == "relu2",
+        **activation_flags(activation),
         **blocks,
         **chain(x_TD.device),
     )
@@ -423,6 +454,7 @@ def expert_ffn(
     gate_FD: Tensor | None = None,
     up_bias_F: Tensor | None = None,
     down_bias_D: Tensor | None = None,
+    threshold: float = 0.0,
 ) -> Tensor:
     """y [T, D] of the chosen experts, summed in float32, in the dtype of x.
 
@@ -431,6 +463,13 @@ def expert_ffn(
     """
     x_TD, ids_TK = x_TD.contiguous(), ids_TK.contiguous()
     h_TKS = expert_up(
-        x_TD, up_FD, ids_TK, expert_size, activation, gate_FD=gate_FD, up_bias_F=up_bias_F
+        x_TD,
+        up_FD,
+        ids_TK,
+        expert_size,
+        activation,
+        gate_FD=gate_FD,
+        up_bias_F=up_bias_F,
+        threshold=threshold,
     )
     return expert_down(h_TKS, down_FD, ids_TK, arrivals, down_bias_D=down_bias_D)

@@ -21,7 +21,13 @@ from torch import Tensor
 
 from engine.kernels import grouped_tma
 from engine.kernels._triton import INTERPRETED, cdiv, jit, next_power_of_2, tl
-from engine.kernels.expert_ffn import ACTIVATIONS, activate, hidden_reference
+from engine.kernels.expert_ffn import (
+    ACTIVATIONS,
+    activate_more,
+    activation_flags,
+    gated,
+    hidden_reference,
+)
 from engine.kernels.routing import Routing
 
 
@@ -35,6 +41,7 @@ def grouped_ffn_reference(
     gate_FD: Tensor | None = None,
     up_bias_F: Tensor | None = None,
     down_bias_D: Tensor | None = None,
+    threshold: float = 0.0,
 ) -> Tensor:
     """As `grouped_ffn`, expert by expert, in float32 or the inputs' float64."""
     wide = torch.promote_types(x_TD.dtype, torch.float32)
@@ -49,7 +56,8 @@ def grouped_ffn_reference(
         gate = None if gate_FD is None else gate_FD[rows]
         bias = None if up_bias_F is None else up_bias_F[rows]
         tokens = routing.pair_token_P[offsets[expert] : offsets[expert + 1]].long()
-        h_nS = hidden_reference(x_TD[tokens].to(wide), up_FD[rows], activation, gate, bias)
+        x_nD = x_TD[tokens].to(wide)
+        h_nS = hidden_reference(x_nD, up_FD[rows], activation, gate, bias, threshold)
         y_TD[tokens] += h_nS @ down_FD[rows].to(wide)
     return y_TD.to(x_TD.dtype)
 
@@ -84,7 +92,10 @@ def _up_kernel(
     num_experts,
     d_model,
     expert_size,
+    threshold,
     SQUARE: tl.constexpr,
+    FAT: tl.constexpr,
+    BOTH: tl.constexpr,
     GATED: tl.constexpr,
     BIASED: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -127,7 +138,10 @@ def _up_kernel(
     if BIASED:
         bias = tl.load(up_bias_ptr + neuron, mask=s < expert_size, other=0.0)
         acc += bias.to(tl.float32)[None, :]
-    acc = activate(gates, SQUARE) * acc if GATED else activate(acc, SQUARE)
+    if GATED:
+        acc = gated(gates, acc, SQUARE, FAT, BOTH, threshold)
+    else:
+        acc = activate_more(acc, SQUARE, FAT, threshold)
     h = acc.to(h_ptr.dtype.element_ty)
     at = h_ptr + p.to(tl.int64)[:, None] * expert_size + s[None, :]
     tl.store(at, h, mask=(p < end)[:, None] & (s < expert_size)[None, :])
@@ -264,6 +278,7 @@ def up_product(
     activation: str,
     gate_FD: Tensor | None = None,
     up_bias_F: Tensor | None = None,
+    threshold: float = 0.0,
     blocks: dict[str, int] | None = None,
 ) -> Tensor:
     """The activations of every pair: [P, S]; rows past the last pair are not written."""
@@ -285,7 +300,8 @@ def up_product(
         num_experts,
         d_model,
         expert_size,
-        SQUARE=activation == "relu2",
+        threshold,
+        **activation_flags(activation),
         GATED=gate_FD is not None,
         BIASED=up_bias_F is not None,
         WIDEN=INTERPRETED,
@@ -355,6 +371,7 @@ def grouped_ffn(
     gate_FD: Tensor | None = None,
     up_bias_F: Tensor | None = None,
     down_bias_D: Tensor | None = None,
+    threshold: float = 0.0,
 ) -> Tensor:
     """y [T, D] of the chosen experts, accumulated in float32, in the dtype of x; no gradients.
 
@@ -366,20 +383,20 @@ def grouped_ffn(
         x_TD: [T, D], float32, bfloat16 or float16; T >= 1.
         up_FD, down_FD: [F, D], contiguous, dtype of x; expert e owns rows e*S .. (e+1)*S.
         routing: from `routing.route`, of the same tokens.
-        activation: one of ACTIVATIONS.
+        activation: one of MORE_ACTIVATIONS.
         gate_FD: as `up_FD`, in gated models; see `expert_ffn` for the formula.
         up_bias_F, down_bias_D: contiguous, any float type.
+        threshold: of "fatrelu".
     """
-    assert activation in ACTIVATIONS
     assert up_FD.is_contiguous()
     assert down_FD.is_contiguous()
     assert gate_FD is None or gate_FD.is_contiguous()
     x_TD = x_TD.contiguous()
     num_experts, max_k = routing.counts_E.numel(), routing.ids_TK.shape[1]
-    plain = gate_FD is None and up_bias_F is None
+    plain = gate_FD is None and up_bias_F is None and activation in ACTIVATIONS
     if plain and grouped_tma.serves(x_TD, up_FD.shape[0] // num_experts, max_k, num_experts):
         h_PS, slot_P = grouped_tma.up_product(x_TD, up_FD, routing, activation)
         slots_TKD = grouped_tma.down_product(h_PS, slot_P, down_FD, routing)
         return combine(slots_TKD, routing.ids_TK, down_bias_D)
-    h_PS = up_product(x_TD, up_FD, routing, activation, gate_FD, up_bias_F)
+    h_PS = up_product(x_TD, up_FD, routing, activation, gate_FD, up_bias_F, threshold)
     return combine(down_product(h_PS, down_FD, routing), routing.ids_TK, down_bias_D)

@@ -29,6 +29,7 @@ DEFAULT_ACTIVATIONS: Final = {
     ("hidden_act", "Bamboo"): "relu",
     ("hidden_act", "MiniCPM"): "silu",
     ("hidden_act", "Nemotron"): "relu2",
+    ("hidden_act", "Arcee"): "relu2",
 }
 _NAMES: Final = {"relu_squared": "relu2", "relu2": "relu2", "relu": "relu"}
 
@@ -70,7 +71,7 @@ def _common(values: Values, bos: int, eos: int, *, tied: bool) -> dict[str, Any]
     }
 
 
-def _one_expert(neurons: int) -> ExpertConfig:
+def one_expert(neurons: int) -> ExpertConfig:
     return ExpertConfig(num_experts=1, expert_size=neurons)
 
 
@@ -104,11 +105,11 @@ def _rope(values: Values, partial: float = 1.0) -> dict[str, Any]:
 
 
 def _write_rope(config: ModelConfig) -> dict[str, Any]:
-    """Keys of the newer age, which transformers reads since 5.0."""
-    found: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    """Keys of the older age, which every transformers reads."""
     scaling = config.rope_scaling
+    found: dict[str, Any] = {}
     if scaling is not None:
-        found |= {"rope_type": scaling.rope_type, "factor": scaling.factor}
+        found = {"rope_type": scaling.rope_type, "factor": scaling.factor}
         keys = {
             "llama3": (
                 "low_freq_factor",
@@ -123,9 +124,7 @@ def _write_rope(config: ModelConfig) -> dict[str, Any]:
         for key in keys.get(scaling.rope_type, ()):
             if getattr(scaling, key) is not None:
                 found[key] = getattr(scaling, key)
-    if config.partial_rotary_factor != 1.0:
-        found["partial_rotary_factor"] = config.partial_rotary_factor
-    return {"rope_parameters": found}
+    return {"rope_theta": config.rope_theta, "rope_scaling": found or None}
 
 
 # --- OPT -----------------------------------------------------------------------------------------
@@ -142,7 +141,7 @@ def read_opt(values: Values) -> ModelConfig:
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=values["max_position_embeddings"],
-        experts=_one_expert(values["ffn_dim"]),
+        experts=one_expert(values["ffn_dim"]),
         rms_norm_eps=1e-5,
         hidden_act=activation(values, "activation_function", "relu"),
         norm="layernorm",
@@ -173,13 +172,18 @@ def write_opt(config: ModelConfig) -> dict[str, Any]:
 # --- Llama and its relatives ---------------------------------------------------------------------
 
 
-def _llama(values: Values, *, tied: bool, eps: float = 1e-6) -> dict[str, Any]:
+def _llama(values: Values, *, tied: bool, act: str = "silu", eps: float = 1e-6) -> dict[str, Any]:
     heads, neurons = values["num_attention_heads"], values["intermediate_size"]
-    act = activation(values, "hidden_act", "silu")
+    act = activation(values, "hidden_act", act)
     threshold = float(values.get("hidden_act_param") or 0.0) if act == "fatrelu" else 0.0
+    rope = _rope(values)
+    require(
+        rope["partial_rotary_factor"] == 1.0,
+        "config.json: partial_rotary_factor must be 1 in this family",
+    )
     return {
         **_common(values, 1, 2, tied=tied),
-        **_rope(values),
+        **rope,
         "hidden_size": values["hidden_size"],
         "intermediate_size": neurons,
         "num_hidden_layers": values["num_hidden_layers"],
@@ -187,7 +191,7 @@ def _llama(values: Values, *, tied: bool, eps: float = 1e-6) -> dict[str, Any]:
         "num_key_value_heads": values.get("num_key_value_heads") or heads,
         "head_dim": values.get("head_dim") or 0,
         "max_position_embeddings": values["max_position_embeddings"],
-        "experts": _one_expert(neurons),
+        "experts": one_expert(neurons),
         "rms_norm_eps": values.get("rms_norm_eps", eps),
         "initializer_range": values.get("initializer_range", 0.02),
         "hidden_act": act,
@@ -232,7 +236,7 @@ def write_mistral(config: ModelConfig) -> dict[str, Any]:
 
 def read_bamboo(values: Values) -> ModelConfig:
     """Bamboo and TurboSparse-Mistral: `hidden_act: relu` stands for ReLU of gate and up."""
-    found = _llama({"hidden_act": "relu", **values}, tied=False)
+    found = _llama(values, tied=False, act="relu")
     require(
         found["hidden_act"] == "relu",
         f"config.json: hidden_act of a Bamboo model must be relu, got {values['hidden_act']!r}",
@@ -243,6 +247,17 @@ def read_bamboo(values: Values) -> ModelConfig:
 
 def write_bamboo(config: ModelConfig) -> dict[str, Any]:
     return {**write_mistral(config), "hidden_act": "relu"}
+
+
+def read_arcee(values: Values) -> ModelConfig:
+    """A Llama without gates."""
+    found = _llama(values, tied=False, act="relu2", eps=1e-5)
+    found["gated_mlp"] = False
+    return ModelConfig(**found, mlp_bias=bool(values.get("mlp_bias", False)))
+
+
+def write_arcee(config: ModelConfig) -> dict[str, Any]:
+    return {**write_llama(config), "mlp_bias": config.mlp_bias}
 
 
 def read_minicpm(values: Values) -> ModelConfig:
@@ -279,7 +294,7 @@ def read_nemotron(values: Values) -> ModelConfig:
         num_key_value_heads=values.get("num_key_value_heads") or heads,
         head_dim=values.get("head_dim") or 0,
         max_position_embeddings=values["max_position_embeddings"],
-        experts=_one_expert(neurons),
+        experts=one_expert(neurons),
         rms_norm_eps=values.get("norm_eps", 1e-5),
         initializer_range=values.get("initializer_range", 0.0134),
         hidden_act=activation(values, "hidden_act", "relu2"),
@@ -292,8 +307,8 @@ def read_nemotron(values: Values) -> ModelConfig:
 def write_nemotron(config: ModelConfig) -> dict[str, Any]:
     found = write_llama(config)
     found["norm_eps"] = found.pop("rms_norm_eps")
-    found["rope_parameters"]["partial_rotary_factor"] = config.partial_rotary_factor
-    return {**found, "mlp_bias": config.mlp_bias}
+    partial = config.partial_rotary_factor
+    return {**found, "mlp_bias": config.mlp_bias, "partial_rotary_factor": partial}
 
 
 # --- GPT-2 ---------------------------------------------------------------------------------------
@@ -310,7 +325,7 @@ def read_gpt2(values: Values) -> ModelConfig:
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=values.get("n_positions", 1024),
-        experts=_one_expert(neurons),
+        experts=one_expert(neurons),
         rms_norm_eps=values.get("layer_norm_epsilon", 1e-5),
         initializer_range=values.get("initializer_range", 0.02),
         hidden_act=activation(values, "activation_function", "gelu_new"),

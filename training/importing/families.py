@@ -247,6 +247,29 @@ MINICPM: Final = dataclasses.replace(
     fixed={"mlp_bias": False, "num_experts": 0},
 )
 
+_PLAIN_MLP: Final = (
+    Weight("ffn.up", ("model.layers.{i}.mlp.up_proj.weight",)),
+    Weight("ffn.up_bias", ("model.layers.{i}.mlp.up_proj.bias",), when=_mlp_biased),
+    Weight("ffn.down", ("model.layers.{i}.mlp.down_proj.weight",), TRANSPOSED),
+    Weight("ffn.down_bias", ("model.layers.{i}.mlp.down_proj.bias",), when=_mlp_biased),
+)
+
+ARCEE: Final = dataclasses.replace(
+    LLAMA,
+    name="Arcee",
+    model_types=("arcee",),
+    architecture="ArceeForCausalLM",
+    config=configs.read_arcee,
+    write_config=configs.write_arcee,
+    layer=(
+        Weight("attention_norm.weight", ("model.layers.{i}.input_layernorm.weight",)),
+        *_LLAMA_ATTENTION,
+        Weight("ffn_norm.weight", ("model.layers.{i}.post_attention_layernorm.weight",)),
+        *_PLAIN_MLP,
+    ),
+    fixed={},
+)
+
 NEMOTRON: Final = Family(
     name="Nemotron",
     model_types=("nemotron",),
@@ -257,10 +280,7 @@ NEMOTRON: Final = Family(
         *_with_bias("attention_norm", "model.layers.{i}.input_layernorm"),
         *_LLAMA_ATTENTION,
         *_with_bias("ffn_norm", "model.layers.{i}.post_attention_layernorm"),
-        Weight("ffn.up", ("model.layers.{i}.mlp.up_proj.weight",)),
-        Weight("ffn.up_bias", ("model.layers.{i}.mlp.up_proj.bias",), when=_mlp_biased),
-        Weight("ffn.down", ("model.layers.{i}.mlp.down_proj.weight",), TRANSPOSED),
-        Weight("ffn.down_bias", ("model.layers.{i}.mlp.down_proj.bias",), when=_mlp_biased),
+        *_PLAIN_MLP,
     ),
     rest=(
         Weight("embedding.weight", ("model.embed_tokens.weight",)),
@@ -305,7 +325,7 @@ GPT2: Final = Family(
     prefix="transformer.",
 )
 
-FAMILIES: Final = (OPT, LLAMA, MISTRAL, BAMBOO, MINICPM, NEMOTRON, GPT2)
+FAMILIES: Final = (OPT, LLAMA, MISTRAL, ARCEE, BAMBOO, MINICPM, NEMOTRON, GPT2)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

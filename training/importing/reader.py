@@ -29,7 +29,7 @@ SINGLE: Final = "model.safetensors"
 PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Kept beside an imported model, so that it can be written back as it was.
 SOURCE_CONFIG: Final = "source_config.json"
-_KEPT_FILES: Final = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+KEPT_FILES: Final = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _MAX_TEXT: Final = 16 << 20
 
 
@@ -111,7 +111,7 @@ class Source:
     def texts(self) -> dict[str, str]:
         """Files to keep beside the imported model, by name: what writing it back needs."""
         texts = {SOURCE_CONFIG: (self.path / "config.json").read_text(encoding="utf-8")}
-        for name in _KEPT_FILES:
+        for name in KEPT_FILES:
             file = self.path / name
             if file.is_file() and file.stat().st_size <= _MAX_TEXT:
                 texts[name] = file.read_text(encoding="utf-8")

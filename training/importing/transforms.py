@@ -61,7 +61,7 @@ def _split_heads(tensor: Tensor, config: ModelConfig) -> list[Tensor]:
     order_d = rotary_order(config)
     back_d = None if order_d is None else torch.argsort(order_d)
     sizes = [shape[0] for shape in _head_shapes(tuple(tensor.shape), config)]
-    q, k, v = tensor.split(sizes)
+    q, k, v = torch.split(tensor, sizes)
     return [_reorder(q, back_d), _reorder(k, back_d), v]
 
 

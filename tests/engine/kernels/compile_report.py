@@ -80,7 +80,7 @@ POINTERS = {
     **dict.fromkeys(("cos_ptr", "sin_ptr", "stats_ptr"), "fp32"),
     **dict.fromkeys(("arrived_ptr", "list_ptr"), "i32"),
 }
-FLOATS = ("scale", "epsilon")
+FLOATS = ("scale", "epsilon", "threshold")
 # What a descriptor fetches at once.
 DESCRIPTORS = {
     "up_desc": ("BLOCK_S", "BLOCK_D"),
@@ -232,6 +232,8 @@ def source(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[ASTSourc
     options = {k: v for k, v in constants.items() if k in ("num_warps", "num_stages")}
     switches = (
         "SQUARE",
+        "FAT",
+        "BOTH",
         "WIDEN",
         "GATED",
         "BIASED",

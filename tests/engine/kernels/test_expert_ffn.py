@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -123,7 +124,17 @@ def test_a_token_comes_out_alike_in_any_company(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("options", ["gate", "biases", "gate and biases"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        "gate, relu",
+        "biases, relu",
+        "gate and biases, relu2",
+        "fatrelu",
+        "gate and biases, fatrelu",
+        "gate, drelu",
+    ],
+)
 def test_gates_and_biases(
     options: str,
     dtype: torch.dtype,
@@ -133,16 +144,32 @@ def test_gates_and_biases(
     width, experts, size = 100, 5, 24
     x_TD, up_FD, down_FD = weights(3, width, experts * size, dtype, device)
     ids_TK = torch.tensor([[1, 4], [0, -1], [-1, -1]], dtype=torch.int32, device=device)
-    extra: dict[str, Tensor] = {}
+    activation = options.split(", ")[-1]
+    extra: dict[str, Any] = {"threshold": 0.7 if activation == "fatrelu" else 0.0}
     if "gate" in options:
         extra["gate_FD"] = torch.randn_like(up_FD.float()).to(dtype)
     if "biases" in options:
         extra["up_bias_F"] = torch.randn(experts * size, device=device).to(dtype) * 5
         extra["down_bias_D"] = torch.randn(width, device=device).to(dtype) * 5
-    y_TD = expert_ffn(x_TD, up_FD, down_FD, ids_TK, size, "relu", Arrivals(device), **extra)
-    wide = {name: tensor.double() for name, tensor in extra.items()}
+    y_TD = expert_ffn(
+        x_TD,
+        up_FD,
+        down_FD,
+        ids_TK,
+        size,
+        activation,
+        Arrivals(device),
+        **extra,
+    )
+    wide = {n: v.double() if isinstance(v, Tensor) else v for n, v in extra.items()}
     expected = expert_ffn_reference(
-        x_TD.double(), up_FD.double(), down_FD.double(), ids_TK, size, "relu", **wide
+        x_TD.double(),
+        up_FD.double(),
+        down_FD.double(),
+        ids_TK,
+        size,
+        activation,
+        **wide,
     )
     assert relative_error(y_TD, expected) < TOLERANCE[dtype]
     bias = extra.get("down_bias_D", torch.zeros(width, device=device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -119,26 +120,48 @@ def test_runs_repeat_bit_for_bit(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("options", ["gate", "biases", "gate and biases"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        "gate, relu",
+        "biases, relu",
+        "gate and biases, relu2",
+        "fatrelu",
+        "gate and biases, fatrelu",
+        "gate, drelu",
+    ],
+)
 def test_gates_and_biases(
     options: str, dtype: torch.dtype, device: torch.device, relative_error: RelativeError
 ) -> None:
     width, experts, size = 72, 5, 24
     x_TD, up_FD, down_FD = weights(33, width, experts * size, dtype, device)
     routing = random_routing(33, experts, 3, device)
-    extra: dict[str, Tensor] = {}
+    activation = options.split(", ")[-1]
+    extra: dict[str, Any] = {"threshold": 0.7 if activation == "fatrelu" else 0.0}
     if "gate" in options:
         extra["gate_FD"] = torch.randn_like(up_FD.float()).to(dtype)
     if "biases" in options:
         extra["up_bias_F"] = torch.randn(experts * size, device=device).to(dtype) * 5
         extra["down_bias_D"] = torch.randn(width, device=device).to(dtype) * 50
-    y_TD = grouped_ffn(x_TD, up_FD, down_FD, routing, "relu", **extra)
-    wide = {name: tensor.double() for name, tensor in extra.items()}
+    y_TD = grouped_ffn(x_TD, up_FD, down_FD, routing, activation, **extra)
+    wide = {n: v.double() if isinstance(v, Tensor) else v for n, v in extra.items()}
     expected = grouped_ffn_reference(
-        x_TD.double(), up_FD.double(), down_FD.double(), routing, "relu", **wide
+        x_TD.double(),
+        up_FD.double(),
+        down_FD.double(),
+        routing,
+        activation,
+        **wide,
     )
     assert relative_error(y_TD, expected) < TOLERANCE[dtype]
     by_token = expert_ffn_reference(
-        x_TD.double(), up_FD.double(), down_FD.double(), routing.ids_TK, size, "relu", **wide
+        x_TD.double(),
+        up_FD.double(),
+        down_FD.double(),
+        routing.ids_TK,
+        size,
+        activation,
+        **wide,
     )
     assert relative_error(expected, by_token) < 1e-12
