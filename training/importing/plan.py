@@ -332,9 +332,8 @@ def _layer_parameters(config: ModelConfig) -> int:
 
 
 def _affordable(config: ModelConfig, flops: float) -> int:
-    """Tokens that go through the layers once for so many operations, rounded, within bounds."""
-    a_token = 2 * config.num_hidden_layers * _layer_parameters(config)
-    tokens = min(max(flops / a_token, _LEAST_TOKENS), _MOST_TOKENS)
+    """Tokens that go through the model once for so many operations, rounded, within bounds."""
+    tokens = min(max(flops / (2 * config.num_parameters), _LEAST_TOKENS), _MOST_TOKENS)
     return int(tokens) // 512 * 512
 
 

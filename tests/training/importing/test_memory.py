@@ -16,7 +16,7 @@ from training.data import train_tokenizer
 WIDTH, NEURONS = 256, 4096
 LAYER_BYTES = 4 * (4 * WIDTH**2 + 2 * WIDTH * NEURONS)
 SCRIPT = """
-import resource, sys
+import sys
 from pathlib import Path
 import torch
 from training.importing import pipeline
@@ -27,7 +27,8 @@ folder = Path(sys.argv[1])
 options = ImportOptions(16, calibration_tokens=128, quality_tokens=64, router="centroid")
 prepared = pipeline.prepare(folder / "model", folder / "out", [folder / "text.txt"], [], options)
 pipeline.run(prepared, folder / "out", pipeline.SilentMonitor())
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
+status = Path("/proc/self/status").read_text()  # not getrusage, which begins at the parent's size
+print(int(status.split("VmHWM:")[1].split()[0]) << 10)
 """
 
 

@@ -109,7 +109,11 @@ def test_the_plan_follows_from_the_shape() -> None:
 
 
 def test_small_models_get_more_tokens_within_bounds() -> None:
-    small = Plan.make("x", config(num_hidden_layers=2, hidden_size=64), ImportOptions())
+    small = Plan.make(
+        "x",
+        config(num_hidden_layers=2, hidden_size=64, num_attention_heads=1, num_key_value_heads=1),
+        ImportOptions(),
+    )
     large = Plan.make("x", config(num_hidden_layers=96), ImportOptions())
     assert small.calibration_tokens == small.quality_tokens == 16384
     assert large.calibration_tokens == large.quality_tokens == 2048
