@@ -109,6 +109,21 @@ def train(
             "--set", help="Change one setting, such as optimizer.schedule=wsd. Repeatable."
         ),
     ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Go on from this checkpoint, imported or trained, instead of new weights; "
+            "--preset then gives the schedule alone.",
+        ),
+    ] = None,
+    relufy: Annotated[
+        bool,
+        typer.Option(
+            "--relufy",
+            help="--from is a Hugging Face directory of a GELU or SiLU model: train it with ReLU.",
+        ),
+    ] = False,
     data: Annotated[
         list[Path] | None,
         typer.Option(
@@ -149,7 +164,19 @@ def train(
     from training.trainer import Trainer
 
     require(preset is None or config_file is None, "give --preset or --config, not both")
-    base = preset_named(preset or "starter") if config_file is None else read_config(config_file)
+    require(start is not None or not relufy, "--relufy needs --from DIR, the model to change")
+    model = None
+    if start is None:
+        named = preset_named(preset or "starter")
+        base = named if config_file is None else read_config(config_file)
+    else:
+        from training.start import read_start
+
+        model = read_start(start, relufy=relufy)
+        base = model.base()
+        if preset is not None or config_file is not None:
+            named = preset_named(preset or "starter")
+            base = model.fitted(named if config_file is None else read_config(config_file))
     shortcuts = [f"{k}={v}" for k, v in (("steps", steps), ("seed", seed)) if v is not None]
     config = with_settings(base, [*(settings or []), *shortcuts])
     command = shlex.join(["ambidex", *sys.argv[1:]])
@@ -169,6 +196,7 @@ def train(
                 valid_paths=valid or [],
                 tensorboard=tensorboard,
                 team=team,
+                start=model,
             ).train(stop)
         if team.is_main:
             _print_quality(path)

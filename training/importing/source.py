@@ -37,9 +37,6 @@ class ModelSource(Protocol):
     def rest(self) -> dict[str, Tensor]:
         """All others, named as in `engine.model.Decoder`."""
 
-    def unused(self) -> list[str]:
-        """Names of tensors that nothing has read."""
-
     def texts(self) -> dict[str, str]:
         """Files to keep beside the imported model, by name."""
 
@@ -53,7 +50,6 @@ class AmbidexSource:
         entries = verify_manifest(path)
         self.model_config = ModelConfig.from_dict(read_json(path / "config.json"))
         self._files: dict[str, Path] = {}
-        self._read: set[str] = set()
         for name in sorted(n for n in entries if n.endswith(".safetensors")):
             with _opened(path / name) as file:
                 self._files |= dict.fromkeys(file.keys(), path / name)
@@ -68,14 +64,10 @@ class AmbidexSource:
         names = [n for n in self._files if not n.startswith("layers.")]
         return {name: self._tensor(name) for name in sorted(names)}
 
-    def unused(self) -> list[str]:
-        return sorted(self._files.keys() - self._routers - self._read)
-
     def texts(self) -> dict[str, str]:
         return {}
 
     def _tensor(self, name: str) -> Tensor:
-        self._read.add(name)
         with _opened(self._files[name]) as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
@@ -96,7 +88,11 @@ def open_source(path: Path) -> ModelSource:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory")
-    return AmbidexSource(path) if (path / MANIFEST).is_file() else Source.open(path)
+    if (path / MANIFEST).is_file():
+        return AmbidexSource(path)
+    source = Source.open(path)
+    source.check_names()
+    return source
 
 
 def read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
