@@ -13,7 +13,7 @@ CLIENTS := .venv-clients
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-clients test-gpu fuzz check format bench bench-engine bench-vllm chart bench-ssd bench-http soak train-starter clean
+.PHONY: help install serve test test-clients test-gpu fuzz check format bench bench-engine bench-vllm chart bench-ssd bench-http bench-import bench-import-quality soak train-starter clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -85,6 +85,13 @@ chart: install  ## Draw docs/images/decode.png from the records in RESULTS
 
 bench-ssd: install  ## Train gpt-5m dense, SSD and static on DATA and compare (an hour on 2 cores)
 	$(BIN)/python -m benchmarks.ssd_vs_dense $(addprefix --data ,$(DATA)) $(addprefix --valid ,$(VALID))
+
+bench-import: install  ## Import a random OPT-1.3B: seconds and peak memory (about 5 minutes on 2 cores)
+	$(BIN)/python -m benchmarks.import_speed --json $(RESULTS)/cpu-import-opt-1.3b.json
+
+bench-import-quality: install  ## Train a small OPT on DATA, import it, and measure what its experts keep (15 minutes)
+	$(BIN)/python -m benchmarks.import_quality $(addprefix --data ,$(DATA)) $(addprefix --valid ,$(VALID)) \
+		--json $(RESULTS)/cpu-import-quality.json
 
 soak: install  ## A server at twice its capacity with bad clients for MINUTES: what does it lose or leak?
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --json $(RESULTS)/cpu-soak.json

@@ -65,9 +65,9 @@ def test_an_opt_is_imported_in_two_sittings_and_generates(
 ) -> None:
     options = ImportOptions(8, calibration_tokens=128, quality_tokens=64)
     out = tmp_path / "out"
+    first = pipeline.prepare(opt, out, [corpus], [], options)
     with pytest.raises(KeyboardInterrupt):
-        prepared = pipeline.prepare(opt, out, [corpus], [], options)
-        pipeline.run(prepared, out, StopAfterOne())
+        pipeline.run(first, out, StopAfterOne())
     prepared = pipeline.prepare(opt, out, [corpus], [], options)
     assert prepared.plan.family == "OPT"
     assert prepared.plan.config.torch_dtype == "bfloat16"
@@ -94,6 +94,6 @@ def test_tensors_that_nothing_reads_are_refused(opt: Path, corpus: Path, tmp_pat
     save_file(tensors, opt / "model.safetensors", metadata={"format": "pt"})
     options = ImportOptions(8, calibration_tokens=128, quality_tokens=64)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(CheckpointError, match="adapter.weight"):
+    with pytest.raises(CheckpointError, match=r"no OPT model has a tensor .*adapter\.weight"):
         pipeline.prepare(opt, tmp_path / "out", [corpus], [], options)
     assert sorted(tmp_path.iterdir()) == before
