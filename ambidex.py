@@ -1,4 +1,4 @@
-"""The command `ambidex`: train, prepare, import, report, serve, generate, eval, inspect, bench.
+"""The command `ambidex`: from training and importing models to serving and inspecting them.
 
 Thin: each subcommand parses its options and calls the package that does the work, which is imported
 only then, so `--help` answers at once.

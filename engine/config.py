@@ -307,12 +307,13 @@ class ModelConfig:
         return total
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of `config.json`."""
-        return {
-            "model_type": MODEL_TYPE,
-            "architectures": ["AmbidexForCausalLM"],
-            **dataclasses.asdict(self),
-        }
+        """The content of `config.json`; widths that follow from others are left out."""
+        values = dataclasses.asdict(self)
+        if self.head_dim * self.num_attention_heads == self.hidden_size:
+            del values["head_dim"]
+        if self.word_embed_proj_dim == self.hidden_size:
+            del values["word_embed_proj_dim"]
+        return {"model_type": MODEL_TYPE, "architectures": ["AmbidexForCausalLM"], **values}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -58,7 +58,7 @@ def flat(text: str) -> str:
     "command",
     [
         *([], ["train"], ["prepare"], ["report"], ["serve"], ["generate"], ["eval"], ["inspect"]),
-        ["import"],
+        *(["import"], ["export"]),
         *(["bench"], *(["bench", c] for c in ("ffn", "train", "decode", "prefill", "serve"))),
     ],
     ids=lambda command: " ".join(command) or "ambidex",
@@ -347,7 +347,7 @@ REFUSED = [
     (["import", STARTER, "--out", "{tmp}", "--calibrate", "{tmp}/f"], "is there already"),
     (["import", STARTER, *IMPORT], "unknown kind of file"),
     (["import", STARTER, *IMPORT, "--max-loss", "3"], "--max-loss must be a share between 0%"),
-    (["import", STARTER, *IMPORT, "--experts", "60"], "1024 neurons; near it are 32, 64, 128"),
+    (["import", STARTER, *IMPORT, "--experts", "60"], "1024 neurons; near it are 16, 32, 64"),
     (["import", STARTER, *IMPORT, "--expert-size", "3"], "--expert-size 3 must divide the model's"),
     (["import", STARTER, *IMPORT, "--cluster", "x"], "--cluster must be one of weights, coactiv"),
     (["import", STARTER, *IMPORT, "--router", "x"], "--router must be one of fitted, centroid"),
@@ -355,6 +355,8 @@ REFUSED = [
         ["import", STARTER, *IMPORT, "--dtype", "int8"],
         "--dtype must be one of auto, float32, bfloat16",
     ),
+    (["export", "{tmp}/none", "--out", "{tmp}/o"], "none: no such checkpoint directory"),
+    (["export", "{tmp}", "--out", "{tmp}/o", "--to", "onnx"], "--to must be one of hf; got 'onnx'"),
     (["report", "{tmp}"], "holds no training run"),
     (["report", "{tmp}/none"], "holds no training run"),
 ]

@@ -21,12 +21,13 @@ class FlopCounter:
 
     def __init__(self, config: ModelConfig, switch: SwitchConfig, length: int) -> None:
         d, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-        layers = config.num_hidden_layers
-        projections = 2 * (2 * d * d + 2 * d * kv)
-        attention = 2 * d * length  # scores and values over half of the positions on average
+        q, layers = config.num_attention_heads * config.head_dim, config.num_hidden_layers
+        projections = 2 * (2 * d * q + 2 * d * kv)
+        attention = 2 * q * length  # scores and values over half of the positions on average
         self._base = layers * (projections + attention) + 2 * d * config.vocab_size
-        matrices = 3 if config.gated_mlp else 2
-        self._ffn = layers * 2 * (matrices * d * config.intermediate_size)
+        firsts = 2 if config.gated_mlp else 1  # matrices before the activation
+        self._ffn = layers * 2 * ((firsts + 1) * d * config.intermediate_size)
+        self._first = self._ffn * firsts / (firsts + 1)
         self._router = layers * 2 * d * config.experts.num_experts
         self._num_experts = config.experts.num_experts
         self._switch = switch
@@ -47,7 +48,7 @@ class FlopCounter:
             step = _TRAINING * (self._base + self._ffn * top_k / self._num_experts)
             router = self._router
             times = _TRAINING if switch.penalty else int(learning)
-            sampled = times * self._ffn / 2
+            sampled = times * self._first
         if learning:
             sampled += 2 * self._router
         return step + router + sampled / switch.penalty_every

@@ -90,18 +90,22 @@ def _is_relu(family: Family, values: Mapping[str, Any]) -> bool:
 
 
 def _differences(found: ModelConfig, wanted: ModelConfig) -> list[str]:
-    """What the function of two models differs in, as `name: value instead of value`."""
-    neither = {
-        "experts": one_expert(1),
-        "intermediate_size": 1,
-        "torch_dtype": "float32",
-        "initializer_range": 0.02,
-    }
+    """What the functions of two models differ in, as `name: value instead of value`."""
     if found.intermediate_size != wanted.intermediate_size:
-        return ["intermediate_size"]
-    a = dataclasses.asdict(dataclasses.replace(found, **neither))
-    b = dataclasses.asdict(dataclasses.replace(wanted, **neither))
+        return [f"intermediate_size: {found.intermediate_size}"]
+    a, b = _function(found), _function(wanted)
     return [f"{key}: {a[key]!r} instead of {b[key]!r}" for key in a if a[key] != b[key]]
+
+
+def _function(config: ModelConfig) -> dict[str, Any]:
+    """The settings that decide what a dense model computes."""
+    same = dataclasses.replace(
+        config,
+        experts=one_expert(config.intermediate_size),
+        torch_dtype="float32",
+        initializer_range=0.02,
+    )
+    return dataclasses.asdict(same)
 
 
 def _common(family: Family, config: ModelConfig) -> dict[str, Any]:

@@ -16,7 +16,14 @@ from engine.experts import ExpertLayout
 from engine.model import Decoder
 from engine.request import ExpertPolicy
 from tests.engine.conftest import tiny_config, tiny_tokenizer
-from tests.training.importing.models import MAKERS, experts_for, make, read
+from tests.training.importing.models import (
+    MAKERS,
+    change_config,
+    experts_for,
+    make,
+    read,
+    state_of,
+)
 from training.conversion import permute_neurons
 from training.importing.export import export
 from training.importing.reader import SOURCE_CONFIG, Source
@@ -97,6 +104,19 @@ def test_what_no_family_has_is_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no family .* norm: 'rmsnorm' instead of 'layernorm'"):
         export(tmp_path / "ours", tmp_path / "back")
     assert [p.name for p in tmp_path.iterdir()] == ["ours"], "nothing is left behind"
+
+
+def test_a_model_that_became_relu_is_written_as_relu(tmp_path: Path) -> None:
+    make("relu-llama", 3, tmp_path / "theirs")
+    change_config(tmp_path / "theirs", hidden_act="silu")
+    source = Source.open(tmp_path / "theirs", relufy=True)
+    model = Decoder(source.model_config)
+    model.load_state_dict(state_of(source), strict=False)
+    save(tmp_path / "ours", model, tiny_tokenizer(), {}, source.texts())
+    export(tmp_path / "ours", tmp_path / "back")
+    again = Source.open(tmp_path / "back")
+    assert again.config_json["hidden_act"] == "relu"
+    assert again.config_json["num_attention_heads"] == source.config_json["num_attention_heads"]
 
 
 def test_an_existing_directory_is_not_overwritten(tmp_path: Path) -> None:
