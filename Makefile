@@ -13,7 +13,7 @@ CLIENTS := .venv-clients
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-clients test-gpu fuzz check format bench bench-engine bench-vllm chart bench-ssd bench-http bench-import bench-import-quality soak train-starter clean
+.PHONY: help install serve test test-clients test-gpu fuzz check format bench bench-engine bench-vllm chart bench-ssd bench-http bench-import bench-import-quality bench-relufy soak train-starter clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -92,6 +92,10 @@ bench-import: install  ## Import a random OPT-1.3B: seconds and peak memory (abo
 bench-import-quality: install  ## Train a small OPT on DATA, import it, and measure what its experts keep (15 minutes)
 	$(BIN)/python -m benchmarks.import_quality $(addprefix --data ,$(DATA)) $(addprefix --valid ,$(VALID)) \
 		--json $(RESULTS)/cpu-import-quality.json
+
+bench-relufy: install  ## Train a small GELU model on DATA, make a ReLU one of it, and measure both (10 minutes)
+	$(BIN)/python -m benchmarks.relufy $(addprefix --data ,$(DATA)) $(addprefix --valid ,$(VALID)) \
+		--json $(RESULTS)/cpu-relufy.json
 
 soak: install  ## A server at twice its capacity with bad clients for MINUTES: what does it lose or leak?
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --json $(RESULTS)/cpu-soak.json

@@ -42,7 +42,9 @@ QUALITY_TOKENS: Final = 16384
 _LEARN_CHARS: Final = 1 << 23
 
 
-def train_opt(paths: Sequence[Path], out: Path, minutes: float) -> dict[str, Any]:
+def train_opt(
+    paths: Sequence[Path], out: Path, minutes: float, activation: str = "relu"
+) -> dict[str, Any]:
     """Train a small OPT for some minutes and save it; returns steps, tokens and the last loss."""
     import transformers
 
@@ -52,7 +54,7 @@ def train_opt(paths: Sequence[Path], out: Path, minutes: float) -> dict[str, Any
     rows = torch.from_numpy(tokens.astype("int64"))[: tokens.size // CONTEXT * CONTEXT]
     rows = rows.view(-1, CONTEXT)
     torch.manual_seed(SEED)
-    model = transformers.OPTForCausalLM(_config(transformers, tokenizer))
+    model = transformers.OPTForCausalLM(_config(transformers, tokenizer, activation))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1, betas=(0.9, 0.95))
     order = torch.randperm(rows.shape[0])
     began, step, losses = time.monotonic(), 0, [math.nan]
@@ -76,7 +78,7 @@ def train_opt(paths: Sequence[Path], out: Path, minutes: float) -> dict[str, Any
     return {"steps": step, "tokens": step * BATCH * CONTEXT, "loss": sum(recent) / len(recent)}
 
 
-def _config(transformers: Any, tokenizer: Tokenizer) -> Any:
+def _config(transformers: Any, tokenizer: Tokenizer, activation: str) -> Any:
     return transformers.OPTConfig(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
@@ -85,7 +87,7 @@ def _config(transformers: Any, tokenizer: Tokenizer) -> Any:
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
         max_position_embeddings=CONTEXT,
-        activation_function="relu",
+        activation_function=activation,
         dropout=0.0,
         bos_token_id=tokenizer.eos_id,
         eos_token_id=tokenizer.eos_id,

@@ -153,7 +153,7 @@ class Start:
         """
         swapped = evaluate(model, batches, ExpertPolicy.dense()).perplexity
         if not self.smooth:
-            return {"source": self.path.name, "before": swapped}
+            return {"source": self.path.resolve().name, "before": swapped}
         for ffn in model.ffns():
             ffn.hidden = partial(_smooth_hidden, ffn, SMOOTH[self.smooth])  # type: ignore[method-assign]
         try:
@@ -162,7 +162,7 @@ class Start:
             for ffn in model.ffns():
                 del ffn.hidden
         return {
-            "source": self.path.name,
+            "source": self.path.resolve().name,
             "activation": self.smooth,
             "before": before,
             "swapped": swapped,

@@ -35,7 +35,7 @@ def import_report(
     return {
         "imported": {
             "family": plan.family,
-            "source": prepared.path.name,
+            "source": prepared.path.resolve().name,
             "source_dtype": plan.source_dtype,
             "experts": plan.why,
             "settings": dataclasses.asdict(plan.options),
