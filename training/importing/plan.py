@@ -254,16 +254,17 @@ class Plan:
     def memory_bytes(self) -> int:
         """The most that is held at once, about, above what Python and torch take themselves."""
         config = self.config
-        layer = self.layer_parameters * (self.item_bytes + self.source_bytes)
-        # Clustering: rows and centroids in float32, similarities and prices beside them.
         up, neurons = config.hidden_size * config.intermediate_size, config.intermediate_size
-        clustering = 3 * 4 * up + 6 * 8 * neurons * config.experts.num_experts
-        inputs = (
-            2 * 4 * self.calibration_tokens * (config.hidden_size + 3 * config.experts.num_experts)
-        )
+        experts, tokens = config.experts.num_experts, self.calibration_tokens
+        rest = self.other_parameters * self.item_bytes
+        # A layer as it was read and as it is written, or as written and as its kernels have it.
+        layer = self.layer_parameters * (self.item_bytes + max(self.item_bytes, self.source_bytes))
+        # Rows and centroids in float32, similarities and prices beside them in both precisions.
+        clustering = 3 * 4 * up + 6 * 8 * neurons * experts
+        fitting = 2 * 4 * tokens * (config.hidden_size + 3 * experts)
         running = 3 * 4 * _BATCH_TOKENS * neurons
-        ends = self.other_parameters * (self.item_bytes + self.source_bytes)
-        return self.state_bytes + max(layer + max(clustering, inputs + running), ends)
+        reading = self.other_parameters * self.source_bytes
+        return self.state_bytes + rest + max(layer + max(clustering, fitting + running), reading)
 
     @property
     def source_bytes(self) -> int:
