@@ -6,6 +6,8 @@ RESULTS ?= benchmarks/results
 VLLM ?= vllm/bin/python
 # How long `make soak` takes.
 MINUTES ?= 10
+# What `make image-check` builds and runs; cuda needs gigabytes.
+TARGETS ?= cpu
 # Inputs of each kind that `make fuzz` sends to each operation.
 EXAMPLES ?= 300
 VENV := .venv
@@ -13,7 +15,7 @@ CLIENTS := .venv-clients
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-clients test-gpu fuzz check format bench bench-engine bench-vllm chart bench-ssd bench-http bench-import bench-import-quality bench-relufy soak train-starter clean
+.PHONY: help install serve test test-clients fuzz test-gpu check format bench bench-engine bench-vllm dashboard chart bench-ssd soak bench-http bench-import bench-import-quality bench-relufy train-starter image image-check clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -80,6 +82,9 @@ bench-vllm: install  ## Compare with vLLM; VLLM names the interpreter of an envi
 	done
 	$(MAKE) chart
 
+dashboard: install  ## Write Grafana's dashboard from deploy/grafana/*.py
+	$(BIN)/python -m deploy.grafana.dashboard
+
 chart: install  ## Draw docs/images/decode.png from the records in RESULTS
 	$(BIN)/python -m benchmarks.chart --results $(RESULTS)
 
@@ -107,6 +112,13 @@ train-starter: install  ## Train the packaged model anew (37 minutes on 2 cores)
 	$(BIN)/ambidex train --preset starter
 	cp -r runs/starter/checkpoint engine/starter.new
 	rm -rf engine/starter && mv engine/starter.new engine/starter
+
+image:  ## Build the container images ambidex (ambidex:cpu) and ambidex:cuda with docker
+	docker build --tag ambidex --tag ambidex:cpu --build-arg REVISION=$$(git rev-parse HEAD) .
+	docker build --tag ambidex:cuda --target cuda --build-arg REVISION=$$(git rev-parse HEAD) .
+
+image-check:  ## Carry out the Dockerfile without an engine and run TARGETS (cpu cuda) of it; as root, with debootstrap
+	$(PYTHON) -m deploy.image_check $(addprefix --target ,$(TARGETS))
 
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) $(CLIENTS) *.egg-info build .pytest_cache .mypy_cache .ruff_cache

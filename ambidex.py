@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -77,6 +78,10 @@ Valid = Annotated[
 
 def main() -> None:
     """Entry point: our own errors become one sentence and exit status 1."""
+    if os.getpid() == 1:
+        # The first process of a container ignores signals that it does not handle. Serving and
+        # training set handlers of their own, seconds from now.
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     from engine.errors import AmbidexError
 
     try:

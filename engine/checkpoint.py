@@ -35,6 +35,7 @@ from torch import Tensor
 from engine.chat_template import read_chat_template
 from engine.config import ModelConfig, check_choice
 from engine.errors import CheckpointError, ConfigError, require
+from engine.kernels._triton import cache_problem
 from engine.model import Decoder
 from engine.tokenizer import Tokenizer
 
@@ -82,6 +83,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: nested too deeply") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(value, dict):
@@ -139,8 +142,16 @@ def verify_manifest(path: Path) -> dict[str, dict[str, Any]]:
     """Check every file of the directory `path` against its manifest; returns the entries.
 
     Raises:
-        CheckpointError: naming the first file that is missing, unsafe, or differs.
+        CheckpointError: naming the first file that is missing, unreadable, unsafe, or differs.
     """
+    try:
+        return _verified_entries(path)
+    except OSError as error:
+        who = f"user {os.getuid()} cannot read it"
+        raise CheckpointError(f"{error.filename or path}: {who}: {error.strerror}") from error
+
+
+def _verified_entries(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint directory")
     manifest = read_json(path / MANIFEST)
@@ -283,12 +294,12 @@ def _digest(entries: Any) -> str:
 
 
 def check_device(device: str) -> None:
-    """Raise ConfigError unless `device` is a known one that this machine has."""
+    """Raise ConfigError unless `device` is a known one that this machine has and can use."""
     check_choice("device", device, ("cpu", "cuda"))
-    require(
-        device != "cuda" or torch.cuda.is_available(),
-        "device cuda: torch sees no CUDA device here",
-    )
+    if device == "cuda":
+        require(torch.cuda.is_available(), "device cuda: torch sees no CUDA device here")
+        problem = cache_problem()
+        require(problem is None, f"device cuda: {problem}")
 
 
 def _check_tokenizer(path: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:

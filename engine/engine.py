@@ -269,7 +269,13 @@ class Engine:
         del self.runner
         gc.collect()
 
-    def _end(self, request_id: str, reason: FinishReason, error: str | None = None) -> TokenEvent:
+    def _end(
+        self,
+        request_id: str,
+        reason: FinishReason,
+        error: str | None = None,
+        own_fault: bool = False,
+    ) -> TokenEvent:
         """Take a request out from outside of a step; its terminal event."""
         now = time.monotonic()
         request = self.scheduler.abort(request_id)
@@ -284,6 +290,7 @@ class Engine:
             text=text,
             finish_reason=reason,
             error=error,
+            own_fault=own_fault,
             usage=usage_of(request, now),
         )
 
@@ -295,12 +302,13 @@ class Engine:
 
     def step(self) -> list[TokenEvent]:
         """Advance every request that the plan reaches; what their readers see of it."""
+        started = time.monotonic()
         plan = self.scheduler.schedule()
         if plan:
             self._note_admissions(plan)
             result = self.runner.run(plan)
             tokens = sample(result.logits_BV, result.ready, self.model_config.eos_token_id)
-            self._account(plan, result)
+            self._account(plan, result, time.monotonic() - started)
             self._emit(result, tokens)
         self._record_state()
         if not self.scheduler.has_work:
@@ -320,8 +328,8 @@ class Engine:
             if request.admitted is None:
                 request.admitted = now
 
-    def _account(self, plan: Plan, result: StepResult) -> None:
-        """Book the tokens and experts that were computed."""
+    def _account(self, plan: Plan, result: StepResult, seconds: float) -> None:
+        """Book the tokens and experts that were computed, and the time that it took."""
         self.scheduler.advance(plan)
         per_token = self.num_layers * self.num_experts
         for (request, tokens), activated in zip(plan, result.activated, strict=True):
@@ -334,6 +342,8 @@ class Engine:
         self.stats.record_step(total, len(plan), result.layer_activated, result.layer_loaded)
         if result.sample is not None:
             self.stats.record_sample(result.sample)
+        elif total == len(plan):
+            self.stats.record_decode(result.activated, sum(result.layer_loaded), seconds)
 
     def _emit(self, result: StepResult, tokens: list[Sampled]) -> None:
         """Hand out the drawn tokens; an event made stays owed even if a later one fails."""
@@ -341,7 +351,8 @@ class Engine:
         used = zip(result.last_activated, result.last_chosen, strict=True)
         for request, token, (count, chosen) in zip(result.ready, tokens, used, strict=True):
             if request.matcher is not None and request.matcher.failure is not None:
-                event = self._end(request.request_id, "error", request.matcher.failure)
+                failure = request.matcher.failure
+                event = self._end(request.request_id, "error", failure, own_fault=True)
             else:
                 event = self._take_token(request, token, count / available, chosen, now)
             self._undelivered.append(event)
@@ -420,8 +431,9 @@ class Engine:
         return tuple(self._describe(token_id, logprob) for token_id, logprob in tokens)
 
     def _describe(self, token_id: int, logprob: float | None) -> TokenLogprob:
-        text, special = self.tokenizer.token_text(token_id), self.tokenizer.is_special(token_id)
-        return TokenLogprob(token_id, text, logprob, special)
+        words = self.tokenizer
+        text, special = words.token_text(token_id), words.is_special(token_id)
+        return TokenLogprob(token_id, text, logprob, special, words.token_bytes(token_id))
 
     def _record_state(self) -> None:
         line, used = self.scheduler, self.allocator.num_used

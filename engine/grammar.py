@@ -7,7 +7,7 @@ tokens and tells which may come next. `engine.structured` makes the second from 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
@@ -85,15 +85,30 @@ class Matcher:
 
     It depends on the output's tokens alone, so it survives a preemption, which keeps them.
 
+    Args:
+        state: at the grammar's beginning. Copies of one state share what they may find out.
+        field: what the client calls the grammar.
+        vocab_size: tokens of the model.
+        renew: makes a state that shares nothing, for when the others have used that up; None if
+            that takes too long for a step.
+
     Attributes:
         failure: why it cannot go on, a sentence; None while it can.
     """
 
-    def __init__(self, state: LLMatcher, field: str, vocab_size: int) -> None:
+    def __init__(
+        self,
+        state: LLMatcher,
+        field: str,
+        vocab_size: int,
+        renew: Callable[[], LLMatcher] | None = None,
+    ) -> None:
         self.failure: str | None = None
         self._state = state
         self._field = field
         self._mask_bytes = (vocab_size + 63) // 64 * 8
+        self._renew = renew
+        self._read: list[int] = []
 
     def allowed(self, unwanted: Sequence[int] = ()) -> bytes:
         """Which tokens may come next, one bit each, the lowest bit of a byte first.
@@ -101,7 +116,11 @@ class Matcher:
         Whole words of 64 bits. The `unwanted` are left out, unless nothing else may come: the
         grammar goes first. All bits are set after a failure, for who draws before they look at it.
         """
-        mask = b"" if self._state.is_error() else self._state.compute_bitmask()
+        mask = self._mask()
+        if self._state.is_error() and self._renew is not None:
+            self._state, self._renew = self._renew(), None
+            self._state.consume_tokens(self._read)
+            mask = self._mask()
         if self._state.is_error():
             self.failure = f"{self._field} is too complex to follow any further"
         elif not any(mask):
@@ -112,8 +131,12 @@ class Matcher:
 
     def advance(self, token_id: int) -> bool:
         """Read a drawn token; whether it completes the output, so that nothing can follow."""
+        self._read.append(token_id)
         self._state.consume_token(token_id)
         return self._state.is_stopped() and not self._state.is_error()
+
+    def _mask(self) -> bytes:
+        return b"" if self._state.is_error() else self._state.compute_bitmask()
 
 
 def _without(mask: bytes, unwanted: Sequence[int]) -> bytes:

@@ -388,12 +388,16 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token, its text, and its log-probability (None for a prompt's first token)."""
+    """A token, its text, and its log-probability (None for a prompt's first token).
+
+    `raw` is its part of the text's UTF-8, where `text` has U+FFFD for parts of characters.
+    """
 
     token_id: int
     text: str
     logprob: float | None
     special: bool = False
+    raw: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -434,6 +438,8 @@ class TokenEvent:
         activated_ratio: share of the experts, over all layers, used to compute this token.
         finish_reason: set in the terminal event alone.
         error: a sentence, when finish_reason is "error".
+        own_fault: whether that error lies with the request, whose grammar cannot be followed any
+            further, and not with the engine.
         prompt: log-probabilities of the prompt, in the first event, when asked for.
         prompt_top: the likeliest tokens at each position of the prompt but the first, likewise.
         usage: set in the terminal event.
@@ -448,6 +454,7 @@ class TokenEvent:
     activated_ratio: float = 0.0
     finish_reason: FinishReason | None = None
     error: str | None = None
+    own_fault: bool = False
     prompt: tuple[TokenLogprob, ...] = ()
     prompt_top: tuple[tuple[TokenLogprob, ...], ...] = ()
     usage: Usage | None = None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import threading
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,55 +18,26 @@ from itertools import zip_longest
 from typing import Any, Final
 
 from engine.errors import EngineStopped, InvalidRequest, Overloaded
+from engine.histogram import (
+    BATCH_BUCKETS,
+    FIRST_TOKEN_BUCKETS,
+    INTER_TOKEN_BUCKETS,
+    RATIO_BUCKETS,
+    REQUEST_BUCKETS,
+    TOKEN_BUCKETS,
+    Histogram,
+)
 from engine.request import Request, Usage
 
-# The bounds that dashboards of other servers expect, with finer ones below for small models.
-FIRST_TOKEN_BUCKETS: Final = (
-    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
-    *(1, 2.5, 5, 7.5, 10, 20, 40, 80, 160),
-)
-INTER_TOKEN_BUCKETS: Final = (
-    *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5),
-    *(0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80),
-)
-REQUEST_BUCKETS: Final = (
-    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8),
-    *(1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480),
-)
-TOKEN_BUCKETS: Final = tuple(m * 10**e for e in range(6) for m in (1, 2, 5))
-BATCH_BUCKETS: Final = tuple(1 << e for e in range(14))
-RATIO_BUCKETS: Final = (0.02, 0.05, *(i / 10 for i in range(1, 11)))
+# Steps that only decode are told apart by whether their tokens used every expert, and by their
+# number of requests: up to 1, 2, 4, ... The last bound is the largest `max_num_seqs`.
+DECODE_KINDS: Final = ("dense", "sparse", "mixed")
+DECODE_BATCHES: Final = tuple(1 << e for e in range(13))
 
 
-class Histogram:
-    """Counts of observations per bucket; bucket i holds values up to and including `bounds[i]`.
-
-    Attributes:
-        bounds: upper bounds, ascending.
-        counts: observations per bucket, one more than bounds: the last holds what exceeds them.
-        sum: of all observations.
-    """
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        assert list(bounds) == sorted(set(bounds)), "bucket bounds must ascend"
-        self.bounds = tuple(bounds)
-        self.counts = [0] * (len(self.bounds) + 1)
-        self.sum = 0.0
-
-    @property
-    def count(self) -> int:
-        return sum(self.counts)
-
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
-
-    def __add__(self, other: Histogram) -> Histogram:
-        assert self.bounds == other.bounds
-        total = Histogram(self.bounds)
-        total.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
-        total.sum = self.sum + other.sum
-        return total
+def _table() -> list[list[float]]:
+    """A number per kind and batch, [DECODE_KINDS][DECODE_BATCHES]."""
+    return [[0] * len(DECODE_BATCHES) for _ in DECODE_KINDS]
 
 
 @dataclass(frozen=True)
@@ -103,6 +73,10 @@ class Numbers:
     `neurons_activated` and `neurons_available` are those of the experts. From sampled steps alone
     (`EngineConfig.sample_every`), as in `RouterSample`: `mass_captured`, `mass_total`,
     `neurons_fired`, `neurons_sampled`, and per layer and expert `expert_load`.
+
+    Of steps that only decode, one token of each request, per kind and batch (`DECODE_KINDS`,
+    `DECODE_BATCHES`): how many they were, how long they took, and the distinct experts that they
+    read, over all layers, out of those that exist. Sampled steps, which take longer, are left out.
     """
 
     experts_activated: list[int]
@@ -143,6 +117,11 @@ class Numbers:
     batch_tokens: Histogram = field(default_factory=partial(Histogram, BATCH_BUCKETS))
     batch_requests: Histogram = field(default_factory=partial(Histogram, BATCH_BUCKETS))
 
+    decode_steps: list[list[float]] = field(default_factory=_table)
+    decode_step_seconds: list[list[float]] = field(default_factory=_table)
+    decode_loaded: list[list[float]] = field(default_factory=_table)
+    decode_loadable: list[list[float]] = field(default_factory=_table)
+
     @property
     def aborts(self) -> int:
         return self.finished["abort"]
@@ -173,10 +152,13 @@ class Stats:
     def __init__(
         self, num_layers: int, num_experts: int, kv_blocks: int, expert_size: int = 0
     ) -> None:
+        self.num_layers = num_layers
         self.num_experts = num_experts
         self.expert_size = expert_size
         self._lock = threading.Lock()
-        per_layer = (f.name for f in dataclasses.fields(Numbers) if str(f.type).startswith("list"))
+        no_default = dataclasses.MISSING
+        fields = dataclasses.fields(Numbers)
+        per_layer = (f.name for f in fields if f.default is f.default_factory is no_default)
         counts: dict[str, Any] = {name: [0] * num_layers for name in per_layer}
         counts["expert_load"] = [[0] * num_experts for _ in range(num_layers)]
         self._numbers = Numbers(**counts, kv_blocks_total=kv_blocks)
@@ -233,6 +215,24 @@ class Stats:
                 numbers.neurons_activated[layer] += pairs * self.expert_size
                 numbers.neurons_available[layer] += available * self.expert_size
 
+    def record_decode(self, activated: Sequence[int], loaded: int, seconds: float) -> None:
+        """Count a step that only decoded.
+
+        Args:
+            activated: the experts that each request's token used, over all layers.
+            loaded: distinct experts that were read, over all layers.
+            seconds: from planning to drawn tokens.
+        """
+        every = self.num_layers * self.num_experts
+        kind = DECODE_KINDS.index(decode_kind(activated, every))
+        batch = (len(activated) - 1).bit_length()
+        with self._lock:
+            numbers = self._numbers
+            numbers.decode_steps[kind][batch] += 1
+            numbers.decode_step_seconds[kind][batch] += seconds
+            numbers.decode_loaded[kind][batch] += loaded
+            numbers.decode_loadable[kind][batch] += every
+
     def record_sample(self, sample: RouterSample) -> None:
         """Count what a sampled step measured."""
         with self._lock:
@@ -288,6 +288,14 @@ class Stats:
                 numbers.decode_seconds.observe(request.last_token - request.first_token)
             if request.experts_available:
                 numbers.activated_ratio.observe(request.activated_ratio)
+
+
+def decode_kind(activated: Sequence[int], every: int) -> str:
+    """Which of DECODE_KINDS a batch is whose tokens used so many experts, out of `every`."""
+    dense = sum(count == every for count in activated)
+    if 0 < dense < len(activated):
+        return "mixed"
+    return "dense" if dense else "sparse"
 
 
 def usage_of(request: Request, now: float) -> Usage:

@@ -1,9 +1,9 @@
-"""The engine's thread while serving, and the bridge to asyncio.
+"""The engine's thread while serving, for coroutines that submit requests and read their events.
 
-One thread owns the engine and is the only caller of `Engine.step`. Coroutines submit requests and
-read their events from an `EventStream`; every accepted request gets exactly one terminal event,
-also when a step fails, hangs, or the worker stops. Health follows the progress of the steps, not
-the mere existence of the thread.
+One thread owns the engine and is the only caller of `Engine.step`. Who submits a request gets an
+`EventStream`; every accepted request gets exactly one terminal event, also when a step fails,
+hangs, or the worker stops. Health follows the progress of the steps, not the mere existence of the
+thread.
 
 A step that raises ends the requests that were running, with an error. If the engine then proves
 clean it goes on with those that wait; otherwise, and after MAX_FAILED_STEPS in a row, the worker
@@ -23,11 +23,11 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from engine.engine import Engine
 from engine.errors import EngineStopped, InvalidRequest, require
+from engine.event_stream import EventStream, Outbox
 from engine.request import FinishReason, Request, TokenEvent
 from engine.stats import usage_of
 
@@ -39,65 +39,13 @@ _POLL_SECONDS: Final = 0.01
 _ABORT_SECONDS: Final = 5.0  # that `drain` grants a step under way before it ends streams itself
 
 
-class EventStream:
-    """The events of one request, in order, up to and including its terminal event.
-
-    Closing the stream early aborts the request, as does cancelling a task that waits for its next
-    event. Use it as an asynchronous context manager, or call `aclose`.
-    """
-
-    def __init__(self, request: Request, abort: Callable[[str], None]) -> None:
-        self.request = request
-        self.loop = asyncio.get_running_loop()
-        self._abort = abort
-        self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
-        self._complete = False  # the terminal event has been put
-        self._exhausted = False  # the terminal event has been read, or nobody reads any more
-
-    def put(self, event: TokenEvent) -> None:
-        """Append an event. Only on the loop's thread, and nothing after a terminal event."""
-        assert not self._complete, "an event after the terminal one"
-        self._complete = event.finish_reason is not None
-        self._events.put_nowait(event)
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> TokenEvent:
-        if self._exhausted:
-            raise StopAsyncIteration
-        try:
-            event = await self._events.get()
-        except asyncio.CancelledError:
-            await self.aclose()
-            raise
-        self._exhausted = event.finish_reason is not None
-        return event
-
-    async def aclose(self) -> None:
-        """Read no further; aborts the request unless it has ended."""
-        unread, self._exhausted = not self._exhausted, True
-        if unread and not self._complete:
-            self._abort(self.request.request_id)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
-
-
 class Worker:
     """Runs an engine in a thread of its own.
 
     Args:
         engine: the engine; nothing else may step it.
         step_timeout: seconds after which a step that has not returned counts as hung.
+        stream_interval: seconds of events that are handed over together; 0 for each step's own.
 
     Attributes:
         failure: why the worker has failed for good; None while it has not.
@@ -106,10 +54,14 @@ class Worker:
             its own.
     """
 
-    def __init__(self, engine: Engine, step_timeout: float = STEP_TIMEOUT) -> None:
+    def __init__(
+        self, engine: Engine, step_timeout: float = STEP_TIMEOUT, stream_interval: float = 0.0
+    ) -> None:
         require(step_timeout > 0, f"step_timeout must be above 0, got {step_timeout}")
+        require(stream_interval >= 0, f"stream_interval must be 0 or more, got {stream_interval}")
         self.engine = engine
         self.step_timeout = step_timeout
+        self.stream_interval = stream_interval
         self.failure: str | None = None
         self.failed_steps = 0
         self.on_failure: Callable[[], None] = lambda: None
@@ -123,6 +75,7 @@ class Worker:
         self._inbox: list[Request] = []
         self._aborts: list[str] = []
         self._streams: dict[str, EventStream] = {}
+        self._outboxes: dict[asyncio.AbstractEventLoop, Outbox] = {}
         self._stepping = False
         self._draining = False
         self._stopping = False
@@ -175,6 +128,8 @@ class Worker:
             self._check_acceptable(request)
             self._inbox.append(request)
             self._streams[request.request_id] = stream
+            if stream.loop not in self._outboxes:
+                self._outboxes[stream.loop] = Outbox(stream.loop, self.stream_interval)
         self._wake.set()
         return stream
 
@@ -323,23 +278,23 @@ class Worker:
     # Delivery
 
     def _deliver(self, events: Sequence[TokenEvent]) -> None:
-        """Hand events to their streams, one call per event loop.
+        """Hand events to their streams.
 
         A stream leaves the table with its terminal event, so nothing can follow that, not even the
         late events of a step that was given up.
         """
-        batches: defaultdict[asyncio.AbstractEventLoop, list[tuple[EventStream, TokenEvent]]]
-        batches = defaultdict(list)
+        posts: defaultdict[asyncio.AbstractEventLoop, list[tuple[EventStream, TokenEvent]]]
+        posts = defaultdict(list)
         with self._lock:
             for event in events:
                 stream = self._streams.get(event.request_id)
                 if stream is not None:
-                    batches[stream.loop].append((stream, event))
+                    posts[stream.loop].append((stream, event))
                     if event.finish_reason is not None:
                         del self._streams[event.request_id]
             # Under the lock: who finds no streams left may rely on their events being on the way.
-            for loop, batch in batches.items():
-                _call(loop, batch)
+            for loop, batch in posts.items():
+                self._outboxes[loop].send(batch)
 
     def _end_streams(self, reason: FinishReason, error: str | None = None) -> None:
         """Give each stream that is left its terminal event, without the engine's help."""
@@ -365,16 +320,3 @@ class Worker:
 
 def _text(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:500]
-
-
-def _call(loop: asyncio.AbstractEventLoop, batch: Sequence[tuple[EventStream, TokenEvent]]) -> None:
-    """Put a batch of events into the streams of `loop`, on its thread."""
-
-    def put() -> None:
-        for stream, event in batch:
-            stream.put(event)
-
-    try:
-        loop.call_soon_threadsafe(put)
-    except RuntimeError:  # the loop is closed: nobody is left to read
-        logger.warning("%d events found their event loop closed", len(batch))

@@ -37,7 +37,6 @@ PLAIN: Final = """\
 {{ message.name or message.role | capitalize }}: {{ message.content }}
 {% endfor -%}
 {%- if add_generation_prompt %}Assistant:{% endif -%}"""
-PLAIN_STOP: Final = "\nUser:"
 
 
 class TemplateError(InvalidRequest):
@@ -134,6 +133,18 @@ def render(
     except Exception as error:  # a template can raise whatever Python can
         raise TemplateError(_complaint(f"says {str(error)[:300]!r}")) from error
     return "".join(text)
+
+
+def plain_stops(messages: Sequence[Mapping[str, Any]], most: int) -> tuple[str, ...]:
+    """Where an answer by the plain template ends: where it would begin a user's next turn.
+
+    Args:
+        messages: of the chat.
+        most: strings to return; of many names the latest count, `User` always does.
+    """
+    users = [m.get("name", "User") for m in reversed(messages) if m["role"] == "user"]
+    latest = list(dict.fromkeys(users))[: most - 1]
+    return tuple(f"\n{name}:" for name in dict.fromkeys([*latest, "User"]))
 
 
 def _complaint(what: str) -> str:

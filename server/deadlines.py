@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
-from typing import Final, Protocol, Self
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
 
 from engine.errors import InvalidRequest, require
 from engine.request import TokenEvent
@@ -44,7 +44,7 @@ def timeout_of(header: str | None, settings: Settings) -> float:
 class Events(Protocol):
     """Where events come from."""
 
-    async def __anext__(self) -> TokenEvent: ...
+    async def take(self) -> list[TokenEvent]: ...
     async def aclose(self) -> None: ...
 
 
@@ -55,7 +55,7 @@ class TimedEvents:
         events: of the request; a wait that is cancelled must abort it.
         deadline: by the event loop's clock.
         seconds: how long the request might take, for the message.
-        see: is called with every event.
+        see: is called with the events that are taken.
         late: is called when the deadline has passed.
     """
 
@@ -64,29 +64,28 @@ class TimedEvents:
         events: Events,
         deadline: float,
         seconds: float,
-        see: Callable[[TokenEvent], None],
+        see: Callable[[Sequence[TokenEvent]], None],
         late: Callable[[], None],
     ) -> None:
         self._events = events
         self._deadline, self._seconds = deadline, seconds
         self._see, self._late = see, late
 
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> TokenEvent:
+    async def take(self) -> list[TokenEvent]:
+        """The events that nobody has read yet, at least one; none once they have ended."""
         try:
             async with asyncio.timeout_at(self._deadline):
-                event = await self._events.__anext__()
+                taken = await self._events.take()
         except TimeoutError:
             self._late()
             raise late_error(self._seconds) from None
-        if event.finish_reason is None and asyncio.get_running_loop().time() > self._deadline:
-            await self._events.aclose()  # its reader is the slow one: there is always another event
+        ended = not taken or taken[-1].finish_reason is not None
+        if not ended and asyncio.get_running_loop().time() > self._deadline:
+            await self._events.aclose()  # its reader is the slow one: there are always more events
             self._late()
             raise late_error(self._seconds)
-        self._see(event)
-        return event
+        self._see(taken)
+        return taken
 
     async def aclose(self) -> None:
         await self._events.aclose()

@@ -37,6 +37,10 @@ class GenerationFailed(AmbidexError):
     """The model failed while it generated; the request may work when sent again."""
 
 
+class GrammarFailed(InvalidRequest):
+    """The output cannot follow the request's grammar any further, and would not another time."""
+
+
 class IncompleteGeneration(AmbidexError):
     """The server ended the request before it was finished, as when it shuts down."""
 
@@ -162,14 +166,15 @@ def _answer(error: Exception) -> tuple[int, dict[str, Any]]:
 def retry_headers(error: Exception) -> dict[str, str]:
     """What the client should do next: `Retry-After` in whole seconds (RFC 9110, section 10.2.3)
     where trying again makes sense, `WWW-Authenticate` where a key is missing. The `openai` client
-    would send a request again that was too late for its own deadline, unless told not to."""
+    would send a request again that was too late for its own deadline, unless told not to; nor is
+    there sense in what its own grammar has ended."""
     if isinstance(error, Unauthorized):
         return {"WWW-Authenticate": "Bearer"}
     if isinstance(error, Overloaded):
         return {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
     if isinstance(error, EngineStopped):
         return {"Retry-After": str(RETRY_STOPPED_SECONDS)}
-    if isinstance(error, DeadlineExceeded) and openai_call():
+    if isinstance(error, DeadlineExceeded | GrammarFailed) and openai_call():
         return {"x-should-retry": "false"}
     return {}
 

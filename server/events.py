@@ -1,4 +1,4 @@
-"""What generations say: their events one by one, merged, or all at once."""
+"""What generations say: their events as they come, merged, or all at once."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from engine.errors import AmbidexError
 from engine.request import TokenEvent, Usage
-from server.errors import GenerationFailed, IncompleteGeneration
+from server.errors import GenerationFailed, GrammarFailed, IncompleteGeneration
 from server.generation import Generation
 
 
@@ -27,27 +28,38 @@ def check(event: TokenEvent) -> None:
 
     Raises:
         GenerationFailed: the model failed.
+        GrammarFailed: the output could not follow its grammar.
         IncompleteGeneration: the server gave the request up.
     """
     if event.finish_reason == "error":
+        if event.own_fault:
+            raise GrammarFailed(event.error or "grammar cannot be followed")
         raise GenerationFailed(event.error or "generation failed")
     if event.finish_reason == "abort":
         raise IncompleteGeneration("the server ended the request before it was complete")
 
 
-async def checked_events(generation: Generation) -> AsyncGenerator[TokenEvent, None]:
-    """The events of a generation, the terminal one last; raises as `check` does."""
-    async for event in generation.events:
-        check(event)
-        yield event
-        if event.finish_reason is not None:
+async def checked_events(generation: Generation) -> AsyncGenerator[list[TokenEvent], None]:
+    """The events of a generation, as many at a time as have come, the terminal one last.
+
+    Raises as `check` does, after the events before the one that it raises for.
+    """
+    while taken := await generation.events.take():
+        try:
+            check(taken[-1])
+        except AmbidexError:
+            if len(taken) > 1:
+                yield taken[:-1]
+            raise
+        yield taken
+        if taken[-1].finish_reason is not None:
             return
     raise IncompleteGeneration("the engine ended the request without a last token")
 
 
 async def collect(generation: Generation) -> Output:
     """Everything that a generation says, once it is finished."""
-    events = [event async for event in checked_events(generation)]
+    events = [event async for taken in checked_events(generation) for event in taken]
     last = events[-1]
     assert last.finish_reason is not None
     assert last.usage is not None
@@ -61,20 +73,20 @@ async def collect_all(generations: Sequence[Generation]) -> list[Output]:
 
 async def merged_events(
     generations: Sequence[Generation],
-) -> AsyncGenerator[tuple[int, TokenEvent], None]:
-    """(which generation, its event) as they come; raises as soon as one has failed."""
+) -> AsyncGenerator[tuple[int, list[TokenEvent]], None]:
+    """(which generation, its events) as they come; raises as soon as one has failed."""
     if len(generations) == 1:  # the usual case needs no tasks
         async with aclosing(checked_events(generations[0])) as events:
-            async for event in events:
-                yield 0, event
+            async for taken in events:
+                yield 0, taken
         return
     # A short queue: who reads slowly must not make the server keep what was not read.
-    queue: asyncio.Queue[tuple[int, TokenEvent | Exception]] = asyncio.Queue(1)
+    queue: asyncio.Queue[tuple[int, list[TokenEvent] | Exception]] = asyncio.Queue(1)
 
     async def read(which: int) -> None:
         try:
-            async for event in checked_events(generations[which]):
-                await queue.put((which, event))
+            async for taken in checked_events(generations[which]):
+                await queue.put((which, taken))
         except Exception as error:
             await queue.put((which, error))
 
@@ -85,7 +97,7 @@ async def merged_events(
             which, found = await queue.get()
             if isinstance(found, Exception):
                 raise found
-            unfinished -= found.finish_reason is not None
+            unfinished -= found[-1].finish_reason is not None
             yield which, found
     finally:
         for task in tasks:

@@ -28,6 +28,11 @@ logger = logging.getLogger("ambidex.server")
 _POLL_SECONDS: Final = 0.01
 
 
+def make_worker(engine: Engine, settings: Settings) -> Worker:
+    """A worker around `engine`, as the settings want it."""
+    return Worker(engine, settings.step_timeout, settings.stream_interval)
+
+
 class Fleet:
     """Owns every worker of a server. All methods belong to the event loop, `numbers` to anybody.
 
@@ -137,13 +142,10 @@ class Fleet:
         require(not self.draining, "the server is shutting down", EngineStopped)
         if new_weights:
             self.loaded_at = time.time()
-        old, self.worker = self.worker, self.new_worker(engine)
+        old, self.worker = self.worker, make_worker(engine, self.settings)
         self._start(self.worker)
         self.retiring.append(old)
         self._spawn(self._retire(old))
-
-    def new_worker(self, engine: Engine) -> Worker:
-        return Worker(engine, self.settings.step_timeout)
 
     async def empty(self) -> None:
         """Drain the present worker and give its memory up; `replace` must follow."""
@@ -157,10 +159,11 @@ class Fleet:
         if worker.failure is not None:  # nothing to finish, and its thread may never return
             self._forget(worker)
             return
+        deadline = time.monotonic() + self.settings.retire_timeout
         try:
-            while self._leases[worker]:
+            while self._leases[worker] and time.monotonic() < deadline:
                 await asyncio.sleep(_POLL_SECONDS)
-            await worker.drain(self.settings.retire_timeout)
+            await worker.drain(max(0.0, deadline - time.monotonic()))
             await asyncio.to_thread(worker.stop)
         finally:
             self._forget(worker)

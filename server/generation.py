@@ -9,17 +9,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 from engine.engine import Engine
 from engine.errors import EngineStopped, InvalidRequest, Overloaded, require
+from engine.event_stream import EventStream
 from engine.grammar import Grammar
 from engine.request import ExpertPolicy, Request, SamplingParams, TokenEvent
 from engine.stats import Numbers
-from engine.worker import EventStream, Worker
+from engine.worker import Worker
 from server import calls
 from server.calls import Call
 from server.deadlines import TimedEvents, late_error, timeout_of
@@ -290,10 +291,11 @@ class Frontend:
         assert call.deadline is not None
         call.outcome = "abort"  # unless it ends otherwise
 
-        def see(event: TokenEvent) -> None:
-            call.note(event)
-            if event.token is not None:
-                self.limiter.generated(call.key_name, 1)
+        def see(taken: Sequence[TokenEvent]) -> None:
+            before = call.generated_tokens
+            for event in taken:
+                call.note(event)
+            self.limiter.generated(call.key_name, call.generated_tokens - before)
 
         return TimedEvents(events, call.deadline, seconds, see, lambda: self._late(call))
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -80,6 +81,23 @@ def candidates(root: Path) -> list[Candidate]:
     return sorted(found, key=lambda c: (c.written, c.path.name), reverse=True)[:MAX_CANDIDATES]
 
 
+def unreadable(root: Path) -> str | None:
+    """What of a watched path this process may not read, and why; None if that is nothing.
+
+    A path that is not there yet is no problem, and lost+found is the file system's.
+    """
+    try:
+        for path in islice(root.iterdir(), MAX_ENTRIES):
+            if not path.name.startswith(".") and path.name != "lost+found":
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    (path / MANIFEST).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        return f"user {os.getuid()} cannot read {error.filename}: {error.strerror}"
+    return None
+
+
 def inside(root: Path, given: str) -> Path:
     """The checkpoint directory that a client names by its path from `root`.
 
@@ -111,6 +129,8 @@ def first_engine(settings: Settings, phase: Phase = lambda _: nullcontext()) -> 
         ConfigError: the settings do not fit the model.
     """
     config = settings.engine_config()
+    if settings.watch and (problem := unreadable(settings.watch)):
+        logger.warning("AMBIDEX_WATCH: %s", problem)
     for candidate in candidates(settings.watch) if settings.watch else ():
         try:
             return _load(candidate.path, config, phase)
@@ -119,11 +139,14 @@ def first_engine(settings: Settings, phase: Phase = lambda _: nullcontext()) -> 
     return _load(settings.model, config, phase)
 
 
-def _load(path: Path, config: EngineConfig, phase: Phase) -> Engine:
+def _load(path: Path, config: EngineConfig, phase: Phase = lambda _: nullcontext()) -> Engine:
     with phase(f"verifying and loading {path}"):
         found = checkpoints.load(path, config.device, config.dtype)
     with phase("packing weights and making the KV cache"):
-        return Engine(found, config)
+        engine = Engine(found, config)
+    with phase("reading the vocabulary for grammars"):
+        engine.grammars.prepare()  # now: everything waits for it, and requests would
+    return engine
 
 
 class Reloader:
@@ -140,6 +163,7 @@ class Reloader:
         self.counts: Counter[str] = Counter()
         self.last_error: str | None = None
         self._refused: set[Candidate] = set()
+        self._unreadable = unreadable(self._root)  # which the first engine has told
         self._one_at_a_time = asyncio.Lock()
         self._serving = self._find_serving()
         self._newest = self._serving.written if self._serving in candidates(self._root) else -1
@@ -178,6 +202,10 @@ class Reloader:
 
     def _newer(self) -> list[Candidate]:
         """What deserves a try, newest first: never what is older than what was served already."""
+        problem = unreadable(self._root)
+        if problem and problem != self._unreadable:  # once, not every few seconds
+            logger.warning("looking for checkpoints: %s", problem)
+        self._unreadable = problem
         found = candidates(self._root)
         self._refused &= set(found)
         fresh = [c for c in found if c.path == self._root or c.written > self._newest]
@@ -248,7 +276,7 @@ class Reloader:
         await self.fleet.wait_until_alone()  # never more than two models in memory
         need = await asyncio.to_thread(self._verify, path, config)
         if self._fits_beside(need):
-            engine = await asyncio.to_thread(Engine.load, path, config)
+            engine = await asyncio.to_thread(_load, path, config)
             async with self.fleet.changing:
                 self.fleet.replace(engine, new_weights=True)
         else:
@@ -276,7 +304,7 @@ class Reloader:
         logger.warning("memory does not hold two models: draining before the new one is loaded")
         await self.fleet.empty()
         try:
-            engine = await asyncio.to_thread(Engine.load, path, config)
+            engine = await asyncio.to_thread(_load, path, config)
         except Exception:
             await self._bring_back(old, config)
             raise
@@ -284,6 +312,6 @@ class Reloader:
 
     async def _bring_back(self, path: Path, config: EngineConfig) -> None:
         try:
-            self.fleet.replace(await asyncio.to_thread(Engine.load, path, config))
+            self.fleet.replace(await asyncio.to_thread(_load, path, config))
         except Exception as error:
             self.fleet.fail(f"neither the new checkpoint nor the old one can be loaded: {error}")

@@ -21,10 +21,10 @@ from typing import Final
 import uvicorn
 from rich.console import Console
 
-from engine.worker import Worker
 from server import access_log
 from server.app import create_app
 from server.banner import banner, phase
+from server.fleet import make_worker
 from server.generation import Frontend
 from server.reload import first_engine
 from server.settings import Settings
@@ -67,7 +67,7 @@ def serve(settings: Settings, console: Console | None = None) -> None:
     gc.collect()
     gc.freeze()
     engine = first_engine(settings, partial(phase, console))
-    app = create_app(Worker(engine, settings.step_timeout), settings, tracing)
+    app = create_app(make_worker(engine, settings), settings, tracing)
     frontend: Frontend = app.state.frontend
     with listen(settings) as listener:
         console.print(banner(frontend, _address(listener), as_table=console.is_terminal))

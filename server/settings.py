@@ -28,7 +28,7 @@ from server.security import (
 
 # Which settings belong together: in `ambidex serve --help` and in docs/serving.md.
 GROUPS: Final[dict[str, tuple[str, ...]]] = {
-    "Server": ("host", "port", "log_level", "access_log", "traces"),
+    "Server": ("host", "port", "stream_interval", "log_level", "access_log", "traces"),
     "Model": (
         *("model", "model_name", "device", "dtype", "kv_cache_bytes", "block_size"),
         *("num_threads", "cuda_graphs", "prefix_caching"),
@@ -140,6 +140,12 @@ class Settings(BaseSettings):
         gt=0.0,
         le=3600.0,
         description="seconds that a request's body may take to arrive",
+    )
+    stream_interval: float = Field(
+        default=0.02,
+        ge=0.0,
+        le=1.0,
+        description="seconds of a stream's events that may be sent together; the first never waits",
     )
     drain_timeout: float = Field(
         default=30.0,

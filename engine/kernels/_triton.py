@@ -8,6 +8,8 @@ interpreter (`TRITON_INTERPRET=1`, set before this module is imported).
 from __future__ import annotations
 
 import functools
+import os
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,7 @@ __all__ = [
     "AVAILABLE",
     "INTERPRETED",
     "TensorDescriptor",
+    "cache_problem",
     "cdiv",
     "chain",
     "gdc_launch_dependents",
@@ -44,6 +47,19 @@ INTERPRETED: bool = triton is not None and bool(triton.knobs.runtime.interpret)
 def jit(kernel: Callable[..., Any]) -> Any:
     """`triton.jit` with a type, so that kernels stay checked functions for mypy."""
     return kernel if triton is None else triton.jit(kernel)
+
+
+def cache_problem() -> str | None:
+    """Why Triton could not keep what it compiles, which ends the first step; None if it can."""
+    if triton is None:
+        return "Triton is not installed"
+    folder = triton.knobs.cache.dir
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"Triton cannot keep its kernels in {folder} (TRITON_CACHE_DIR): {error.strerror}"
 
 
 @functools.cache

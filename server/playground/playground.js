@@ -8,6 +8,7 @@ import { Run } from "./run.js";
 const element = (id) => document.getElementById(id);
 const SEEDS = 2 ** 31;
 const SMALL = 1e8; // parameters
+const LOOK_AGAIN = 15_000; // milliseconds between two looks at what is served
 
 let model = null;
 let running = null; // the AbortController of what runs
@@ -62,6 +63,23 @@ async function meet() {
     update();
     return;
   }
+  show();
+}
+
+// Asks again, since a new checkpoint may have taken the model's place; who is idle may be told so.
+// What is wrong, the next request will say.
+async function refresh() {
+  if (!model) return;
+  const then = running;
+  const found = await api.info(element("key").value).catch(() => model);
+  if (running !== then) return; // what has begun meanwhile has asked for itself
+  if (found.model_sha === model.model_sha && found.model_loaded_at === model.model_loaded_at) return;
+  model = found;
+  show();
+  say(`The server serves another model now: ${model.model_id}.`);
+}
+
+function show() {
   const { num_experts, expert_size } = model.experts;
   const facts = [
     model.model_id,
@@ -76,7 +94,9 @@ async function meet() {
   }));
   element("max_new_tokens").max = model.max_total_tokens - 1;
   policy.describe(model.experts);
-  if (!element("runs").childElementCount) new Run("Nothing generated yet", model, element("runs"));
+  if (element("runs").querySelector(".token")) return;
+  element("runs").replaceChildren();
+  new Run("Nothing generated yet", model, element("runs"));
 }
 
 function number(id) {
@@ -103,8 +123,8 @@ function body(experts, seed) {
   };
 }
 
-// Runs the choices one after the other, so that each has the machine for itself.
-async function generate(choices) {
+// Runs what `choose` returns one after the other, so that each has the machine for itself.
+async function generate(choose) {
   if (running || !model) return;
   element("error").hidden = true;
   element("verdict").hidden = true;
@@ -114,6 +134,8 @@ async function generate(choices) {
   if (from?.disabled) element("stop-button").focus(); // a disabled button would drop the focus
   try {
     if (!element("prompt").value) throw new api.ServerError("The prompt is empty: write something to continue.");
+    await refresh();
+    const choices = choose();
     // Two runs draw the same random numbers, so that they differ by their experts alone.
     const seed = number("seed") ?? (choices.length > 1 ? Math.floor(Math.random() * SEEDS) : null);
     const bodies = choices.map(({ experts }) => body(experts, seed));
@@ -167,9 +189,9 @@ const chosen = () => ({ title: policy.title, experts: policy.field });
 
 element("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  generate([chosen()]);
+  generate(() => [chosen()]);
 });
-element("compare").addEventListener("click", () => generate([chosen(), { title: "Dense", experts: "dense" }]));
+element("compare").addEventListener("click", () => generate(() => [chosen(), { title: "Dense", experts: "dense" }]));
 element("stop-button").addEventListener("click", () => running?.abort());
 element("key").addEventListener("change", meet);
 document.addEventListener("keydown", (event) => {
@@ -178,3 +200,9 @@ document.addEventListener("keydown", (event) => {
 });
 update();
 meet();
+setInterval(() => {
+  if (!running && !document.hidden) refresh();
+}, LOOK_AGAIN);
+document.addEventListener("visibilitychange", () => {
+  if (!running && !document.hidden) refresh();
+});

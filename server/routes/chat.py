@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from engine.engine import Engine
-from engine.request import TokenEvent, TokenLogprob
+from engine.request import MAX_STOPS, TokenEvent, TokenLogprob
 from server import chat as chats
 from server.events import Output
 from server.routes.dependencies import Front
@@ -23,7 +23,6 @@ ANSWER: dict[str, Any] = {
     "description": "The answers, or a stream of ChatChunks, `data: [DONE]` at its end.",
     "content": {"text/event-stream": {"schema": {"$ref": "#/components/schemas/ChatChunk"}}},
 }
-INCOMPLETE = "\ufffd"  # how a token shows that ends inside a character
 
 
 @router.post(
@@ -36,12 +35,13 @@ async def chat_completions(body: ChatRequest, request: Request, front: Front) ->
     """The assistant's next message.
 
     The checkpoint's chat template makes the prompt. A checkpoint without one gets a plain one,
-    `User: ...` and `Assistant:`, and its answer ends where it would begin the user's next turn. A
+    `User: ...` and `Assistant:`, and its answer ends where it would begin a user's next turn. A
     client that disconnects aborts its request.
     """
     template = front.engine.checkpoint.chat_template
     messages = [message.for_template() for message in body.messages]
-    end_of_turn = () if template is not None else (chats.PLAIN_STOP,)
+    room = MAX_STOPS - len(body.stop)
+    end_of_turn = () if template is not None else chats.plain_stops(messages, room)
 
     def prompt(engine: Engine) -> list[int]:
         return chats.prompt_ids(engine.tokenizer, template, messages)
@@ -109,6 +109,4 @@ class ChatWriter:
 
 
 def _token(token: TokenLogprob) -> dict[str, Any]:
-    whole = INCOMPLETE not in token.text
-    raw = list(token.text.encode()) if whole else None
-    return {"token": token.text, "logprob": token.logprob, "bytes": raw}
+    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.raw)}

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from engine.request import TokenEvent, TokenLogprob
+from engine.tokenizer import text_offsets
 from server.events import Output
 from server.generation import Prompt
 from server.routes.dependencies import Front
@@ -104,13 +105,10 @@ class CompletionWriter:
         tokens: list[TokenLogprob] = []
         tops: list[tuple[TokenLogprob, ...]] = []
         offsets: list[int] = []
-        at = 0
         if first.prompt:
             tokens += first.prompt
             tops += first.prompt_top or ((),) * len(first.prompt)
-            for token in first.prompt:
-                offsets.append(min(at, len(echo)))
-                at += len(token.text)
+            offsets += text_offsets([token.raw for token in first.prompt], echo)
         at = self._offsets.get(index, len(echo))
         for event in shown:
             if event.token is not None:

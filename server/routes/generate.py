@@ -61,13 +61,13 @@ async def generate(body: GenerateRequest, request: Request, front: Front) -> Res
     responses={**ERRORS, 200: STREAM},
     summary="Generate, one event a token",
 )
-async def generate_stream(body: GenerateRequest, front: Front) -> Response:
+async def generate_stream(body: GenerateRequest, request: Request, front: Front) -> Response:
     """Server-sent events, the last of which has the text and the details.
 
     What is refused is refused with a status before the stream begins; what fails later is an event
     `{"error", "error_type"}`. A client that disconnects aborts its request.
     """
-    return await _stream(front, body)
+    return await _stream(front, body, request)
 
 
 @router.post(
@@ -79,25 +79,29 @@ async def generate_stream(body: GenerateRequest, front: Front) -> Response:
 async def generate_root(body: RootRequest, request: Request, front: Front) -> Response:
     """As `/generate_stream` if `stream` is true; otherwise as `/generate`, in a list of one."""
     if body.stream:
-        return await _stream(front, body)
+        return await _stream(front, body, request)
     return await _respond(front, body, request, as_list=True)
 
 
-async def _start(front: Frontend, body: GenerateRequest) -> Generation:
+async def _start(front: Frontend, body: GenerateRequest, request: Request) -> Generation | None:
+    """The generation; None if the client left while its grammar was compiled, say."""
     parameters = body.parameters
-    return await front.start(
+    starting = front.start(
         body.inputs,
         parameters.sampling,
         parameters.policy,
         parameters.truncate,
         parameters.grammar,
     )
+    return await while_connected(request.receive, starting)
 
 
 async def _respond(
     front: Frontend, body: GenerateRequest, request: Request, *, as_list: bool
 ) -> Response:
-    generation = await _start(front, body)
+    generation = await _start(front, body, request)
+    if generation is None:
+        return Response(status_code=CLIENT_LEFT)
     try:
         output = await while_connected(request.receive, collect(generation))
     finally:
@@ -109,13 +113,15 @@ async def _respond(
     return JSONResponse([answer] if as_list else answer, headers=headers)
 
 
-async def _stream(front: Frontend, body: GenerateRequest) -> Response:
+async def _stream(front: Frontend, body: GenerateRequest, request: Request) -> Response:
     require(
         not body.parameters.decoder_input_details,
         "parameters.decoder_input_details must be false for a stream",
         InvalidRequest,
     )
-    generation = await _start(front, body)
+    generation = await _start(front, body, request)
+    if generation is None:
+        return Response(status_code=CLIENT_LEFT)
     headers = {
         **_kind_headers(front, body),
         "x-prompt-tokens": str(generation.request.prompt_len),
@@ -129,9 +135,12 @@ async def _frames(body: GenerateRequest, generation: Generation) -> AsyncGenerat
     text = body.inputs if body.parameters.return_full_text else ""
     try:
         async with aclosing(checked_events(generation)) as events:
-            async for event in events:
-                text += event.text
-                yield sse_event(_stream_event(event, generation, text))
+            async for taken in events:
+                frames = []
+                for event in taken:
+                    text += event.text
+                    frames.append(sse_event(_stream_event(event, generation, text)))
+                yield b"".join(frames)
     except AmbidexError as error:
         yield sse_event(describe(error))
     except Exception as error:

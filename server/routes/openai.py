@@ -9,6 +9,7 @@ import logging
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Final, Protocol
 
 from fastapi import Request
@@ -29,7 +30,8 @@ logger = logging.getLogger("ambidex.server")
 
 DONE: Final = b"data: [DONE]\n\n"
 FINISH_REASONS: Final = {"length": "length", "eos_token": "stop", "stop_sequence": "stop"}
-MAX_LOGPROBS: Final = 1 << 17  # entries of one answer: it is made at once, beside other streams
+# Entries that are put into one answer, or a stream's first event, at once, beside other streams.
+MAX_LOGPROBS: Final = 1 << 17
 
 ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     400: {"model": OpenAIErrorResponse, "description": "It can never be served as asked."},
@@ -64,11 +66,17 @@ class Writer(Protocol):
         """A choice of a stream's chunk; None if the event has nothing to show."""
 
 
-def check_logprobs(requests: Sequence[EngineRequest]) -> None:
-    """Raise InvalidRequest if an answer with these requests' log-probabilities is too large."""
+def check_logprobs(requests: Sequence[EngineRequest], *, stream: bool) -> None:
+    """Raise InvalidRequest if an answer with these requests' log-probabilities is too large.
+
+    Of a stream only the prompts' count, which come at once: its output goes out token by token.
+    """
     entries = sum(
         (1 + request.sampling.top_n_tokens)
-        * (request.sampling.max_new_tokens + request.sampling.prompt_logprobs * request.prompt_len)
+        * (
+            request.sampling.max_new_tokens * (not stream)
+            + request.prompt_len * request.sampling.prompt_logprobs
+        )
         for request in requests
     )
     require(
@@ -101,12 +109,16 @@ async def respond(
     body = writer.body
     front.check_model(body.model)
     calls.current().user = body.user
-    check = check_logprobs if logprobs else lambda _requests: None
-    generations = await front.start_all(
+    stream = bool(body.stream)
+    check = partial(check_logprobs, stream=stream) if logprobs else lambda _requests: None
+    starting = front.start_all(
         prompts, sampling, body.policy, body.completions, check, body.grammar
     )
+    generations = await while_connected(request.receive, starting)
+    if generations is None:  # the client left while its grammar was compiled, say
+        return Response(status_code=CLIENT_LEFT)
     answer = _Answer(front, writer, generations)
-    if body.stream:
+    if stream:
         return EventResponse(answer.frames(), lambda: close_all(generations), answer.prompt_header)
     try:
         outputs = await while_connected(request.receive, collect_all(generations))
@@ -164,10 +176,10 @@ class _Answer:
         """The answer as events; an error becomes the last of them but for the end."""
         try:
             async with aclosing(merged_events(self.generations)) as events:
-                async for which, event in events:
-                    chunk = self._chunk(which, event)
-                    if chunk is not None:
-                        yield sse_event(chunk)
+                async for which, taken in events:
+                    chunks = (self._chunk(which, event) for event in taken)
+                    if frames := [sse_event(chunk) for chunk in chunks if chunk is not None]:
+                        yield b"".join(frames)
             if self.writer.body.includes_usage:
                 last = {"choices": [], "usage": self._usage(), "experts": self._experts()}
                 yield sse_event({**self.common, "object": self.writer.chunk_kind, **last})

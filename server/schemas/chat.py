@@ -145,8 +145,8 @@ class TopToken(BaseModel):
 
     token: str = Field(description="Its text.")
     logprob: float = Field(description="Its log-probability.")
-    bytes: list[int] | None = Field(
-        description="The text in UTF-8; null for a part of a character."
+    bytes: list[int] = Field(
+        description="Its part of the text's UTF-8, also where it is a part of a character."
     )
 
 

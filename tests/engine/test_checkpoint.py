@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,8 @@ import pytest
 import torch
 
 from engine import checkpoint as checkpoints
-from engine.checkpoint import STARTER, Checkpoint, atomic_directory, load, save
-from engine.errors import CheckpointError
+from engine.checkpoint import STARTER, Checkpoint, atomic_directory, check_device, load, save
+from engine.errors import CheckpointError, ConfigError
 
 
 @pytest.fixture
@@ -197,3 +198,41 @@ def test_the_packaged_starter_loads_and_says_how_it_was_made() -> None:
     assert starter.report["corpus"]["fingerprint"] in card
     quarter = [p for p in starter.config.experts.quality if p.share == 0.25]
     assert quarter[0].relative <= 0.01
+
+
+def test_a_device_that_cannot_be_used_is_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="torch sees no CUDA device here"):
+        load(STARTER, device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ConfigError, match=r"cannot keep its kernels in .*cache \(TRITON_CACHE_DIR"):
+        load(STARTER, device="cuda")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    check_device("cuda")
+
+
+def test_a_file_that_may_not_be_read_is_named(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may read anything, hence the patch."""
+    real = checkpoints.file_sha256
+
+    def refusing(path: Path) -> str:
+        if path.name == "model.safetensors":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(checkpoints, "file_sha256", refusing)
+    with pytest.raises(CheckpointError) as caught:
+        load(saved)
+    assert str(caught.value).startswith(f"{saved / 'model.safetensors'}: user ")
+    assert str(caught.value).endswith("cannot read it: Permission denied")
+
+
+def test_json_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    with pytest.raises(CheckpointError, match=r"config\.json: nested too deeply"):
+        checkpoints.read_json(path)

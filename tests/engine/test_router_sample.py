@@ -10,10 +10,11 @@ import torch
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.experts import Trace
+from engine.histogram import Histogram
 from engine.model import Decoder
 from engine.request import ExpertPolicy, SamplingParams
 from engine.router_sample import SAMPLED_TOKENS, sampling_trace
-from engine.stats import Histogram, Numbers, Stats
+from engine.stats import Numbers, Stats
 
 MakeEngine = Callable[..., Engine]
 ONE = SamplingParams(max_new_tokens=1, ignore_eos=True)

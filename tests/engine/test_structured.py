@@ -165,6 +165,7 @@ def test_what_becomes_too_complex_fails_alone(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(structured, "MAX_LEXER_STATES", 30)
+    monkeypatch.setattr(structured, "MAX_OWN_STATES", 30)
     engine = make_engine()
     params = SamplingParams(max_new_tokens=100, temperature=1.0, seed=1)
     bound = dataclasses.replace(params, grammar=Grammar.regex("[ab]*a[ab]{40}"))
@@ -173,12 +174,35 @@ def test_what_becomes_too_complex_fails_alone(
     events = serve(engine, [(0, hard), (0, company)])
     assert events[hard.request_id][-1].finish_reason == "error"
     assert events[hard.request_id][-1].error == "grammar is too complex to follow any further"
+    assert events[hard.request_id][-1].own_fault
     assert company.finish_reason in ("length", "eos_token")
     # What its copies share is used up; later requests do not inherit that.
     later = engine.make_request(PROMPT, dataclasses.replace(bound, max_new_tokens=3), DENSE)
     events = serve(engine, [(0, later)])
     assert later.finish_reason == "length"
     assert all(event.error is None for event in events[later.request_id])
+
+
+def test_one_output_cannot_use_up_what_others_need(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of one grammar, which has an easy part and a hard one: bias leads each into its own."""
+    monkeypatch.setattr(structured, "MAX_LEXER_STATES", 60)
+    monkeypatch.setattr(structured, "MAX_OWN_STATES", 60)
+    engine = make_engine()
+    grammar = Grammar.regex("x[y-z]{20}|[ab]*a[ab]{40}")
+    hard_id, easy_id = (engine.tokenizer.encode(letter)[0] for letter in "ax")
+    params = SamplingParams(max_new_tokens=60, temperature=1.0, seed=1, grammar=grammar)
+    hard, easy = (
+        engine.make_request(PROMPT, dataclasses.replace(params, logit_bias=((token, 30.0),)), DENSE)
+        for token in (hard_id, easy_id)
+    )
+    alone = engine.make_request(PROMPT, easy.sampling, DENSE)
+    events = serve(engine, [(0, hard), (0, easy), (200, alone)])
+    assert events[hard.request_id][-1].own_fault
+    assert easy.finish_reason == "eos_token"
+    assert re.fullmatch("x[y-z]{20}", text_of(events[easy.request_id]))
+    assert easy.output_ids == alone.output_ids
 
 
 # --- compiling ------------------------------------------------------------------------------------

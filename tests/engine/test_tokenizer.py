@@ -6,10 +6,11 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers
 
 from engine.checkpoint import Checkpoint
 from engine.errors import CheckpointError
-from engine.tokenizer import END_OF_TEXT, IncrementalDecoder, Tokenizer
+from engine.tokenizer import END_OF_TEXT, IncrementalDecoder, Tokenizer, text_offsets
 from tests.engine.conftest import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -59,3 +60,55 @@ def test_another_token_may_end_a_text_if_there_is_one() -> None:
     assert other.eos_id == token != TOKENIZER.eos_id
     with pytest.raises(CheckpointError, match="has no token 99999, which is to end a text"):
         Tokenizer(tiny_tokenizer().backend, 99999)
+
+
+def spelled(tokenizer: Tokenizer, text: str) -> list[bytes]:
+    return [tokenizer.token_bytes(token) for token in tokenizer.encode(text)]
+
+
+def test_every_byte_is_known() -> None:
+    texts = {TOKENIZER.token_bytes(i): TOKENIZER.token_text(i) for i in range(TOKENIZER.vocab_size)}
+    assert {bytes([value]) for value in range(256)} < texts.keys()
+    for raw, text in texts.items():
+        assert raw.decode("utf-8", "replace") == text
+    assert TOKENIZER.token_bytes(TOKENIZER.vocab_size) == b""
+
+
+@given(st.text(max_size=40))
+def test_bytes_of_tokens_are_those_of_the_text(text: str) -> None:
+    raw = spelled(TOKENIZER, text)
+    assert b"".join(raw) == text.encode()
+    whole = [b"".join(raw[:i]).decode("utf-8", "ignore") for i in range(len(raw))]
+    assert text_offsets(raw, text) == list(map(len, whole))
+
+
+@given(st.lists(st.binary(max_size=3)))
+def test_offsets_of_any_bytes_lead_into_the_text(raw: list[bytes]) -> None:
+    text = b"".join(raw).decode("utf-8", "replace")
+    offsets = text_offsets(raw, text)
+    assert offsets == sorted(offsets)
+    for token, at in zip(raw, offsets, strict=True):
+        if token[:1].isascii() and token:
+            assert text[at] == chr(token[0])
+
+
+def test_tokenizers_with_byte_fallback() -> None:
+    """As SentencePiece makes them: a mark for the space, one in front, `<0xE6>` for a byte."""
+    words = [END_OF_TEXT, *(f"<0x{value:02X}>" for value in range(256)), "\u2581", "a", "é"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    backend.add_special_tokens([END_OF_TEXT])
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    raw = spelled(Tokenizer(backend), "é 東a")
+    assert raw == [b" ", "é".encode(), b" ", b"\xe6", b"\x9d", b"\xb1", b"a"]
+    assert text_offsets(raw, "é 東a") == [0, 0, 1, 2, 2, 2, 3]

@@ -12,8 +12,9 @@ import pytest
 
 from engine.engine import Engine
 from engine.errors import ConfigError, EngineStopped, InvalidRequest, Overloaded
+from engine.event_stream import EventStream
 from engine.request import ExpertPolicy, Request, SamplingParams, TokenEvent
-from engine.worker import MAX_FAILED_STEPS, EventStream, Worker
+from engine.worker import MAX_FAILED_STEPS, STEP_TIMEOUT, Worker
 
 MakeEngine = Callable[..., Engine]
 DENSE = ExpertPolicy.dense()
@@ -32,6 +33,12 @@ class Gate:
         self.entered.set()
         assert self.open.wait(20)
         return self._step()
+
+
+@pytest.fixture(params=[0.0, 10.0], ids=["at once", "together"], autouse=True)
+def stream_interval(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every promise holds however long events may be held back."""
+    monkeypatch.setattr(Worker.__init__, "__defaults__", (STEP_TIMEOUT, request.param))
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from engine.model import Decoder
 from engine.tokenizer import END_OF_TEXT, Tokenizer
 from engine.worker import Worker
 from server.app import create_app
+from server.fleet import make_worker
 from server.generation import Frontend
 from server.serve import CLOSE_SECONDS, KEEP_ALIVE_SECONDS, listen
 from server.settings import Settings
@@ -158,7 +159,7 @@ def serve(checkpoint_dir: Path) -> Serve:
         engine = Engine.load(settings.model, settings.engine_config())
         if step_seconds:
             slow_down(engine, step_seconds)
-        worker = Worker(engine, settings.step_timeout)
+        worker = make_worker(engine, settings)
         app = create_app(worker, settings, tracing)
         with listening(app) as url, httpx.Client(base_url=url, trust_env=False, timeout=60) as http:
             yield Live(url, app, engine, worker, http)

@@ -95,10 +95,20 @@ def test_logprobs(live: Live) -> None:
         assert list(entry) == ["token", "logprob", "bytes", "top_logprobs"]
         assert len(entry["top_logprobs"]) == 2
         assert entry["logprob"] == entry["top_logprobs"][0]["logprob"]
-        if entry["bytes"] is not None:
-            assert bytes(entry["bytes"]).decode() == entry["token"]
+        for token in (entry, *entry["top_logprobs"]):
+            assert bytes(token["bytes"]).decode("utf-8", "replace") == token["token"]
     bare = chat(live, max_tokens=6, logprobs=True)["choices"][0]["logprobs"]["content"]
     assert all(entry["top_logprobs"] == [] for entry in bare)
+
+
+def test_bytes_of_parts_of_characters_add_up(live: Live) -> None:
+    """The tokens of the tests are single bytes; an emoji is made likely, byte after byte."""
+    ids = live.http.post("/tokenize", json={"prompt": "🙂"}).json()["tokens"]
+    format_ = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": "🙂"}}}
+    answer = chat(live, max_tokens=9, logprobs=True, response_format=format_)["choices"][0]
+    raw = [bytes(entry["bytes"]) for entry in answer["logprobs"]["content"]]
+    assert b"".join(raw).decode() == answer["message"]["content"] == '"🙂"'
+    assert len(raw) == len(ids) + 2
 
 
 def test_a_stream_says_what_the_whole_says(live: Live) -> None:
@@ -117,6 +127,27 @@ def test_a_stream_says_what_the_whole_says(live: Live) -> None:
     assert roles == [1, 1]
     assert chunks[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
     assert chunks[-1]["experts"] == whole["experts"]
+
+
+def test_the_plain_template_ends_where_a_named_user_would_speak(live: Live) -> None:
+    """Beside many stop strings of the client. Three tokens are made likely, so the name
+    comes up soon."""
+    (ids,) = [live.http.post("/tokenize", json={"prompt": "\nZ:"}).json()["tokens"]]
+    fields = {
+        "logit_bias": dict.fromkeys(ids, 100),
+        "temperature": 2.0,
+        "frequency_penalty": 2.0,
+        "seed": 1,
+        "n": 8,
+        "max_tokens": 100,
+        "stop": [f"stop {i}" for i in range(14)],
+    }
+    others = chat(live, **fields)["choices"]
+    assert {choice["finish_reason"] for choice in others} == {"length"}
+    assert any("\nZ:" in choice["message"]["content"] for choice in others)
+    named = chat(live, [{**HI[0], "name": "Z"}], **fields)["choices"]
+    assert any(choice["finish_reason"] == "stop" for choice in named)
+    assert not any("\nZ:" in choice["message"]["content"] for choice in named)
 
 
 # Templates

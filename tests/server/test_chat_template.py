@@ -14,7 +14,7 @@ from tokenizers import models
 from engine.chat_template import MAX_BYTES, read_chat_template
 from engine.errors import CheckpointError
 from engine.tokenizer import END_OF_TEXT, Tokenizer
-from server.chat import TemplateError, prompt_ids, render
+from server.chat import TemplateError, plain_stops, prompt_ids, render
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -99,3 +99,18 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=path.name):
             read_chat_template(tmp_path, (path.name,))
+
+
+def test_the_plain_template_knows_where_users_would_speak() -> None:
+    messages = [
+        {"role": "user", "content": "a", "name": "Ann"},
+        {"role": "assistant", "content": "b", "name": "Bot"},
+        {"role": "user", "content": "c", "name": "Bob"},
+        {"role": "user", "content": "d", "name": "Ann"},
+    ]
+    assert plain_stops(messages, 16) == ("\nAnn:", "\nBob:", "\nUser:")
+    for stop in plain_stops(messages, 16)[:-1]:
+        assert stop in "\n" + render(None, messages)
+    assert plain_stops([{"role": "user", "content": "x"}], 16) == ("\nUser:",)
+    assert plain_stops(messages, 2) == ("\nAnn:", "\nUser:")
+    assert plain_stops(messages, 1) == ("\nUser:",)

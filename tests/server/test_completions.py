@@ -180,6 +180,18 @@ def test_offsets_lead_to_the_tokens(live: Live) -> None:
         assert choice["text"][at:].lstrip("\ufffd").startswith(token)
 
 
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_offsets_count_characters(live: Live, as_ids: bool) -> None:
+    """Each token of these prompts is a byte: several lead to one character."""
+    prompt = "né 東🙂!"
+    (ids,) = [live.http.post("/tokenize", json={"prompt": prompt}).json()["tokens"]]
+    given = ids if as_ids else prompt
+    (choice,) = complete(live, given, max_tokens=2, logprobs=0, echo=True)["choices"]
+    offsets = choice["logprobs"]["text_offset"][:-2]
+    assert [choice["text"][at] for at in offsets] == list("néé 東東東🙂🙂🙂🙂!")
+    assert choice["logprobs"]["text_offset"][-2] == len(prompt)
+
+
 def test_echo_puts_the_prompt_first(live: Live) -> None:
     plain = complete(live, max_tokens=5)["choices"][0]["text"]
     (choice,) = complete(live, max_tokens=5, echo=True)["choices"]
@@ -348,5 +360,20 @@ def test_a_full_queue_ends_what_had_been_accepted(serve: Serve) -> None:
 def test_answers_with_too_many_logprobs_are_refused(live: Live) -> None:
     body = {"prompt": ["x" * 2000] * 8, "logprobs": 20, "echo": True, "max_tokens": 1}
     response = live.http.post(PATH, json=body)
+    assert response.status_code == 400
+    assert "logprobs must be for at most" in response.json()["error"]["message"]
+
+
+def test_a_stream_s_output_does_not_count_against_that_limit(live: Live) -> None:
+    """It goes out token by token; what it echoes comes at once and counts."""
+    body: dict[str, Any] = {"prompt": "a", "n": 8, "logprobs": 20, "max_tokens": 1000}
+    assert live.http.post(PATH, json=body).status_code == 400
+    with live.http.stream("POST", PATH, json={**body, "stream": True}) as response:
+        assert response.status_code == 200
+        next(response.iter_raw())
+    live.wait_until_idle()
+    long = {"prompt": ["x" * 2000] * 8, "n": 1, "max_tokens": 1}
+    echoed = {**body, **long, "echo": True, "stream": True}
+    response = live.http.post(PATH, json=echoed)
     assert response.status_code == 400
     assert "logprobs must be for at most" in response.json()["error"]["message"]

@@ -186,6 +186,7 @@ def test_too_many_restarts_are_the_end(serve: Serve, monkeypatch: pytest.MonkeyP
         assert int(refused.headers["retry-after"]) >= 1
         metrics = live.metrics()
         assert metrics["ambidex_ready"] == 0
+        assert metrics["ambidex_live"] == 0
         assert metrics["ambidex_engine_restarts_total"] == 2
         assert metrics['ambidex_rejections_total{reason="stopped"}'] >= 1
 

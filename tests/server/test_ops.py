@@ -92,6 +92,44 @@ def test_metrics_equal_what_the_responses_reported(serve: Serve) -> None:
     assert total("neurons_activated") == 8 * total("experts_activated")
     assert total("neurons_available") == 8 * total("experts_available")
     assert metrics["ambidex_ready"] == 1
+    assert metrics["ambidex_live"] == 1
+    assert metrics["process_resident_memory_bytes"] > 0
+
+
+def test_decoding_by_experts_and_batch(serve: Serve) -> None:
+    """Steps of one token each, by what they ran: alone, together alike, and mixed."""
+    together = [("dense", 30), ("dense", 30), ("dense", 30)], [("dense", 30), ("top_k:2", 30)]
+    with serve(step_seconds=0.02, sample_every=0) as live, ThreadPoolExecutor(3) as pool:
+        for requests in ([("top_k:2", 5)], [("dense", 4)], *together):
+
+            def ask(request: tuple[str, int]) -> Any:
+                return live.generate("xx", max_new_tokens=request[1], experts=request[0])
+
+            list(pool.map(ask, requests))
+        live.wait_until_idle()
+        metrics = live.metrics()
+
+    def value(name: str, experts: str, batch: int) -> float:
+        return metrics[f'ambidex_{name}{{batch="{batch}",experts="{experts}"}}']
+
+    assert value("decode_step_seconds_count", "sparse", 1) >= 4  # the first token is the prompt's
+    assert value("decode_step_seconds_count", "dense", 4) >= 20  # three requests
+    assert value("decode_step_seconds_count", "mixed", 2) >= 20
+    assert 0 < value("decode_step_seconds_sum", "sparse", 1) < 5
+    steps = value("decode_step_seconds_count", "sparse", 1)
+    assert value("decode_experts_loadable_total", "sparse", 1) == steps * 2 * 8
+    assert value("decode_experts_loaded_total", "sparse", 1) == steps * 2 * 2
+    for batch in (1, 4):
+        every = value("decode_experts_loadable_total", "dense", batch)
+        assert value("decode_experts_loaded_total", "dense", batch) == every
+    counts = [v for k, v in metrics.items() if k.startswith("ambidex_decode_step_seconds_count")]
+    assert sum(counts) < metrics["ambidex_steps_total"]  # prompts are no decoding
+
+
+def test_sampled_steps_do_not_count_as_decoding(serve: Serve) -> None:
+    with serve(sample_every=1) as live:
+        live.generate(max_new_tokens=5, experts="top_k:2")
+        assert not [name for name in live.metrics() if "ambidex_decode_" in name]
 
 
 def test_prefix_cache_metrics(serve: Serve) -> None:

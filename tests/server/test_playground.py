@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from engine import checkpoint as checkpoints
 from server.routes.playground import DIRECTORY, PATHS
 from tests.server.browser import CONTROL, EXECUTABLE, Browser
 
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
 FILES = PATHS - {"/playground/"}  # which redirects
 KEY = "alice-0123456789abcdef"
+ADMIN = "admin-0123456789abcdef"
 SECONDS_A_STEP = 0.006
 READY = "!document.querySelector('#generate').disabled"
 TOKENS = "document.querySelectorAll('.token').length"
@@ -238,6 +242,7 @@ def test_compare_shows_both_and_their_speeds_readable_everywhere(page: Browser) 
     assert "the speed of dense, with 50% of its experts." in verdict
     for dark in (False, True):
         page.look(1280, 900, dark=dark)
+        page.wait_for("document.getAnimations().length === 0")  # buttons fade into their colours
         ground = page.run("getComputedStyle(document.body).backgroundColor")
         assert (ground == "rgb(17, 18, 22)") == dark
         for selector in (".token", ".given", ".hint", "button:enabled", "dt", "dd", "#model", "td"):
@@ -353,3 +358,26 @@ def test_a_broken_rule_would_be_seen(browser: Browser, slow: Live) -> None:
     browser.run("fetch('http://127.0.0.1:1/').catch(() => 0)")
     assert len(browser.problems) >= 2
     assert all("Content Security Policy" in problem for problem in browser.problems)
+
+
+@needs_browser
+def test_the_page_follows_a_reload(
+    browser: Browser, serve: Serve, checkpoint_dir: Path, tmp_path: Path
+) -> None:
+    """Before it generates it asks what is served by now."""
+    shutil.copytree(checkpoint_dir, tmp_path / "first")
+    with serve(
+        model=tmp_path / "first", watch=tmp_path, watch_interval=3600, admin_key=ADMIN
+    ) as live:
+        browser.open(f"{live.url}/playground")
+        browser.wait_for(READY)
+        assert texts(browser, "#model")[0].startswith("first")
+        loaded = checkpoints.load(checkpoint_dir)
+        checkpoints.save(tmp_path / "second", loaded.model, loaded.tokenizer, {"steps": 1})
+        headers = {"Authorization": f"Bearer {ADMIN}"}
+        assert live.http.post("/admin/reload", headers=headers).json()["result"] == "success"
+        fill(browser, prompt="hello", max_new_tokens=3)
+        browser.click("#generate")
+        finish(browser)
+        assert texts(browser, "#model")[0].startswith("second")
+        assert number(browser, "tokens") == ["3"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -19,9 +20,12 @@ import pytest
 import torch
 
 from engine import checkpoint as checkpoints
+from engine import structured
 from engine.errors import InvalidRequest
+from engine.worker import Worker
 from server import memory
-from server.reload import Candidate, candidates, first_engine, inside
+from server.fleet import Fleet
+from server.reload import Candidate, Reloader, candidates, first_engine, inside, unreadable
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -392,6 +396,45 @@ def test_candidates_and_paths(models: list[Path], tmp_path: Path) -> None:
             inside(tmp_path, path)
 
 
+def test_what_may_not_be_read_is_said_once(
+    models: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As on a volume that belongs to another user; root may read anything, hence the patches."""
+    theirs = publish(models[1], tmp_path, "theirs")
+    (tmp_path / "lost+found").mkdir()
+    assert unreadable(tmp_path) is None
+    assert unreadable(theirs) is None
+    assert unreadable(tmp_path / "not there yet") is None
+    real = Path.stat
+
+    def refusing(path: Path, **options: Any) -> os.stat_result:
+        if path.parent.name in ("theirs", "lost+found"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refusing)
+    settings = Settings(model=models[0], watch=tmp_path, kv_cache_bytes=1 << 20)
+    engine = first_engine(settings)
+    assert engine.checkpoint.path == models[0]
+    reloader = Reloader(Fleet(Worker(engine), settings), settings)
+    assert reloader._newer() == []
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert said.startswith("AMBIDEX_WATCH: user ")
+    assert said.endswith(f"cannot read {theirs / 'manifest.json'}: Permission denied")
+
+    def closed(path: Path) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    assert f"cannot read {tmp_path}:" in (unreadable(tmp_path) or "")
+    assert reloader._newer() == reloader._newer() == []
+    assert len(caplog.records) == 2
+
+
 def test_memory_that_is_left(tmp_path: Path) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 10 kB\nMemAvailable:    7 kB\n")
@@ -403,3 +446,40 @@ def test_memory_that_is_left(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("max\n")
     assert memory._of_group(tmp_path) is None
     assert (memory.available_bytes("cpu") or 1) > 0
+
+
+def test_who_never_gives_a_lease_back_does_not_keep_the_old_weights(
+    serve: Serve, models: list[Path], tmp_path: Path
+) -> None:
+    publish(models[0], tmp_path, "first")
+    settings = {"watch": tmp_path, "watch_interval": 3600, "admin_key": ADMIN}
+    with serve(model=models[0], retire_timeout=0.3, **settings) as live:
+        fleet = live.frontend.fleet
+        with fleet.lease() as old:
+            publish(models[1], tmp_path, "second")
+            assert reload(live).json()["result"] == "success"
+            wait(lambda: not fleet.retiring, 10)
+            assert not old.running
+        assert live.generate(max_new_tokens=3)
+
+
+def test_the_vocabulary_is_read_before_a_request_needs_it(
+    serve: Serve, models: list[Path], tmp_path: Path
+) -> None:
+    """At the start and with a reload; the same tokenizer's is not read again."""
+    read = structured._vocabulary
+    read.cache_clear()
+    first_engine(Settings(model=models[0], kv_cache_bytes=8 << 20))
+    assert read.cache_info().misses == 1
+    read.cache_clear()
+    publish(models[0], tmp_path, "first")
+    settings = {"watch": tmp_path, "watch_interval": 3600, "admin_key": ADMIN}
+    with serve(model=models[0], **settings) as live:
+        assert read.cache_info().misses == 0
+        for number in (1, 2):
+            publish(models[number], tmp_path, f"model-{number}")
+            assert reload(live).json()["result"] == "success"
+            assert read.cache_info().misses == 1
+        grammar = {"type": "regex", "value": "[0-9]"}
+        assert live.generate(grammar=grammar)["generated_text"].isdigit()
+        assert read.cache_info().misses == 1

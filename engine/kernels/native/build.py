@@ -41,12 +41,21 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get("AMBIDEX_NATIVE") == "0":
         return None
     try:
-        return ctypes.CDLL(str(_built()))
+        built = _built()
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning(
             "the CPU kernels could not be compiled, so torch's slower operators serve: %s; "
             "a C compiler (gcc) is all they need",
             _reason(error),
+        )
+        return None
+    try:
+        return ctypes.CDLL(str(built))
+    except OSError as error:
+        logger.warning(
+            "the compiled CPU kernels could not be loaded, so torch's slower operators serve: %s; "
+            "AMBIDEX_CACHE must name a directory whose file system is not mounted noexec",
+            error,
         )
         return None
 
@@ -118,9 +127,18 @@ def _cache_directory() -> Path:
         if found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             with tempfile.TemporaryFile(dir=path):
                 return path
-    except (OSError, RuntimeError):  # the latter from Path.home() of a user without one
-        pass
-    return _private_directory()
+        problem = f"{path} belongs to another user, or others may write to it"
+    except (OSError, RuntimeError) as error:  # the latter from Path.home() of a user without one
+        problem = str(error)
+    private = _private_directory()
+    logger.warning(
+        "the compiled CPU kernels are kept in %s and compiled again by the next process: %s; "
+        "AMBIDEX_CACHE must name a directory that user %d owns and can write to",
+        private,
+        problem,
+        os.getuid(),
+    )
+    return private
 
 
 def _wanted_directory() -> Path:

@@ -102,6 +102,7 @@ def test_what_is_no_library_is_not_fatal(
     stand_in(tmp_path, monkeypatch, 'echo text > "$out"')
     assert build.library() is None
     assert len(caplog.records) == 1
+    assert "could not be loaded" in caplog.text
 
 
 def test_it_is_compiled_once_for_each_compiler(
@@ -128,7 +129,11 @@ def test_the_compiler_may_have_arguments(
 
 @pytest.mark.parametrize("permission", OTHERS_MAY_WRITE)
 def test_a_cache_that_others_may_write_to_is_not_used(
-    permission: int, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    permission: int,
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     stand_in(tmp_path, monkeypatch, 'echo library > "$out"')
     own = tmp_path / "own"
@@ -138,6 +143,24 @@ def test_a_cache_that_others_may_write_to_is_not_used(
     cache.chmod(0o700 | permission)
     assert build._built().parent == own
     assert list(cache.iterdir()) == []
+    assert f"{cache} belongs to another user, or others may write to it" in caplog.text
+
+
+def test_a_cache_that_cannot_be_made_is_reported_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a volume that another user owns; root may write anywhere, hence a file in the way."""
+    stand_in(tmp_path, monkeypatch, 'echo library > "$out"')
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("AMBIDEX_CACHE", str(tmp_path / "file" / "cache"))
+    own = tmp_path / "own"
+    own.mkdir()
+    monkeypatch.setattr(build, "_private_directory", lambda: own)
+    assert build._built().parent == own
+    (record,) = caplog.records
+    assert f"kept in {own} and compiled again by the next process" in record.getMessage()
+    assert str(tmp_path / "file") in record.getMessage()
+    assert "AMBIDEX_CACHE" in record.getMessage()
 
 
 def test_a_user_without_a_home_gets_a_private_directory(

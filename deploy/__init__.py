@@ -1,0 +1,1 @@
+"""Everything that runs the server somewhere: on one host, on Kubernetes, on many machines."""
