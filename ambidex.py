@@ -331,7 +331,7 @@ def import_model(
     quality is measured by share of the experts, and a policy recommended: what auto means.
     """
     from training.importing import pipeline
-    from training.importing.plan import ImportOptions, parse_loss
+    from training.importing.options import ImportOptions, parse_loss
     from training.importing.speed import estimate_seconds
     from training.page import duration
     from training.progress import ImportProgress

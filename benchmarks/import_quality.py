@@ -27,7 +27,7 @@ from engine.tokenizer import Tokenizer
 from training.corpus import Part, Survey, find_sources
 from training.importing import pipeline
 from training.importing.calibration import VALID_SHARE, sample_tokens
-from training.importing.plan import ImportOptions
+from training.importing.options import ImportOptions
 from training.vocabulary import train_tokenizer
 
 VOCABULARY: Final = 4096

@@ -32,7 +32,7 @@ from engine.tokenizer import Tokenizer
 from training.config import ModelShape, OptimizerConfig, SwitchConfig, TrainConfig
 from training.errors import DataError
 from training.evaluation import Batches, evaluate
-from training.importing.plan import choose_experts
+from training.importing.options import choose_experts
 from training.importing.reader import Source
 from training.importing.source import fingerprint, open_source, read_tokenizer
 from training.shards import tokenizer_sha256

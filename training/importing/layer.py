@@ -23,7 +23,7 @@ from training.conversion import (
     token_mass,
 )
 from training.expert_use import ExpertUse
-from training.importing.plan import ImportOptions
+from training.importing.options import ImportOptions
 from training.study import LayerStudy, study_layer
 
 _JUDGED_SHARE: Final = 8  # routers are compared, and layers studied, at an eighth of the experts

@@ -31,7 +31,8 @@ from training.errors import TrainingError, writing
 from training.importing import source as sources
 from training.importing.calibration import MOST_LENGTH, CalibrationText, read_calibration
 from training.importing.layer import LayerResult, build_layer_experts, fit_layer_router, studied
-from training.importing.plan import ImportOptions, Plan, Stream
+from training.importing.options import ImportOptions
+from training.importing.plan import Plan, Stream
 from training.importing.quality import Quality, measure_quality
 from training.importing.report import import_card, import_page, import_report
 from training.importing.source import ModelSource, dtype_of

@@ -14,7 +14,7 @@ from engine.model import Decoder
 from training.config import TrainConfig
 from training.data import train_tokenizer
 from training.importing import pipeline
-from training.importing.plan import ImportOptions
+from training.importing.options import ImportOptions
 from training.importing.quality import Quality
 
 Run = Callable[..., Quality]

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 import torch
 from training.importing import pipeline
-from training.importing.plan import ImportOptions
+from training.importing.options import ImportOptions
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])

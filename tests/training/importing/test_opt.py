@@ -16,7 +16,7 @@ from engine.engine import Engine
 from engine.errors import CheckpointError
 from engine.request import ExpertPolicy, SamplingParams
 from training.importing import pipeline
-from training.importing.plan import ImportOptions
+from training.importing.options import ImportOptions
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -18,7 +18,7 @@ from engine.request import ExpertPolicy
 from training.errors import DataError, StorageError, TrainingError
 from training.evaluation import evaluate
 from training.importing import pipeline, workspace
-from training.importing.plan import ImportOptions
+from training.importing.options import ImportOptions
 
 if TYPE_CHECKING:
     from conftest import Run

@@ -8,7 +8,8 @@ import pytest
 
 from engine.config import ExpertConfig, ModelConfig
 from engine.errors import ConfigError
-from training.importing.plan import ImportOptions, Plan, choose_experts, parse_loss, streams
+from training.importing.options import ImportOptions, choose_experts, parse_loss
+from training.importing.plan import Plan, streams
 
 
 def config(**changes: object) -> ModelConfig:
