@@ -15,7 +15,7 @@ CLIENTS := .venv-clients
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-clients fuzz test-gpu check format bench bench-engine bench-vllm dashboard chart bench-ssd soak bench-http job-check prometheus-rule train-starter image image-check clean
+.PHONY: help install serve test test-clients fuzz test-gpu check format bench bench-engine bench-vllm dashboard chart bench-ssd bench-import bench-import-quality bench-relufy soak bench-http job-check prometheus-rule train-starter image image-check clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -90,6 +90,17 @@ chart: install  ## Draw docs/images/decode.png from the records in RESULTS
 
 bench-ssd: install  ## Train gpt-5m dense, SSD and static on DATA and compare (an hour on 2 cores)
 	$(BIN)/python -m benchmarks.ssd_vs_dense $(addprefix --data ,$(DATA)) $(addprefix --valid ,$(VALID))
+
+bench-import: install  ## Import a random OPT-1.3B: seconds and peak memory (about 5 minutes on 2 cores)
+	$(BIN)/python -m benchmarks.import_speed --json $(RESULTS)/cpu-import-opt-1.3b.json
+
+bench-import-quality: install  ## Train a small OPT on DATA, import it, and measure what its experts keep (15 minutes)
+	$(BIN)/python -m benchmarks.import_quality $(addprefix --data ,$(DATA)) $(addprefix --valid ,$(VALID)) \
+		--json $(RESULTS)/cpu-import-quality.json
+
+bench-relufy: install  ## Train a small GELU model on DATA, make a ReLU one of it, and measure both (10 minutes)
+	$(BIN)/python -m benchmarks.relufy $(addprefix --data ,$(DATA)) $(addprefix --valid ,$(VALID)) \
+		--json $(RESULTS)/cpu-relufy.json
 
 soak: install  ## A server at twice its capacity with bad clients for MINUTES: what does it lose or leak?
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --json $(RESULTS)/cpu-soak.json

@@ -1,4 +1,4 @@
-"""The command `ambidex`: train, prepare, export, report, serve, generate, eval, inspect, bench.
+"""The command `ambidex`: from training and importing models to serving and inspecting them.
 
 Thin: each subcommand parses its options and calls the package that does the work, which is imported
 only then, so `--help` answers at once.
@@ -114,6 +114,21 @@ def train(
             "--set", help="Change one setting, such as optimizer.schedule=wsd. Repeatable."
         ),
     ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Go on from this checkpoint, imported or trained, instead of new weights; "
+            "--preset then gives the schedule alone.",
+        ),
+    ] = None,
+    relufy: Annotated[
+        bool,
+        typer.Option(
+            "--relufy",
+            help="--from is a Hugging Face directory of a GELU or SiLU model: train it with ReLU.",
+        ),
+    ] = False,
     data: Annotated[
         list[Path] | None,
         typer.Option(
@@ -163,7 +178,19 @@ def train(
     from training.trainer import Trainer
 
     require(preset is None or config_file is None, "give --preset or --config, not both")
-    base = preset_named(preset or "starter") if config_file is None else read_config(config_file)
+    require(start is not None or not relufy, "--relufy needs --from DIR, the model to change")
+    model = None
+    if start is None:
+        named = preset_named(preset or "starter")
+        base = named if config_file is None else read_config(config_file)
+    else:
+        from training.start import read_start
+
+        model = read_start(start, relufy=relufy)
+        base = model.base()
+        if preset is not None or config_file is not None:
+            named = preset_named(preset or "starter")
+            base = model.fitted(named if config_file is None else read_config(config_file))
     shortcuts = [f"{k}={v}" for k, v in (("steps", steps), ("seed", seed)) if v is not None]
     config = with_settings(base, [*(settings or []), *shortcuts])
     command = shlex.join(["ambidex", *sys.argv[1:]])
@@ -185,6 +212,7 @@ def train(
                 valid_paths=valid or [],
                 tensorboard=tensorboard,
                 team=team,
+                start=model,
             ).train(stop)
         if team.is_main:
             if publish_to is not None:
@@ -248,6 +276,103 @@ def prepare(
         f"{out}: {index.train_tokens:,} tokens to train on in {len(index.train)} shards, "
         f"{index.valid_tokens:,} held out, vocabulary of {index.vocab_size:,}"
     )
+
+
+@app.command(name="import")
+def import_model(
+    source: Annotated[Path, typer.Argument(help="Directory of the model: safetensors and JSON.")],
+    out: Annotated[Path, typer.Option(help="The new checkpoint directory to write.")],
+    calibrate: Annotated[
+        list[Path],
+        typer.Option(
+            help="Files or folders of text, as for train, of the kind that the model is meant for. "
+            "Repeatable."
+        ),
+    ],
+    valid: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--valid",
+            help="Text to measure quality on, instead of a fifth of --calibrate. Repeatable.",
+        ),
+    ] = None,
+    experts: Annotated[
+        int, typer.Option(help="Experts of each layer; 0: chosen from the number of neurons.")
+    ] = 0,
+    expert_size: Annotated[
+        int, typer.Option(help="Or the neurons of each expert; 0: follows from their number.")
+    ] = 0,
+    cluster: Annotated[
+        str, typer.Option(help="What makes neurons alike: their weights, or their coactivation.")
+    ] = "weights",
+    router: Annotated[
+        str,
+        typer.Option(
+            help="fitted to the true activation mass, where that helps, or centroid of the "
+            "experts' weights."
+        ),
+    ] = "fitted",
+    max_loss: Annotated[
+        str,
+        typer.Option(help="Perplexity that the recommended policy may lose, such as 1% or 0.01."),
+    ] = "1%",
+    calibration_tokens: Annotated[
+        int, typer.Option(help="Tokens to calibrate on at most; 0: by the model's size.")
+    ] = 0,
+    quality_tokens: Annotated[
+        int, typer.Option(help="Held-out tokens to measure quality on; 0: by the model's size.")
+    ] = 0,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Of the weights written: float32, bfloat16, or auto: the source's, but bfloat16 "
+            "for float16."
+        ),
+    ] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the sample of text and the clustering.")] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and what it needs, write nothing.")
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Discard a half-done import of this name.")
+    ] = False,
+) -> None:
+    """Turn a ReLU model of Hugging Face's format into a checkpoint with experts.
+
+    The dense function stays what it was. Neurons are grouped into experts layer by layer, so that
+    little more than one layer is in memory; a killed import goes on with the same command. Then
+    quality is measured by share of the experts, and a policy recommended: what auto means.
+    """
+    from training.importing import pipeline
+    from training.importing.options import ImportOptions, parse_loss
+    from training.importing.speed import estimate_seconds
+    from training.page import duration
+    from training.progress import ImportProgress
+
+    options = ImportOptions(
+        num_experts=experts,
+        expert_size=expert_size,
+        cluster=cluster,
+        router=router,
+        calibration_tokens=calibration_tokens,
+        quality_tokens=quality_tokens,
+        dtype=dtype,
+        max_loss=parse_loss(max_loss),
+        seed=seed,
+    )
+    prepared = pipeline.prepare(source, out, calibrate, valid or [], options)
+    table = Table(show_header=False, title=escape(str(source)), title_justify="left")
+    for name, value in prepared.describe():
+        table.add_row(name, escape(value))
+    table.add_row("time", f"about {duration(estimate_seconds(prepared.plan))} here")
+    err.print(table)
+    if dry_run:
+        return
+    command = shlex.join(["ambidex", *sys.argv[1:]])
+    with ImportProgress(prepared.work, err) as progress:
+        pipeline.run(prepared, out, progress, command, fresh=fresh)
+    _print_quality(out)
+    typer.echo(f"checkpoint: {out}")
 
 
 @app.command()

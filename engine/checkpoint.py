@@ -262,7 +262,7 @@ def load(path: Path | str, device: str = "cpu", dtype: str = "auto") -> Checkpoi
         config = ModelConfig.from_dict(read_json(path / "config.json"))
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    tokenizer = Tokenizer.from_file(path / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(path / "tokenizer.json", config.eos_token_id)
     _check_tokenizer(path / "tokenizer.json", tokenizer, config)
     weights = [e["sha256"] for name, e in sorted(entries.items()) if name.endswith("safetensors")]
     loaded = Checkpoint(
@@ -303,15 +303,10 @@ def check_device(device: str) -> None:
 
 
 def _check_tokenizer(path: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
-    """Raise CheckpointError unless model and tokenizer agree on tokens and their end."""
+    """Raise CheckpointError unless the model has an embedding for every token."""
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{path}: has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}"
-        )
-    if tokenizer.eos_id != config.eos_token_id:
-        raise CheckpointError(
-            f"{path}: ends text with token {tokenizer.eos_id}, config.json with "
-            f"{config.eos_token_id}"
         )
 
 

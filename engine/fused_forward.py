@@ -33,7 +33,6 @@ def fused_forward(
     policy: PolicyBatch,
     trace: Trace | None = None,
     rows: Tensor | None = None,
-    *,
     positions_T: Tensor | None = None,
 ) -> Tensor:
     """Logits [T, V] in float32, or [len(rows), V] of the given rows of the batch alone.

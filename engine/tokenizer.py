@@ -36,12 +36,23 @@ _BYTES: Final = _byte_alphabet()
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer whose only special token is the end of text."""
+    """A Hugging Face tokenizer, and which of its tokens ends a text.
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        eos_id = backend.token_to_id(END_OF_TEXT)
+    Args:
+        backend: the library's object.
+        eos_id: the token that ends a text; None: the one that is spelled END_OF_TEXT.
+
+    Raises:
+        CheckpointError: there is no such token.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, eos_id: int | None = None) -> None:
         if eos_id is None:
-            raise CheckpointError(f"tokenizer.json: has no {END_OF_TEXT} token")
+            eos_id = backend.token_to_id(END_OF_TEXT)
+            if eos_id is None:
+                raise CheckpointError(f"tokenizer.json: has no {END_OF_TEXT} token")
+        elif backend.id_to_token(eos_id) is None:
+            raise CheckpointError(f"tokenizer.json: has no token {eos_id}, which is to end a text")
         self.backend = backend
         self.eos_id: int = eos_id
         # At most one for each token of the vocabulary.
@@ -51,15 +62,15 @@ class Tokenizer:
         backend.encode_special_tokens = True
 
     @classmethod
-    def from_file(cls, path: Path) -> Tokenizer:
-        """Read a `tokenizer.json`.
+    def from_file(cls, path: Path, eos_id: int | None = None) -> Tokenizer:
+        """Read a `tokenizer.json`; `eos_id` as above.
 
         Raises:
             CheckpointError: if the file is missing or not a tokenizer.
         """
         try:
             source = path.read_text(encoding="utf-8")
-            found = cls(tokenizers.Tokenizer.from_str(source))
+            found = cls(tokenizers.Tokenizer.from_str(source), eos_id)
         except CheckpointError:
             raise
         except Exception as error:  # the library raises bare Exception

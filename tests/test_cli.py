@@ -58,7 +58,7 @@ def flat(text: str) -> str:
     "command",
     [
         *([], ["train"], ["prepare"], ["report"], ["serve"], ["generate"], ["eval"], ["inspect"]),
-        ["export"],
+        *(["import"], ["export"]),
         *(["bench"], *(["bench", c] for c in ("ffn", "train", "decode", "prefill", "serve"))),
     ],
     ids=lambda command: " ".join(command) or "ambidex",
@@ -239,6 +239,35 @@ def test_training_is_configured_by_a_file_and_by_settings(tmp_path: Path, ambide
     assert "holds a run with another configuration" in flat(ambidex(*command).stderr)
 
 
+def test_a_model_is_imported_and_trained_on(tmp_path: Path, ambidex: Command) -> None:
+    text, out = written(tmp_path / "a.txt"), tmp_path / "out"
+    tokens = ["--calibration-tokens", "1024", "--quality-tokens", "512"]
+    command = ["import", STARTER, "--out", str(out), "--calibrate", str(text), *tokens]
+    command += ["--experts", "32", "--max-loss", "5%"]
+    planned = ambidex(*command, "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    told = flat(planned.stderr)
+    for part in ("32 of 32 neurons (as asked for)", "memory about", "time about", "family ambidex"):
+        assert part in told
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    result = ambidex(*command)
+    assert result.returncode == 0, result.stderr
+    assert "of 32" in result.stdout
+    assert f"checkpoint: {out}" in result.stdout.replace("\n", "")
+    assert "layer 4/4: " in flat(result.stderr)
+    report = json.loads((out / "training_report.json").read_text())
+    assert report["command"] == shlex.join(["ambidex", *command])
+    assert report["imported"]["settings"]["max_loss"] == 0.05
+    assert "32 of 32 neurons" in flat(ambidex("inspect", "--model", str(out)).stdout)
+    small = ["--set", "batch_size=1", "--set", "sequence_length=32", "--set", "evaluate_tokens=64"]
+    again = ["train", "--from", str(out), "--steps", "2", "--data", str(text), *small]
+    result = ambidex(*again, "--out", str(tmp_path / "run"))
+    assert result.returncode == 0, result.stderr
+    assert "going on from out: held-out perplexity" in flat(result.stdout)
+
+
+STARTER = str(Path(command_line.__file__).parent / "engine" / "starter")
+IMPORT = ("--out", "{tmp}/o", "--calibrate", "{tmp}/f")
 REFUSED = [
     (
         ["train", "--preset", "smoke", "--config", "{tmp}/f", "--out", "{tmp}/r"],
@@ -306,6 +335,26 @@ REFUSED = [
     (["inspect", "--activations", "--top-k", "65"], "top_k must be between 1 and 64, got 65"),
     (["inspect", "--activations", "--data", "{tmp}/f"], "unknown kind of file"),
     (["inspect", "--activations", "--against", "{tmp}"], "manifest.json: missing"),
+    (["train", "--relufy", "--out", "{tmp}/r"], "--relufy needs --from DIR"),
+    (["train", "--from", "{tmp}/none", "--out", "{tmp}/r"], "none: no such directory"),
+    (["train", "--from", "{tmp}", "--out", "{tmp}/r"], "config.json: missing"),
+    (
+        ["train", "--relufy", "--from", "{tmp}", "--out", "{tmp}/r"],
+        "config.json: missing",
+    ),
+    (["import", "{tmp}/none", *IMPORT], "none: no such directory"),
+    (["import", "{tmp}", *IMPORT], "config.json: missing"),
+    (["import", STARTER, "--out", "{tmp}", "--calibrate", "{tmp}/f"], "is there already"),
+    (["import", STARTER, *IMPORT], "unknown kind of file"),
+    (["import", STARTER, *IMPORT, "--max-loss", "3"], "--max-loss must be a share between 0%"),
+    (["import", STARTER, *IMPORT, "--experts", "60"], "1024 neurons; near it are 16, 32, 64"),
+    (["import", STARTER, *IMPORT, "--expert-size", "3"], "--expert-size 3 must divide the model's"),
+    (["import", STARTER, *IMPORT, "--cluster", "x"], "--cluster must be one of weights, coactiv"),
+    (["import", STARTER, *IMPORT, "--router", "x"], "--router must be one of fitted, centroid"),
+    (
+        ["import", STARTER, *IMPORT, "--dtype", "int8"],
+        "--dtype must be one of auto, float32, bfloat16",
+    ),
     (["export", "{tmp}/none", "--out", "{tmp}/o"], "none: no such checkpoint directory"),
     (["export", "{tmp}", "--out", "{tmp}/o", "--to", "onnx"], "--to must be one of hf; got 'onnx'"),
     (["report", "{tmp}"], "holds no training run"),

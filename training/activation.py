@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.experts import ExpertLayout, Trace
+from engine.experts import ExpertFFN, ExpertLayout, Trace
+from engine.kernels.expert_ffn import activate_reference, gated_reference
 from engine.model import Decoder
 from engine.request import ExpertPolicy
 from training.sharding import whole
@@ -64,4 +65,20 @@ def observe(model: Decoder, probe_BL: Tensor) -> ActivationPattern:
     """The pattern of `model`, run dense, on the probe batch."""
     inputs = ffn_inputs(model, probe_BL)
     pairs = zip(inputs, model.ffns(), strict=True)
-    return ActivationPattern(tuple(x_TD @ whole(ffn.up).T > 0 for x_TD, ffn in pairs))
+    return ActivationPattern(tuple(hidden(ffn, x_TD) != 0 for x_TD, ffn in pairs))
+
+
+def hidden(ffn: ExpertFFN, x_TD: Tensor) -> Tensor:
+    """The activations of all neurons, [T, F], also where processes divide the weights."""
+    x_TD = x_TD.to(ffn.up.dtype)
+    up_TF = x_TD @ whole(ffn.up).T
+    if ffn.up_bias is not None:
+        up_TF = up_TF + whole(ffn.up_bias)
+    if ffn.gate is None:
+        return activate_reference(up_TF, ffn.activation, ffn.threshold)
+    return gated_reference(x_TD @ whole(ffn.gate).T, up_TF, ffn.activation, ffn.threshold)
+
+
+def deciding_rows(ffn: ExpertFFN) -> Tensor:
+    """The weights that decide whether a neuron fires, [F, D]: of its gate, if it has one."""
+    return whole(ffn.up if ffn.gate is None else ffn.gate)

@@ -9,12 +9,11 @@ Shapes: T probe tokens, D model, F neurons, R columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
 from torch import Tensor
-
-from engine.kernels.expert_ffn import activate_reference
 
 COLUMNS: Final = 512
 _CHUNK: Final = 4096  # tokens whose activations are in memory at once
@@ -23,8 +22,7 @@ _CHUNK: Final = 4096  # tokens whose activations are in memory at once
 @torch.no_grad()
 def coactivation_rows(
     x_TD: Tensor,
-    up_FD: Tensor,
-    activation: str,
+    hidden: Callable[[Tensor], Tensor],
     generator: torch.Generator,
     columns: int = COLUMNS,
 ) -> Tensor:
@@ -35,20 +33,21 @@ def coactivation_rows(
 
     Args:
         x_TD: the FFN's inputs on probe tokens; several thousand show who fires with whom.
-        up_FD: first weights of the FFN.
-        activation: as in ModelConfig.
+        hidden: inputs [T, D] to the activations [T, F] of all neurons.
         generator: on the CPU; draws the projection.
         columns: most columns of the result.
     """
-    tokens = x_TD.shape[0]
-    if tokens <= columns:
-        return _firing(x_TD, up_FD, activation)
-    rows_FR = torch.zeros(up_FD.shape[0], columns, device=up_FD.device)
+    if x_TD.shape[0] <= columns:
+        return _firing(hidden(x_TD))
+    rows_FR = None
     for chunk_CD in torch.split(x_TD, _CHUNK):
-        mix_CR = torch.randn(chunk_CD.shape[0], columns, generator=generator).to(up_FD.device)
-        rows_FR += _firing(chunk_CD, up_FD, activation) @ mix_CR
+        firing_FC = _firing(hidden(chunk_CD))
+        mix_CR = torch.randn(chunk_CD.shape[0], columns, generator=generator)
+        mixed_FR = firing_FC @ mix_CR.to(firing_FC.device)
+        rows_FR = mixed_FR if rows_FR is None else rows_FR + mixed_FR
+    assert rows_FR is not None
     return rows_FR
 
 
-def _firing(x_TD: Tensor, up_FD: Tensor, activation: str) -> Tensor:
-    return activate_reference(x_TD.to(up_FD.dtype) @ up_FD.T, activation).float().sqrt().T
+def _firing(hidden_TF: Tensor) -> Tensor:
+    return hidden_TF.float().abs().sqrt().T

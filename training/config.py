@@ -194,6 +194,8 @@ class TrainConfig:
         parallel: how several processes share the work: `ddp`, each with all weights, or `fsdp`,
             each with its part of them.
         dtype: of the saved weights.
+        start: of a run that goes on from a model (`training.start`), what identifies it; `model`
+            then says its sizes.
     """
 
     preset: str = "starter"
@@ -211,6 +213,7 @@ class TrainConfig:
     precision: str = "float32"
     parallel: str = "ddp"
     dtype: str = "bfloat16"
+    start: str = ""
     model: ModelShape = field(default_factory=ModelShape)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     switch: SwitchConfig = field(default_factory=SwitchConfig)
@@ -230,7 +233,8 @@ class TrainConfig:
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("parallel", self.parallel, PARALLEL)
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
-        self.model.model_config(self.sequence_length, 0, self.dtype)  # checks the rest of the shape
+        if not self.start:
+            self.model.model_config(self.sequence_length, 0, self.dtype)  # checks the whole shape
         for k in (*self.switch.top_k, *self.switch.mixed_top_k):
             check_range("switch.top_k and switch.mixed_top_k", k, 1, self.model.num_experts - 1)
 
@@ -245,5 +249,8 @@ class TrainConfig:
     @property
     def digest(self) -> str:
         """Identifies the configuration: a run resumes only under the same one."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        values = dataclasses.asdict(self)
+        if not self.start:  # as before there was such a field
+            del values["start"]
+        text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()

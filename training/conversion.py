@@ -1,7 +1,7 @@
 """Dense to experts: cluster the neurons, move them, fit the router.
 
-Moving neurons permutes the rows of `up` and `down` and of the optimiser's moments of both, so the
-dense function and the next optimiser step stay what they were.
+Moving neurons permutes all that is stored neuron by neuron, and the optimiser's moments of it, so
+the dense function and the next optimiser step stay what they were.
 
 Shapes: T tokens, D model, F neurons, E experts.
 """
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from engine.config import check_choice
 from engine.errors import require
-from engine.experts import ExpertFFN, ExpertLayout, centroid_router, true_mass
+from engine.experts import ExpertFFN, ExpertLayout, centroid_router
 from engine.model import Decoder
-from training.activation import ffn_inputs
+from training.activation import deciding_rows, ffn_inputs, hidden
 from training.clustering import Clustering, balanced_kmeans
 from training.coactivation import coactivation_rows
 from training.config import CLUSTERINGS
@@ -46,26 +46,24 @@ def permute_neurons(
 def refresh_router(ffn: ExpertFFN) -> None:
     """Recompute the centroids from the current rows of `up`, keeping the common norm."""
     norm = float(ffn.router.norm(dim=1).mean()) or 1.0
-    ffn.router.copy_(centroid_router(whole(ffn.up), ffn.num_experts, norm))
+    ffn.router.copy_(centroid_router(deciding_rows(ffn), ffn.num_experts, norm))
 
 
 def token_mass(ffn: ExpertFFN, x_TD: Tensor) -> Tensor:
     """True activation mass [T, E], float32, of many tokens; a chunk at a time."""
-    up_FD = whole(ffn.up)
     chunks = torch.split(x_TD, _CHUNK)
-    masses = [true_mass(x_CD, up_FD, ffn.num_experts, ffn.activation).float() for x_CD in chunks]
-    return torch.cat(masses)
+    return torch.cat([ffn.mass_of(hidden(ffn, x_CD)).float() for x_CD in chunks])
 
 
 @torch.no_grad()
-def calibrate_router(ffn: ExpertFFN, x_TD: Tensor) -> float:
+def calibrate_router(ffn: ExpertFFN, x_TD: Tensor, mass_TE: Tensor | None = None) -> float:
     """Set the router's common norm so that softmax(scores) predicts the shares of true mass.
 
     The norm leaves every ranking as it is; the one with the least cross-entropy to the true shares
-    on `x_TD` is chosen. Returns that cross-entropy in nats.
+    on `x_TD` is chosen. `mass_TE` is their true mass, if known. Returns that cross-entropy in nats.
     """
-    share_TE = true_shares(token_mass(ffn, x_TD))
-    unit_ED = centroid_router(whole(ffn.up), ffn.num_experts)
+    share_TE = true_shares(token_mass(ffn, x_TD) if mass_TE is None else mass_TE)
+    unit_ED = centroid_router(deciding_rows(ffn), ffn.num_experts)
     scores_TE = x_TD.float() @ unit_ED.T
     losses = torch.stack([share_loss(scores_TE * norm, share_TE) for norm in _NORMS.tolist()])
     best = int(losses.argmin())
@@ -74,10 +72,14 @@ def calibrate_router(ffn: ExpertFFN, x_TD: Tensor) -> float:
 
 
 @torch.no_grad()
-def learn_router(ffn: ExpertFFN, x_TD: Tensor) -> None:
-    """Calibrate the centroids on these FFN inputs, then fit the router's rows to the true mass."""
-    calibrate_router(ffn, x_TD)
-    ffn.router.copy_(fit_router(x_TD, token_mass(ffn, x_TD), ffn.router))
+def learn_router(ffn: ExpertFFN, x_TD: Tensor, mass_TE: Tensor | None = None) -> None:
+    """Calibrate the centroids on these FFN inputs, then fit the router's rows to the true mass.
+
+    `mass_TE` is the true mass of these tokens, if known.
+    """
+    mass_TE = token_mass(ffn, x_TD) if mass_TE is None else mass_TE
+    calibrate_router(ffn, x_TD, mass_TE)
+    ffn.router.copy_(fit_router(x_TD, mass_TE, ffn.router))
 
 
 @torch.no_grad()
@@ -94,7 +96,8 @@ def cluster_neurons(
     Args:
         ffn: whose neurons.
         generator: on the CPU; for the clustering's seeds and the projection of co-activations.
-        method: "weights" clusters the rows of `up`, "coactivation" the tokens that neurons fire on.
+        method: "weights" clusters the rows that decide what fires, "coactivation" the tokens that
+            neurons fire on.
         x_TD: the FFN's inputs on probe tokens; "coactivation" alone reads them, and needs them.
         warm_start: start from the present experts as well; the better of both results is kept.
 
@@ -102,11 +105,11 @@ def cluster_neurons(
         ConfigError: if `method` is unknown, or is "coactivation" without `x_TD`.
     """
     check_choice("method", method, CLUSTERINGS)
-    rows = whole(ffn.up.detach())
+    rows = deciding_rows(ffn).detach()
     if method == "coactivation":
         require(x_TD is not None, "method coactivation needs x_TD, the inputs on probe tokens")
         assert x_TD is not None
-        rows = coactivation_rows(x_TD, rows, ffn.activation, generator)
+        rows = coactivation_rows(x_TD, lambda x_CD: hidden(ffn, x_CD), generator)
     present = centroid_router(rows, ffn.num_experts) if warm_start else None
     return balanced_kmeans(rows, ffn.num_experts, generator, present)
 

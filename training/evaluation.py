@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
@@ -74,11 +74,19 @@ def top_k_of(share: Fraction, num_experts: int) -> int:
 
 @dataclass(frozen=True)
 class QualityCurve:
-    """Perplexity against the share of the experts, routed and by oracle, beside the dense mode."""
+    """Perplexity against the share of the experts, beside the dense mode.
+
+    Attributes:
+        dense: with all experts.
+        routed: by k, with the router's experts.
+        oracle: by k, with those of the most true mass: the ceiling.
+        random: by k, with experts drawn by chance: the floor; empty where it was not measured.
+    """
 
     dense: Evaluation
     routed: dict[int, Evaluation]
     oracle: dict[int, Evaluation]
+    random: dict[int, Evaluation] = field(default_factory=dict)
 
     def points(self, num_experts: int) -> tuple[QualityPoint, ...]:
         """The routed part as a checkpoint's config keeps it."""
@@ -100,10 +108,14 @@ class QualityCurve:
         return "dense"
 
     def to_dict(self) -> dict[str, Any]:
+        kinds = {"routed": self.routed, "oracle": self.oracle, "random": self.random}
         return {
             "dense": vars(self.dense),
-            "routed": {str(k): vars(result) for k, result in self.routed.items()},
-            "oracle": {str(k): vars(result) for k, result in self.oracle.items()},
+            **{
+                kind: {str(k): vars(result) for k, result in results.items()}
+                for kind, results in kinds.items()
+                if results
+            },
         }
 
 

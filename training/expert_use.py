@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.experts import Trace, true_mass
+from engine.experts import Trace
 from engine.model import Decoder
-from training.sharding import whole
+from training.activation import hidden
 
 
 @dataclass
@@ -42,7 +42,7 @@ class ExpertUse:
                 continue
             if real_T is not None:
                 x_TD, chosen_TE = x_TD[real_T], chosen_TE[real_T]
-            mass_TE = true_mass(x_TD, whole(ffn.up), ffn.num_experts, ffn.activation)
+            mass_TE = ffn.mass_of(hidden(ffn, x_TD))
             self.inside += float((mass_TE * chosen_TE).sum())
             self.total += float(mass_TE.sum())
 

@@ -54,11 +54,26 @@ Perplexity on {corpus["held_out_tokens"]:,} held-out tokens; dense mode: **{dens
 {chr(10).join(rows)}
 
 `auto` stands for `{experts.default_policy}` with this checkpoint.
-
+{_start(report)}
 Phases (dense from step 0):
 
 {chr(10).join(switches)}
 {_LICENCE if is_starter else ""}"""
+
+
+def _start(report: Mapping[str, Any]) -> str:
+    """What a run that went on from a model began with; empty for others."""
+    start, dense = report.get("start"), report["evaluation"]["dense"]["perplexity"]
+    if not start:
+        return ""
+    if "swapped" not in start:
+        return f"""
+Trained on from {start["source"]}: dense perplexity {start["before"]:.3f} before, {dense:.3f} after.
+"""
+    return f"""
+Made from {start["source"]} by putting ReLU in place of {start["activation"]}: dense perplexity
+{start["before"]:.3f} before, {start["swapped"]:.3f} right after, {dense:.3f} when trained.
+"""
 
 
 def _machine(report: Mapping[str, Any]) -> str:

@@ -202,12 +202,15 @@ def build_optimizer(model: Decoder, config: TrainConfig) -> ExpertAdamW:
     """AdamW that decays matrices and leaves norms alone, and knows which rows are experts'."""
     settings = config.optimizer
     decay = {"weight_decay": settings.weight_decay}
-    experts = [weight for ffn in model.ffns() for weight in (ffn.up, ffn.down)]
+    experts = [weight for ffn in model.ffns() for weight in ffn.per_neuron()]
     of_experts = set(experts)
     others = [p for p in model.parameters() if p not in of_experts]
+    count = {"num_experts": config.model.num_experts}
+    biases = [p for p in experts if p.dim() < 2]
     return ExpertAdamW(
         [
-            {"params": experts, "num_experts": config.model.num_experts, **decay},
+            {"params": [p for p in experts if p.dim() >= 2], **count, **decay},
+            *([{"params": biases, **count, "weight_decay": 0.0}] if biases else []),
             {"params": [p for p in others if p.dim() >= 2], **decay},
             {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
         ],

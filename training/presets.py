@@ -149,6 +149,7 @@ def read_config(path: Path) -> TrainConfig:
     require(len(content) <= _MOST_BYTES, f"{path}: larger than {_MOST_BYTES} bytes")
     name = values.pop("preset", "starter")
     require(isinstance(name, str), f"{path}: preset must be a string")
+    require("start" not in values, f"{path}: start cannot be set; give --from")
     return changed(preset(name), values, str(path))
 
 
@@ -164,6 +165,7 @@ def with_settings(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:
     for setting in settings:
         _merge(values, _parsed(setting))
     require("preset" not in values, "--set cannot change preset; give --preset")
+    require("start" not in values, "--set cannot change start; give --from")
     return changed(config, values, "--set")
 
 

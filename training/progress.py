@@ -102,3 +102,42 @@ class EvaluationProgress:
         if policy != self._policy and not self._console.is_terminal:
             self._console.print(policy, highlight=False)
         self._policy = policy
+
+
+class ImportProgress:
+    """How far an import is, on a terminal; elsewhere a line for each layer and message."""
+
+    def __init__(self, total_tokens: int, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description:>24}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+            speed_estimate_period=300,  # clustering makes no progress for a while in each layer
+        )
+        self._task = self._progress.add_task("", total=total_tokens)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def message(self, text: str) -> None:
+        """Something worth a line of its own."""
+        self._console.print(text, highlight=False, markup=False)
+
+    def advance(self, stage: str, tokens: int) -> None:
+        """`tokens` more have passed a layer, at `stage`."""
+        self._progress.update(self._task, advance=tokens, description=stage)

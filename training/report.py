@@ -8,17 +8,29 @@ from the run's files is escaped.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from engine.errors import require
 from training import report_charts as charts
 from training.errors import TrainingError
 from training.history import ProbeRecord, RunHistory, dig, number
-from training.svg import Chart, Series, format_number, format_percent, heat_map, line_chart
+from training.page import (
+    Tile,
+    duration,
+    facts,
+    flat,
+    grid,
+    items_of,
+    legend_item,
+    page,
+    plain,
+    section,
+    table,
+    tile_row,
+)
+from training.svg import format_number, format_percent, heat_map
 
 NAME: Final = "report.html"
 _FULL_LOAD: Final = 3.0  # times the uniform load at which a cell of the heat map is full
@@ -57,35 +69,16 @@ def render(history: RunHistory, dense: RunHistory | None = None) -> str:
     """The page as text."""
     name = history.run.resolve().name
     sections = [
-        _section("Loss", _grid([charts.loss(history, dense), charts.validation(history, dense)])),
-        _section("Sparsity", _sparsity(history)),
-        _section("Switching", _grid([charts.similarity(history)], _switches(history))),
-        _section("Experts", _experts(history)),
-        _section("Quality by share of the experts", _quality(history)),
-        _section("Cost", _cost(history, dense)),
-        _section("Optimisation and speed", _grid(charts.machine(history))),
-        _section("The run", _facts(history, dense)),
+        section("Loss", grid([charts.loss(history, dense), charts.validation(history, dense)])),
+        section("Sparsity", _sparsity(history)),
+        section("Switching", grid([charts.similarity(history)], _switches(history))),
+        section("Experts", _experts(history)),
+        section("Quality by share of the experts", _quality(history)),
+        section("Cost", _cost(history, dense)),
+        section("Optimisation and speed", grid(charts.machine(history))),
+        section("The run", _facts(history, dense)),
     ]
-    style = resources.files("training").joinpath("report.css").read_text(encoding="utf-8")
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(name)}: training report</title>
-<style>
-{style}</style>
-</head>
-<body>
-<header>
-<h1>{escape(name)}</h1>
-<p class="muted">{escape(_status(history))}</p>
-</header>
-{_tiles(history)}
-{chr(10).join(sections)}
-</body>
-</html>
-"""
+    return page(f"{name}: training report", name, _status(history), _tiles(history), sections)
 
 
 def _status(history: RunHistory) -> str:
@@ -95,51 +88,6 @@ def _status(history: RunHistory) -> str:
         return "Ambidex training report; nothing has been logged yet."
     last, phase = history.last_step, history.steps[-1].phase
     return f"Ambidex training report; not finished, {phase} at step {last:,}."
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section>\n<h2>{escape(title)}</h2>\n{content}\n</section>"
-
-
-def _grid(drawn: Iterable[Chart], *others: str) -> str:
-    """Charts side by side where the page is wide enough, and other boxes after them."""
-    boxes = [*(_figure(chart) for chart in drawn), *others]
-    return '<div class="grid">\n' + "\n".join(boxes) + "\n</div>"
-
-
-def _figure(chart: Chart) -> str:
-    """A chart with its caption and legend, or a sentence where there is nothing to draw."""
-    caption = f"<figcaption>{escape(chart.title)}</figcaption>"
-    if not chart.has_points:
-        return f'<figure>{caption}<p class="note">Nothing of this has been logged.</p></figure>'
-    note = f'<p class="note">{escape(chart.note)}</p>' if chart.note else ""
-    return f"<figure>{caption}\n{line_chart(chart)}\n{_legend(chart)}{note}</figure>"
-
-
-def _legend(chart: Chart) -> str:
-    drawn = [s for s in chart.series if any(y is not None for _, y in s.points)]
-    items = [_legend_item(s.name, s.colour, _line_class(s)) for s in drawn]
-    shaded = sorted({band.kind for band in chart.bands} & {"sparse", "mixed"})
-    items += [_legend_item(f"{kind} phase", f"var(--{kind}-band)", "area") for kind in shaded]
-    return f'<ul class="legend">{"".join(items)}</ul>'
-
-
-def _line_class(series: Series) -> str:
-    return " ".join(["dashed"] * series.dashed + ["faint"] * series.faint)
-
-
-def _legend_item(name: str, colour: str, kind: str) -> str:
-    return f'<li class="{kind}"><i style="--c:{escape(colour)}"></i>{escape(name)}</li>'
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "numbers") -> str:
-    """A table; every cell is escaped."""
-    body = "".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>\n" for row in rows)
-    heads = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    return (
-        f'<div class="table"><table class="{kind}"><thead><tr>{heads}</tr></thead>\n'
-        f"<tbody>{body}</tbody></table></div>"
-    )
 
 
 def _count(value: object) -> str:
@@ -155,27 +103,11 @@ def _relative(value: float | None, base: float | None) -> str:
     return f"{value / base - 1:+.2%}" if value is not None and base else ""
 
 
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 def _tiles(history: RunHistory) -> str:
     """The run in a few numbers."""
     tiles = [_loss_tile(history), _perplexity_tile(history), _sparsity_tile(history)]
     tiles += [_flops_tile(history), _time_tile(history)]
-    boxes = [
-        f'<div class="tile"><dt>{escape(name)}</dt>'
-        f"<dd>{escape(value)}<small>{escape(more)}</small></dd></div>"
-        for name, value, more in (tile for tile in tiles if tile is not None)
-    ]
-    return f'<dl class="tiles">{"".join(boxes)}</dl>' if boxes else ""
-
-
-Tile = tuple[str, str, str]
+    return tile_row(tile for tile in tiles if tile is not None)
 
 
 def _loss_tile(history: RunHistory) -> Tile | None:
@@ -260,13 +192,13 @@ def _time_tile(history: RunHistory) -> Tile | None:
         return None
     rate = charts.dense_seconds(history)
     if rate is None or not known:
-        return "training time", _duration(spent), ""
+        return "training time", duration(spent), ""
     estimate = rate * (known[-1].step + 1) / (last or spent)
-    return "training time", _duration(spent), f"all dense would take {estimate:.2f} times as long"
+    return "training time", duration(spent), f"all dense would take {estimate:.2f} times as long"
 
 
 def _sparsity(history: RunHistory) -> str:
-    return _grid([charts.activity(history), charts.concentration(history)])
+    return grid([charts.activity(history), charts.concentration(history)])
 
 
 def _switches(history: RunHistory) -> str:
@@ -275,15 +207,15 @@ def _switches(history: RunHistory) -> str:
     rows = [
         [f"{s.step:,}", s.phase, s.reason, "yes" if s.cluster else "no"] for s in history.switches
     ]
-    return _table(["step", "to", "why", "clustered anew"], rows, "words")
+    return table(["step", "to", "why", "clustered anew"], rows, "words")
 
 
 def _experts(history: RunHistory) -> str:
     drawn = [charts.load(history)]
     if not history.probes:
-        return _grid(drawn)
+        return grid(drawn)
     probe = history.probes[-1]
-    return f"{_grid(drawn, _heat_map(probe))}\n{_layers(probe)}"
+    return f"{grid(drawn, _heat_map(probe))}\n{_layers(probe)}"
 
 
 def _heat_map(probe: ProbeRecord) -> str:
@@ -295,8 +227,8 @@ def _heat_map(probe: ProbeRecord) -> str:
     return (
         f"<figure><figcaption>{escape(title)}</figcaption>\n"
         f"{heat_map(title, layers, _FULL_LOAD)}\n"
-        f'<ul class="legend">{_legend_item("never chosen", "var(--dead)", "area")}'
-        f"{_legend_item(f'{_FULL_LOAD:g} times the uniform load or more', 'var(--routed)', 'area')}"
+        f'<ul class="legend">{legend_item("never chosen", "var(--dead)", "area")}'
+        f"{legend_item(f'{_FULL_LOAD:g} times the uniform load or more', 'var(--routed)', 'area')}"
         f"</ul></figure>"
     )
 
@@ -322,7 +254,7 @@ def _layers(probe: ProbeRecord) -> str:
         f"experts, in the best {k} and in the router's {k}; load of the fullest expert over the "
         f"uniform one, entropy of the load (1 is even), experts never chosen. Cohesion: how many "
         f"times likelier a neuron fires when one of its own expert does than when one of another "
-        f"expert does.</p>\n{_table(head, rows)}"
+        f"expert does.</p>\n{table(head, rows)}"
     )
 
 
@@ -346,14 +278,14 @@ def _quality(history: RunHistory) -> str:
             ]
         )
     head = ["experts", "share", "perplexity", "to dense", "oracle", "mass inside", "oracle"]
-    return _grid([charts.quality(history)], _table(head, rows))
+    return grid([charts.quality(dig(history.report, "evaluation"))], table(head, rows))
 
 
 def _cost(history: RunHistory, dense: RunHistory | None) -> str:
     drawn = charts.cost(history, dense)
     if dense is not None:
         drawn += charts.loss_by_cost(history, dense)
-    return _grid(drawn)
+    return grid(drawn)
 
 
 def _facts(history: RunHistory, dense: RunHistory | None) -> str:
@@ -365,40 +297,14 @@ def _facts(history: RunHistory, dense: RunHistory | None) -> str:
     named = (("command", "command"), ("device", "device"), ("CPU threads", "threads"))
     rows += [(name, str(report[key])) for name, key in named if key in report]
     corpus = report.get("corpus")
-    rows += [(f"corpus: {k}", _plain(v)) for k, v in _items(corpus)]
+    rows += [(f"corpus: {k}", plain(v)) for k, v in items_of(corpus)]
     if "tokens_seen" in report:
         rows.append(("tokens seen", _count(report["tokens_seen"])))
-    rows += [(f"version: {k}", _plain(v)) for k, v in _items(report.get("versions"))]
+    rows += [(f"version: {k}", plain(v)) for k, v in items_of(report.get("versions"))]
     rows += [
-        (f"FLOPs a token: {k}", _plain(v)) for k, v in _items(dig(report, "flops", "per_token"))
+        (f"FLOPs a token: {k}", plain(v)) for k, v in items_of(dig(report, "flops", "per_token"))
     ]
-    rows += _flat("", report.get("config"))
+    rows += flat("", report.get("config"))
     if history.skipped:
         rows.append(("lines of the log not understood", f"{history.skipped:,}"))
-    cells = "".join(f"<tr><th>{escape(n)}</th><td>{escape(v)}</td></tr>\n" for n, v in rows)
-    return f'<div class="table"><table class="facts"><tbody>{cells}</tbody></table></div>'
-
-
-def _items(value: object) -> list[tuple[str, Any]]:
-    return list(value.items()) if isinstance(value, dict) else []
-
-
-def _flat(prefix: str, value: object) -> list[tuple[str, str]]:
-    """A nested configuration as dotted names and values."""
-    rows = []
-    for name, inner in _items(value):
-        if isinstance(inner, dict):
-            rows += _flat(f"{prefix}{name}.", inner)
-        else:
-            rows.append((f"{prefix}{name}", _plain(inner)))
-    return rows
-
-
-def _plain(value: object) -> str:
-    """A value as a person writes it."""
-    if isinstance(value, list):
-        return ", ".join(_plain(item) for item in value)
-    found = number(value)
-    if found is None:
-        return str(value)
-    return f"{found:,.0f}" if found == int(found) and abs(found) < 1e15 else f"{found:g}"
+    return facts(rows)

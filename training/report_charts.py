@@ -177,18 +177,19 @@ def load(history: RunHistory) -> Chart:
     return _chart(history, title, series, y_zero=True)
 
 
-def quality(history: RunHistory) -> Chart:
-    """Perplexity against the share of the experts, from the finished run's report."""
-    evaluation = dig(history.report, "evaluation")
+def quality(evaluation: object) -> Chart:
+    """Perplexity against the share of the experts, from a report's `evaluation`."""
     series = []
     shares: list[float] = []
-    for name, colour in (("routed", ROUTED), ("oracle", ORACLE)):
+    for name, colour in (("routed", ROUTED), ("oracle", ORACLE), ("random", OTHER)):
         found = dig(evaluation, name)
         results = list(found.values()) if isinstance(found, dict) else []
         pairs = [(number(dig(r, "activated_ratio")), number(dig(r, "perplexity"))) for r in results]
         points: list[Point] = sorted((x, y) for x, y in pairs if x and y is not None)
         shares += [x for x, _ in points]
-        series.append(Series(name, points, colour, dots=True, dashed=name == "oracle"))
+        if not points:
+            continue
+        series.append(Series(name, points, colour, dots=True, dashed=name != "routed"))
     dense = number(dig(evaluation, "dense", "perplexity"))
     if dense is not None and shares:
         line: list[Point] = [(min(shares), dense), (1.0, dense)]

@@ -241,7 +241,7 @@ def exclusive(run: Path) -> Iterator[None]:
     """Hold the run's directory for this process alone.
 
     Raises:
-        TrainingError: if another process trains there, or it cannot be a directory.
+        TrainingError: if another process is at work there, or it cannot be a directory.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -251,7 +251,7 @@ def exclusive(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise TrainingError(f"{run}: another process is training here") from error
+            raise TrainingError(f"{run}: another process is at work here") from error
         yield
 
 

@@ -118,6 +118,7 @@ class Index:
         train_tokens, valid_tokens: how many there are to train on and held out.
         train, valid: their shards.
         made_from: what decided the tokens: digest of the files, split, seed.
+        eos_id: the token that ends a text; -1: the one that is spelled so (`engine.tokenizer`).
     """
 
     format: int
@@ -132,6 +133,7 @@ class Index:
     train: list[Shard]
     valid: list[Shard]
     made_from: dict[str, Any]
+    eos_id: int = -1
 
     @classmethod
     def read(cls, directory: Path) -> Index:
@@ -282,6 +284,7 @@ def write_shards(
             train=writers[0].shards,
             valid=writers[1].shards,
             made_from=dict(made_from),
+            eos_id=tokenizer.eos_id,
         )
         write_json(directory / INDEX, asdict(index))
 
@@ -336,7 +339,8 @@ def open_shards(path: Path, *, verify: bool = True) -> TokenShards:
     index = Index.read(path)
     try:
         entries = verify_manifest(path) if verify else read_json(path / MANIFEST).get("files")
-        tokenizer = Tokenizer.from_file(path / _TOKENIZER)
+        end = None if index.eos_id < 0 else index.eos_id
+        tokenizer = Tokenizer.from_file(path / _TOKENIZER, end)
     except CheckpointError as error:
         raise DataError(str(error)) from error
     _check_tokenizer(path, index, tokenizer)

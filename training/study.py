@@ -26,13 +26,11 @@ from torch import Tensor
 from engine.config import check_range, known_fields
 from engine.errors import ConfigError, require
 from engine.experts import ExpertFFN
-from engine.kernels.expert_ffn import activate_reference
 from engine.model import Decoder
 from engine.tokenizer import Tokenizer
 from training import data
-from training.activation import ffn_inputs
+from training.activation import ffn_inputs, hidden
 from training.evaluation import top_k_of
-from training.sharding import whole
 
 # The shares of the experts whose oracle mass is recorded, whatever the run's own k.
 CONCENTRATION_SHARES: Final = (Fraction(1, 16), Fraction(1, 8), Fraction(1, 4))
@@ -177,14 +175,16 @@ def study(model: Decoder, probe_BL: Tensor, top_k: int) -> ActivationStudy:
     """
     check_range("top_k", top_k, 1, model.config.experts.num_experts)
     pairs = zip(model.ffns(), ffn_inputs(model, probe_BL), strict=True)
-    layers = tuple(_study_layer(ffn, x_TD, top_k) for ffn, x_TD in pairs)
+    layers = tuple(study_layer(ffn, x_TD, top_k) for ffn, x_TD in pairs)
     return ActivationStudy(probe_BL.numel(), top_k, layers)
 
 
-def _study_layer(ffn: ExpertFFN, x_TD: Tensor, top_k: int) -> LayerStudy:
-    hidden_TF = activate_reference(x_TD @ whole(ffn.up).T, ffn.activation).float()
-    mass_TE = hidden_TF.view(x_TD.shape[0], ffn.num_experts, -1).sum(-1)
-    active_TF = (hidden_TF > 0).float()
+@torch.no_grad()
+def study_layer(ffn: ExpertFFN, x_TD: Tensor, top_k: int) -> LayerStudy:
+    """One layer on FFN inputs of its own; see `study`."""
+    hidden_TF = hidden(ffn, x_TD).float()
+    mass_TE = ffn.mass_of(hidden_TF)
+    active_TF = (hidden_TF != 0).float()
     best_TE = mass_TE.sort(dim=1, descending=True).values.sum(0).cumsum(0)
     total = float(best_TE[-1])
 

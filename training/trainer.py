@@ -39,6 +39,7 @@ from training.optimizer import build_optimizer, learning_rate
 from training.prepared import prepare
 from training.routers import Routers
 from training.sharding import plain, whole
+from training.start import Start
 from training.step import accumulate
 from training.study import study
 from training.switching import Decision, Phase, SwitchController
@@ -87,8 +88,11 @@ class Trainer:
         valid_paths: Sequence[Path] = (),
         tensorboard: bool = False,
         team: Team | None = None,
+        start: Start | None = None,
     ) -> None:
         self.config = config
+        self.start = start
+        self.start_record: dict[str, Any] = {}
         self.run = run
         self.team = team or Team(device)
         check_device(device)
@@ -101,15 +105,14 @@ class Trainer:
         self.progress: run_state.Progress | None = None
         with self.team.main_first(f"tokens of {run}"):
             tokens = self._open_tokens(paths, valid_paths)
+            if start is not None:
+                start.check_tokenizer(tokens.tokenizer, tokens.description)
         self.monitor.message(
             f"tokens: {tokens.train.size:,} to train on, {tokens.valid.size:,} held out"
         )
         self.prepared = prepare(config, tokens, device)
-        shape = config.model.model_config(
-            config.sequence_length, tokens.tokenizer.eos_id, config.dtype
-        )
-        self.model = Decoder(shape)
-        self.model.initialize(self._generator(0))
+        self.model = self._new_model(tokens.tokenizer)
+        shape = self.model.config
         self.objective = SharedObjective(self.model, config.parallel, self.team)
         self.optimizer = build_optimizer(self.model, config)
         self.controller = SwitchController(config)
@@ -121,6 +124,28 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.flops = 0.0
+
+    def _new_model(self, tokenizer: Tokenizer) -> Decoder:
+        """The model to train: new, or that which the run goes on from."""
+        config = self.config
+        if self.start is not None:
+            model = Decoder(self.start.model_config(config))
+            self.start.load_into(model)
+            self.start_record = self.start.measure(model.to(self.device), self.prepared.valid)
+            self._tell_start()
+            return model.to("cpu")
+        shape = config.model.model_config(config.sequence_length, tokenizer.eos_id, config.dtype)
+        model = Decoder(shape)
+        model.initialize(self._generator(0))
+        return model
+
+    def _tell_start(self) -> None:
+        record = self.start_record
+        swapped = record.get("swapped")
+        more = f", {swapped:.2f} with ReLU in place of {record['activation']}" if swapped else ""
+        self.monitor.message(
+            f"going on from {record['source']}: held-out perplexity {record['before']:.2f}{more}"
+        )
 
     def _check_team(self) -> None:
         size, batch = self.team.size, self.config.batch_size
@@ -233,8 +258,9 @@ class Trainer:
             TrainingError: if it holds a run of another configuration, corpus or machine.
         """
         progress = None if self.fresh else run_state.load_progress(self.run)
+        own = None if self.start is None else self.start.tokenizer
         if progress is None:
-            return None
+            return own
         self.progress = progress
         if not self.team.is_main:  # the first process has checked, with the text's fingerprint
             return None
@@ -246,7 +272,7 @@ class Trainer:
                 f"saved by {progress.processes} processes, now {self.team.size}: the run goes on "
                 f"with the same loss up to rounding"
             )
-        return run_state.saved_tokenizer(self.run)
+        return own or run_state.saved_tokenizer(self.run)
 
     def _resume(self, progress: run_state.Progress) -> None:
         self.patterns, learned = run_state.load_state(self.run, self.model, self.optimizer)
@@ -306,7 +332,8 @@ class Trainer:
 
     def _switch(self, decision: Decision) -> None:
         self.monitor.message(f"step {decision.step}: {decision.phase.value}, {decision.reason}")
-        clustered_before = any(switch["cluster"] for switch in self.switches)
+        grouped = self.start is not None and not self.start.smooth
+        clustered_before = grouped or any(switch["cluster"] for switch in self.switches)
         self.switches.append(decision.to_dict())
         if decision.cluster:
             self._cluster(warm_start=clustered_before)
@@ -426,6 +453,7 @@ class Trainer:
             "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "processes": self.team.size,
+            **({"start": self.start_record} if self.start_record else {}),
         }
         write_checkpoint(
             path,

@@ -11,6 +11,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from engine.checkpoint import read_json
 from engine.tokenizer import END_OF_TEXT, Tokenizer
 from training.corpus import Document
 from training.errors import DataError
@@ -63,12 +64,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, name: str = "the corp
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`, or of the directory that holds one.
+    """The tokenizer of a `tokenizer.json`, or of the checkpoint that holds one.
 
     Raises:
         CheckpointError: if it is missing or not a tokenizer.
     """
-    return Tokenizer.from_file(path / "tokenizer.json" if path.is_dir() else path)
+    if not path.is_dir():
+        return Tokenizer.from_file(path)
+    found = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    end = found.get("eos_token_id")
+    return Tokenizer.from_file(path / "tokenizer.json", end if isinstance(end, int) else None)
 
 
 def encode_fragments(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
 
 from engine.checkpoint import Checkpoint
+from engine.errors import CheckpointError
 from engine.tokenizer import END_OF_TEXT, IncrementalDecoder, Tokenizer, text_offsets
 from tests.engine.conftest import tiny_tokenizer
 
@@ -50,6 +52,14 @@ def test_special_tokens_leave_no_text() -> None:
     assert TOKENIZER.token_text(TOKENIZER.eos_id) == END_OF_TEXT
     assert isinstance(TOKENIZER.backend, tokenizers.Tokenizer)
     assert isinstance(TOKENIZER, Tokenizer)
+
+
+def test_another_token_may_end_a_text_if_there_is_one() -> None:
+    token = TOKENIZER.encode("a")[0]
+    other = Tokenizer(tiny_tokenizer().backend, token)
+    assert other.eos_id == token != TOKENIZER.eos_id
+    with pytest.raises(CheckpointError, match="has no token 99999, which is to end a text"):
+        Tokenizer(tiny_tokenizer().backend, 99999)
 
 
 def spelled(tokenizer: Tokenizer, text: str) -> list[bytes]:

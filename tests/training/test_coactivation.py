@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,10 @@ from training.coactivation import coactivation_rows
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def firing(up: Tensor, activation: str) -> Callable[[Tensor], Tensor]:
+    return lambda x: activate_reference(x @ up.T, activation)
 
 
 def neurons() -> tuple[Tensor, Tensor, Tensor]:
@@ -32,7 +38,7 @@ def neurons() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("columns", [2000, 256])
 def test_neurons_that_fire_together_are_grouped_together(columns: int) -> None:
     x, up, truth = neurons()
-    rows = coactivation_rows(x, up, "relu", generator(4), columns)
+    rows = coactivation_rows(x, firing(up, "relu"), generator(4), columns)
     assert rows.shape == (32, min(columns, 1000))
     found = balanced_kmeans(rows, 4, generator(5))
     assert all(len(set(truth[found.labels_F == label].tolist())) == 1 for label in range(4))
@@ -49,12 +55,12 @@ def test_the_weights_alone_do_not_know() -> None:
 def test_few_tokens_are_taken_as_they_are(activation: str) -> None:
     x, up = torch.randn(9, 6, generator=generator(6)), torch.randn(12, 6, generator=generator(7))
     expected = activate_reference(x @ up.T, activation).sqrt().T
-    torch.testing.assert_close(coactivation_rows(x, up, activation, generator()), expected)
+    torch.testing.assert_close(coactivation_rows(x, firing(up, activation), generator()), expected)
 
 
 def test_projection_keeps_the_angles_over_several_chunks() -> None:
     x = torch.randn(9000, 16, generator=generator(8))
     up = torch.randn(20, 16, generator=generator(9))
     exact = F.normalize(activate_reference(x @ up.T, "relu").sqrt().T, dim=1)
-    near = F.normalize(coactivation_rows(x, up, "relu", generator(10), columns=512), dim=1)
+    near = F.normalize(coactivation_rows(x, firing(up, "relu"), generator(10), columns=512), dim=1)
     assert float((near @ near.T - exact @ exact.T).abs().max()) < 0.15  # 3.4 standard errors

@@ -31,6 +31,7 @@ PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 SOURCE_CONFIG: Final = "source_config.json"
 KEPT_FILES: Final = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _MAX_TEXT: Final = 16 << 20
+_TIED_HEAD: Final = "lm_head.weight"
 
 
 class Source:
@@ -104,6 +105,39 @@ class Source:
             self._check_tied_head(found["embedding.weight"])
         return found
 
+    def check_names(self) -> None:
+        """Compare the names in the files with those that the model has; no tensor is read.
+
+        Raises:
+            CheckpointError: one is missing, or is none of this family's.
+        """
+        layers = range(self.model_config.num_hidden_layers)
+        wanted = [
+            self._name(name.format(i=index))
+            for weights, indices in ((self.table.layer, layers), (self.table.rest, (0,)))
+            for weight in weights
+            if weight.when(self.model_config)
+            for index in indices
+            for name in weight.theirs
+        ]
+        for name in wanted:
+            if name not in self._files:
+                raise CheckpointError(f"{self.path}: no file holds the tensor {name}")
+        extra = self._left - set(wanted)
+        if self.model_config.tie_word_embeddings:
+            extra.discard(_TIED_HEAD)
+        if extra:
+            name = min(extra)
+            raise CheckpointError(
+                f"{self._files[name]}: no {self.family} model has a tensor {name}; nothing is left "
+                f"out silently"
+            )
+
+    def _name(self, name: str) -> str:
+        """The name with or without the family's prefix, as the files have it."""
+        bare = name.removeprefix(self.table.prefix)
+        return bare if name not in self._files and bare in self._files else name
+
     def unused(self) -> list[str]:
         """Names of tensors that nothing has read, buffers aside."""
         return sorted(self._left)
@@ -133,8 +167,7 @@ class Source:
 
     def _tensor(self, name: str, shape: Shape) -> Tensor:
         """The tensor of that name, with or without the family's prefix."""
-        if name not in self._files and name.removeprefix(self.table.prefix) in self._files:
-            name = name.removeprefix(self.table.prefix)
+        name = self._name(name)
         if name not in self._files:
             raise CheckpointError(f"{self.path}: no file holds the tensor {name}")
         if name not in self._left:
@@ -151,7 +184,7 @@ class Source:
 
     def _check_tied_head(self, embedding: Tensor) -> None:
         """A head that is stored although it is tied must be the embedding."""
-        head = "lm_head.weight"
+        head = _TIED_HEAD
         if head in self._left and not torch.equal(
             self._tensor(head, tuple(embedding.shape)), embedding
         ):
