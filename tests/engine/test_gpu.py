@@ -22,6 +22,7 @@ from engine.model import Decoder
 from engine.request import ExpertPolicy, SamplingParams
 from tests.engine import test_sampler as on_host
 from tests.engine.conftest import tiny_config, tiny_model, tiny_tokenizer
+from tests.engine.test_variants import VARIANTS, variant
 from tests.training.conftest import make_corpus
 from training.config import ModelShape, SwitchConfig, TrainConfig
 from training.trainer import Trainer
@@ -71,7 +72,13 @@ def test_sampled_steps_measure_what_the_cpu_measures(model: Decoder) -> None:
     assert sampled.mass_total == pytest.approx(host.mass_total, rel=1e-3)
 
 
-def test_engine_equals_naive_generate_under_mixed_policies(model: Decoder) -> None:
+@pytest.mark.parametrize("kind", ["trained here", *VARIANTS, "window"])
+def test_engine_equals_naive_generate_under_mixed_policies(kind: str, model: Decoder) -> None:
+    """Models of other families too, and one whose window is shorter than its outputs."""
+    if kind == "window":
+        model = variant("opt", sliding_window=9).to("cuda")
+    elif kind in VARIANTS:
+        model = variant(kind).to("cuda")
     plain = copy.deepcopy(model)
     checkpoint = Checkpoint(Path("t"), model.config, model, tiny_tokenizer(), {}, "0" * 64)
     config = EngineConfig(device="cuda", block_size=4, max_num_batched_tokens=70)
