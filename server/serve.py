@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import socket
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from server.banner import banner, phase
 from server.fleet import make_worker
 from server.generation import Frontend
 from server.reload import first_engine
-from server.settings import Settings
+from server.settings import Settings, unknown_variables
 from server.tracing import Tracing, otlp_provider
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
@@ -72,6 +73,8 @@ def serve(settings: Settings, console: Console | None = None) -> None:
     with listen(settings) as listener:
         console.print(banner(frontend, _address(listener), as_table=console.is_terminal))
         _warn_if_open(settings)
+        for sentence in unknown_variables(os.environ):
+            logger.warning("%s", sentence)
         config = uvicorn.Config(
             app,
             log_config=None,

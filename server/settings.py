@@ -6,7 +6,8 @@ later. `Settings.engine_config` is the part that the engine sees.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -25,6 +26,9 @@ from server.security import (
     parse_keys,
     read_keys,
 )
+
+# What the engine reads by itself.
+ENGINE_VARIABLES: Final = frozenset({"AMBIDEX_CACHE", "AMBIDEX_NATIVE"})
 
 # Which settings belong together: in `ambidex serve --help` and in docs/serving.md.
 GROUPS: Final[dict[str, tuple[str, ...]]] = {
@@ -336,3 +340,15 @@ def explain(error: ValidationError) -> str:
         name = "_".join(str(part) for part in problem["loc"])
         lines.append(f"AMBIDEX_{name.upper()}: {problem['msg']}" if name else problem["msg"])
     return "\n".join(lines)
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """A sentence for each variable of `environment` that looks like a setting and is none."""
+    known = {f"AMBIDEX_{name.upper()}" for name in Settings.model_fields} | ENGINE_VARIABLES
+    sentences = []
+    for name in sorted(environment):
+        if name.upper().startswith("AMBIDEX_") and name.upper() not in known:
+            likely = difflib.get_close_matches(name.upper(), known, 1)
+            hint = f"; did you mean {likely[0]}?" if likely else ""
+            sentences.append(f"{name[:100]} is no setting and is not looked at{hint}")
+    return sentences

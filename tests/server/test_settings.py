@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from engine.checkpoint import STARTER
 from engine.config import EngineConfig
 from server.serve import listen
-from server.settings import Settings, explain
+from server.settings import Settings, explain, unknown_variables
 
 
 def test_defaults_are_the_engine_s_and_stay_on_this_machine() -> None:
@@ -93,3 +93,18 @@ def test_an_address_in_use_is_named() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(SystemExit, match=f"127.0.0.1 port {port}"):
             listen(Settings(port=port))
+
+
+def test_variables_that_are_no_settings_are_named() -> None:
+    environment = {
+        "AMBIDEX_MAX_NUM_SEQ": "4",
+        "AMBIDEX_NONSENSE_123": "",
+        "AMBIDEX_PORT": "1",
+        "AMBIDEX_CACHE": "/tmp",
+        "PATH": "",
+    }
+    first, second = unknown_variables(environment)
+    assert first == (
+        "AMBIDEX_MAX_NUM_SEQ is no setting and is not looked at; did you mean AMBIDEX_MAX_NUM_SEQS?"
+    )
+    assert second.startswith("AMBIDEX_NONSENSE_123 is no setting")
