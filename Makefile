@@ -12,10 +12,11 @@ TARGETS ?= cpu
 EXAMPLES ?= 300
 VENV := .venv
 CLIENTS := .venv-clients
+RAY := .venv-ray
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-clients fuzz test-gpu check format bench bench-engine bench-vllm dashboard chart bench-ssd bench-import bench-import-quality bench-relufy soak bench-http job-check prometheus-rule train-starter image image-check clean
+.PHONY: help install serve test test-clients test-ray fuzz test-gpu check format bench bench-engine bench-vllm dashboard chart bench-ssd bench-import bench-import-quality bench-relufy soak bench-http bench-ray job-check prometheus-rule train-starter image image-check clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,6 +41,20 @@ test-clients: install $(CLIENTS)/.installed  ## Test with clients that need an e
 $(CLIENTS)/.installed: tests/server/clients/requirements.txt
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip install --quiet --requirement $<
+	@touch $@
+
+# What docs/operations.md advises for a cluster.
+test-ray bench-ray: export RAY_SERVE_USE_GRPC_BY_DEFAULT = 1
+test-ray bench-ray: export RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD = 0
+test-ray bench-ray: export RAY_USAGE_STATS_ENABLED = 0
+
+test-ray: $(RAY)/.installed  ## Test many machines: two replicas on this one, in an environment of their own (minutes)
+	AMBIDEX_TEST_RAY=1 $(RAY)/bin/python -m pytest -W ignore tests/deploy/ray
+	AMBIDEX_TEST_RAY=1 $(RAY)/bin/python -m pytest -W ignore tests/server/test_openai_client.py tests/server/test_hub_client.py
+
+$(RAY)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ray]'
 	@touch $@
 
 fuzz: install  ## Send every route EXAMPLES valid and invalid inputs, new ones each time (minutes)
@@ -108,6 +123,9 @@ soak: install  ## A server at twice its capacity with bad clients for MINUTES: w
 bench-http: install  ## What streaming over HTTP costs against the engine alone, at 32 requests
 	$(BIN)/python -m benchmarks.http_overhead --json $(RESULTS)/cpu-http-overhead.json
 
+bench-ray: $(RAY)/.installed  ## What Ray Serve costs against the plain server, with one replica and with two
+	$(RAY)/bin/python -m benchmarks.ray_serve --json $(RESULTS)/cpu-ray-serve.json
+
 job-check: install  ## Train a minute as the Kubernetes Job does, under a server as the Deployment has it, with requests
 	AMBIDEX_JOB_RECORD=$(RESULTS)/cpu-training-job.json $(BIN)/python -m pytest -s --timeout 900 tests/deploy/test_training_job.py
 
@@ -127,4 +145,4 @@ image-check:  ## Carry out the Dockerfile without an engine and run TARGETS (cpu
 	$(PYTHON) -m deploy.image_check $(addprefix --target ,$(TARGETS))
 
 clean:  ## Remove the environment and caches
-	rm -rf $(VENV) $(CLIENTS) *.egg-info build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(CLIENTS) $(RAY) *.egg-info build .pytest_cache .mypy_cache .ruff_cache

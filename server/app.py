@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Final
 
 from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 
 from engine.worker import Worker
@@ -23,6 +24,7 @@ from server.middleware import (
     HeadLimitMiddleware,
     KeyMiddleware,
 )
+from server.ratelimit import RateLimiter
 from server.routes import admin, chat, completions, generate, models, ops, playground, tokens
 from server.schemas.chat import ChatChunk
 from server.schemas.tgi import StreamEvent
@@ -79,13 +81,16 @@ def _drop_default_errors(document: dict[str, Any]) -> None:
         document["components"]["schemas"].pop(name, None)
 
 
-def create_app(worker: Worker, settings: Settings, tracing: Tracing | None = None) -> FastAPI:
+def create_app(
+    worker: Worker, settings: Settings, tracing: Tracing | None = None, *, watch: bool = True
+) -> FastAPI:
     """The application around `worker`, which it starts, drains and stops.
 
     Args:
         worker: not started yet.
         settings: limits and timeouts; the engine inside `worker` has its own already.
         tracing: makes spans of requests; none are made without.
+        watch: look at the watched path by itself; otherwise only when it is told to reload.
     """
     frontend = Frontend(worker, settings)
     app = App(
@@ -93,7 +98,7 @@ def create_app(worker: Worker, settings: Settings, tracing: Tracing | None = Non
         version=VERSION,
         description=DESCRIPTION,
         openapi_tags=TAGS,
-        lifespan=_lifespan(frontend, tracing),
+        lifespan=_lifespan(frontend, tracing, watch),
     )
     app.state.frontend = frontend
     install_handlers(app)
@@ -103,21 +108,39 @@ def create_app(worker: Worker, settings: Settings, tracing: Tracing | None = Non
     app.include_router(admin.router)
     if settings.playground:
         app.router.routes.extend(playground.routes())
-    _add_middleware(app, frontend, tracing)
+
+    def ended(call: Call) -> None:
+        frontend.count_call(call)
+        if settings.access_log:
+            access_log.write(call)
+        if tracing is not None:
+            tracing.record(call)
+
+    add_middleware(app, settings, frontend.limiter, frontend.count_rejection, ended)
     return app
 
 
-def _add_middleware(app: FastAPI, frontend: Frontend, tracing: Tracing | None) -> None:
-    """From the inside out: the one added last sees a request first."""
-    settings = frontend.settings
+def add_middleware(
+    app: Starlette,
+    settings: Settings,
+    limiter: RateLimiter,
+    rejected: Callable[[str], None],
+    ended: Callable[[Call], None],
+) -> None:
+    """Give `app` the bounds of `settings`. From the inside out: the last one sees a request first.
+
+    Args:
+        app: what the middleware surrounds.
+        settings: the bounds, and the keys.
+        limiter: of each key.
+        rejected: is called with the reason of a refusal.
+        ended: is called with every call that has ended.
+    """
     app.add_middleware(
         BodyLimitMiddleware, max_bytes=settings.max_body_bytes, timeout=settings.body_timeout
     )
     app.add_middleware(
-        KeyMiddleware,
-        keyring=settings.keyring(),
-        limiter=frontend.limiter,
-        rejected=frontend.count_rejection,
+        KeyMiddleware, keyring=settings.keyring(), limiter=limiter, rejected=rejected
     )
     app.add_middleware(
         HeadLimitMiddleware,
@@ -132,19 +155,11 @@ def _add_middleware(app: FastAPI, frontend: Frontend, tracing: Tracing | None) -
             allow_headers=["Authorization", "Content-Type", REQUEST_ID, TIMEOUT_HEADER],
             expose_headers=["*"],
         )
-
-    def ended(call: Call) -> None:
-        frontend.count_call(call)
-        if settings.access_log:
-            access_log.write(call)
-        if tracing is not None:
-            tracing.record(call)
-
     app.add_middleware(CallMiddleware, ended=ended)
 
 
 def _lifespan(
-    frontend: Frontend, tracing: Tracing | None
+    frontend: Frontend, tracing: Tracing | None, watch: bool
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     settings = frontend.settings
 
@@ -152,7 +167,7 @@ def _lifespan(
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         frontend.fleet.start()
         watching = [asyncio.create_task(frontend.lag.watch())]
-        if settings.watch:
+        if settings.watch and watch:
             watching.append(asyncio.create_task(frontend.reloader.watch()))
         try:
             yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -74,18 +75,11 @@ def random_model() -> Decoder:
 
 
 @dataclass
-class Live:
-    """A server that listens, and its insides."""
+class Served:
+    """A server that listens, from outside."""
 
     url: str
-    app: FastAPI
-    engine: Engine
-    worker: Worker
     http: httpx.Client
-
-    @property
-    def frontend(self) -> Frontend:
-        return self.app.state.frontend
 
     def post(self, path: str, inputs: Any = "hello", **parameters: Any) -> httpx.Response:
         return self.http.post(path, json={"inputs": inputs, "parameters": parameters})
@@ -105,6 +99,45 @@ class Live:
         lines = self.http.get("/metrics").text.splitlines()
         pairs = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
         return {name: float(value) for name, value in pairs}
+
+    # What a test of clients does to a server; the one that runs on Ray has its own ways.
+
+    def active(self) -> int:
+        """Generation requests in the server."""
+        raise NotImplementedError
+
+    def fail_steps(self, after: int = 0) -> None:
+        """Let steps raise "boom" once a running request has `after` output tokens."""
+        raise NotImplementedError
+
+    def refuse_requests(self) -> None:
+        """As a server does that is about to stop."""
+        raise NotImplementedError
+
+    def wait_until_idle(self) -> None:
+        wait_for(lambda: self.active() == 0)
+
+
+@dataclass
+class Live(Served):
+    """A server in this process, and its insides."""
+
+    app: FastAPI
+    engine: Engine
+    worker: Worker
+
+    @property
+    def frontend(self) -> Frontend:
+        return self.app.state.frontend
+
+    def active(self) -> int:
+        return self.frontend.active
+
+    def fail_steps(self, after: int = 0) -> None:
+        fail_steps(self.engine, after)
+
+    def refuse_requests(self) -> None:
+        self.frontend.fleet.draining = True
 
     def wait_until_idle(self) -> None:
         wait_for(lambda: self.frontend.active == 0 and not self.engine.has_work())
@@ -136,6 +169,18 @@ def slow_down(engine: Engine, seconds: float) -> None:
     engine.step = slow_step  # type: ignore[method-assign]
 
 
+def fail_steps(engine: Engine, after: int) -> None:
+    """Let steps raise once a running request has `after` output tokens."""
+    step = engine.step
+
+    def failing_step() -> Any:
+        if any(request.num_output >= after for request in engine.scheduler.running):
+            raise RuntimeError("boom")
+        return step()
+
+    engine.step = failing_step  # type: ignore[method-assign]
+
+
 @pytest.fixture(scope="session")
 def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(2)
@@ -148,8 +193,18 @@ Serve = Callable[..., AbstractContextManager[Live]]
 
 
 @pytest.fixture(scope="session")
-def serve(checkpoint_dir: Path) -> Serve:
-    """Start a server: `with serve(step_seconds=0.01, max_waiting=1) as live`."""
+def serve(checkpoint_dir: Path) -> Iterator[Serve]:
+    """Start a server: `with serve(step_seconds=0.01, max_waiting=1) as live`.
+
+    With AMBIDEX_TEST_RAY it runs on a Ray cluster of this machine, as `make test-ray` has it. What
+    it gives then is `Served`: enough for the tests of clients.
+    """
+    if os.environ.get("AMBIDEX_TEST_RAY"):
+        from tests.deploy.ray.cluster import running
+
+        with running(checkpoint_dir) as start_on_ray:
+            yield start_on_ray
+        return
 
     @contextmanager
     def start(
@@ -162,9 +217,9 @@ def serve(checkpoint_dir: Path) -> Serve:
         worker = make_worker(engine, settings)
         app = create_app(worker, settings, tracing)
         with listening(app) as url, httpx.Client(base_url=url, trust_env=False, timeout=60) as http:
-            yield Live(url, app, engine, worker, http)
+            yield Live(url, http, app, engine, worker)
 
-    return start
+    yield start
 
 
 @contextmanager
@@ -194,6 +249,7 @@ def listening(app: FastAPI) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def live(serve: Serve) -> Iterator[Live]:
-    """A server that all tests share which leave it as it was."""
-    with serve() as live:
+    """A server that all tests share which leave it as it was; on Ray it has two replicas."""
+    on_ray = {"replicas": 2} if os.environ.get("AMBIDEX_TEST_RAY") else {}
+    with serve(**on_ray) as live:
         yield live

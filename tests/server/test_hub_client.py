@@ -76,10 +76,6 @@ def test_errors(client: huggingface_hub.InferenceClient, serve: Serve) -> None:
         with pytest.raises(OverloadedError):
             hasty.text_generation("x", max_new_tokens=1)
     with serve() as broken:
-
-        def step() -> None:
-            raise RuntimeError("boom")
-
-        broken.engine.step = step  # type: ignore[method-assign]
+        broken.fail_steps()
         with pytest.raises(GenerationError, match="boom"):
             huggingface_hub.InferenceClient(model=broken.url).text_generation("x")

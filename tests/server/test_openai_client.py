@@ -318,7 +318,7 @@ def test_a_full_server_is_asked_again(serve: Serve) -> None:
         hasty, patient = connect(small), connect(small, retries=5)
         with hasty, patient, ThreadPoolExecutor(2) as pool:
             first = pool.submit(patient.completions.create, **fields)
-            while not small.frontend.active:
+            while not small.active():
                 assert not first.done()
                 time.sleep(0.005)
             with pytest.raises(openai.RateLimitError) as caught:
@@ -336,7 +336,7 @@ def test_a_draining_server_says_so_and_rate_limits_say_when(serve: Serve) -> Non
         with pytest.raises(openai.RateLimitError, match="at most 2 requests"):
             client.completions.create(model="tiny", prompt="x", max_tokens=1)
     with serve() as stopping, connect(stopping) as client:
-        stopping.frontend.fleet.draining = True
+        stopping.refuse_requests()
         with pytest.raises(openai.InternalServerError) as caught:
             client.completions.create(model="tiny", prompt="x", max_tokens=1)
         assert caught.value.status_code == 503
@@ -355,20 +355,13 @@ def test_a_request_that_is_late_is_not_sent_again(serve: Serve) -> None:
             )
         assert caught.value.status_code == 504
         slow.wait_until_idle()
-        assert slow.frontend.deadlines_exceeded == 1
+        assert slow.metrics()["ambidex_deadlines_exceeded_total"] == 1
 
 
 def test_a_failing_step_ends_streams_with_an_error(serve: Serve) -> None:
     with serve() as broken, connect(broken) as client:
-        steps = broken.engine.step
-
-        def step() -> Any:
-            if any(request.num_output > 3 for request in broken.engine.scheduler.running):
-                raise RuntimeError("boom")
-            return steps()
-
+        broken.fail_steps(after=4)
         chunks = client.completions.create(model="tiny", prompt="x", max_tokens=50, stream=True)
-        broken.engine.step = step  # type: ignore[method-assign]
         with pytest.raises(openai.APIError, match="boom"):
             list(chunks)
         with pytest.raises(openai.InternalServerError, match="boom") as caught:

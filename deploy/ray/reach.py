@@ -1,0 +1,79 @@
+"""How ingress and rollout reach the replicas: Serve's handle, and its errors in our words."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any, Final
+
+import grpc
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+from starlette.types import Message
+
+from deploy.ray.forward import ReplicaLost
+from deploy.ray.wire import Accepted, Identity, Reply, Target
+from engine.errors import EngineStopped
+
+EVERYBODY_SECONDS: Final = 10.0  # for all replicas to say something about themselves
+
+
+class Reach:
+    """The replicas behind a handle of the deployment `Model`."""
+
+    def __init__(self, model: DeploymentHandle[Any]) -> None:
+        self._model = model
+        # Over gRPC rather than Ray's object store: half the time for a stream of small pieces.
+        self._calls = model.options(method_name="call", stream=True, _by_reference=False)
+
+    async def call(
+        self, target: Target, scope: dict[str, Any], body: bytes
+    ) -> AsyncGenerator[Accepted | list[Message], None]:
+        """One HTTP request to one replica; see `deploy.ray.forward.Replicas`."""
+        stream = self._calls.remote(target, scope, body)
+        complete = False
+        try:
+            async for item in stream:
+                yield item
+            complete = True
+        except RayTaskError as error:  # the replica lives, its code raised
+            complete = True
+            raise RuntimeError("a replica's code raised") from error
+        except DeploymentUnavailableError as error:
+            raise EngineStopped("no replica could be started") from error
+        except (RayError, grpc.RpcError) as error:
+            raise ReplicaLost(str(error)[:500]) from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise ReplicaLost("it was shut down") from None  # the replica cancelled, not we
+        finally:
+            if not complete:
+                stream.cancel()
+
+    async def everybody(self, method: str) -> list[Any]:
+        """What `method` returns at every replica that answers."""
+        response = self._model.broadcast(method)
+        try:
+            found = await response.results_async(
+                timeout_s=EVERYBODY_SECONDS, return_exceptions=True
+            )
+        except (TimeoutError, DeploymentUnavailableError) as error:
+            raise EngineStopped("the replicas do not answer") from error
+        return [each for each in found if not isinstance(each, BaseException)]
+
+    async def identities(self) -> list[Identity]:
+        """What every replica serves."""
+        return await self.everybody("identity")
+
+    async def reload(self, replica: str, path: str) -> Reply | None:
+        """Let one replica serve the checkpoint `path`; None if it is gone."""
+        try:
+            reply: Reply | None = await self._model.reload.remote(Target(only=replica), path)
+        except RayTaskError:
+            raise
+        except RayError:
+            return None
+        return reply

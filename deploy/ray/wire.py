@@ -1,0 +1,80 @@
+"""What ingress, rollout and replicas say to each other about one HTTP request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from starlette.types import Message, Scope
+
+# Of an ASGI HTTP scope: what describes the request, and nothing of the server that took it.
+_FIELDS: Final = (
+    *("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string"),
+    *("root_path", "headers", "client", "server"),
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Which replica a call is for.
+
+    Attributes:
+        key: what the prompt begins with (deploy.ray.affinity).
+        avoid: replicas that had their chance; they come last.
+        only: the one that is meant; another one that gets the call refuses it.
+    """
+
+    key: bytes | None = None
+    avoid: frozenset[str] = frozenset()
+    only: str | None = None
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The first thing that a replica says to a call: who it is, and whether it takes it."""
+
+    replica: str
+    taken: bool = True
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which weights a replica serves.
+
+    Attributes:
+        replica: its id.
+        digest: of the checkpoint's content.
+    """
+
+    replica: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came of a replica's attempt to load a checkpoint: a result of server.reload."""
+
+    result: str
+    error: str = ""
+
+    @property
+    def refused(self) -> bool:
+        return self.result == "failure"
+
+
+def plain_scope(scope: Scope) -> dict[str, Any]:
+    """`scope` as it travels to another process."""
+    return {name: scope[name] for name in _FIELDS if name in scope}
+
+
+def merged(messages: list[Message]) -> list[Message]:
+    """The same response in fewer messages: pieces of the body that follow each other are one."""
+    out: list[Message] = []
+    for message in messages:
+        last = out[-1] if out else None
+        if last and last["type"] == message["type"] == "http.response.body":
+            body = last.get("body", b"") + message.get("body", b"")
+            out[-1] = {**message, "body": body}
+        else:
+            out.append(message)
+    return out
