@@ -92,7 +92,7 @@ class Model:
                 ended = batch[-1] is None
                 if some := [message for message in batch if message is not None]:
                     yield merged(some)
-            await running
+            await asyncio.shield(running)  # who stops waiting must not cancel it
         finally:
             # As any ASGI server: the application ends by itself what its client has left. To cancel
             # it while it does so would leave requests half closed.
