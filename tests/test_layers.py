@@ -9,10 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FORBIDDEN = {
-    "engine": {"training", "server", "ambidex", "fastapi", "pydantic", "prometheus_client"},
-    "engine/kernels": {"engine", "training", "server"},
-    "training": {"server", "ambidex", "fastapi", "pydantic"},
-    "server": {"training", "ambidex"},
+    "engine": {
+        *("training", "server", "deploy", "ambidex"),
+        *("fastapi", "pydantic", "prometheus_client", "transformers", "ray"),
+    },
+    "engine/kernels": {"engine", "training", "server", "deploy"},
+    "training": {"server", "deploy", "ambidex", "fastapi", "pydantic", "transformers", "ray"},
+    "server": {"training", "deploy", "ambidex", "ray"},
+    "deploy": {"training", "ambidex"},
 }
 # These decide and must not compute: tested in microseconds, without a tensor in sight.
 TENSORLESS = [
