@@ -15,7 +15,7 @@ CLIENTS := .venv-clients
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-clients fuzz test-gpu check format bench bench-engine bench-vllm dashboard chart bench-ssd soak bench-http bench-import bench-import-quality bench-relufy train-starter image image-check clean
+.PHONY: help install serve test test-clients fuzz test-gpu check format bench bench-engine bench-vllm dashboard chart bench-ssd bench-import bench-import-quality bench-relufy soak bench-http job-check prometheus-rule train-starter image image-check clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -107,6 +107,12 @@ soak: install  ## A server at twice its capacity with bad clients for MINUTES: w
 
 bench-http: install  ## What streaming over HTTP costs against the engine alone, at 32 requests
 	$(BIN)/python -m benchmarks.http_overhead --json $(RESULTS)/cpu-http-overhead.json
+
+job-check: install  ## Train a minute as the Kubernetes Job does, under a server as the Deployment has it, with requests
+	AMBIDEX_JOB_RECORD=$(RESULTS)/cpu-training-job.json $(BIN)/python -m pytest -s --timeout 900 tests/deploy/test_training_job.py
+
+prometheus-rule: install  ## Write the Kubernetes PrometheusRule from deploy/prometheus/rules
+	$(BIN)/python -m deploy.kubernetes.prometheus_rule
 
 train-starter: install  ## Train the packaged model anew (37 minutes on 2 cores) and install it
 	$(BIN)/ambidex train --preset starter

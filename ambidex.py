@@ -141,6 +141,14 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="The run's directory; default: runs/PRESET.")
     ] = None,
+    publish_to: Annotated[
+        Path | None,
+        typer.Option(
+            "--publish",
+            help="In the end also put the checkpoint there, whole or not at all: a directory "
+            "inside the one that servers watch.",
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="The same as --set steps=N.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same as --set seed=N.")] = None,
     device: Annotated[
@@ -166,6 +174,7 @@ def train(
     from training.presets import preset as preset_named
     from training.presets import read_config, with_settings
     from training.progress import ProgressMonitor
+    from training.publish import check_target, publish
     from training.trainer import Trainer
 
     require(preset is None or config_file is None, "give --preset or --config, not both")
@@ -185,6 +194,8 @@ def train(
     shortcuts = [f"{k}={v}" for k, v in (("steps", steps), ("seed", seed)) if v is not None]
     config = with_settings(base, [*(settings or []), *shortcuts])
     command = shlex.join(["ambidex", *sys.argv[1:]])
+    if publish_to is not None:
+        check_target(publish_to)
     with Team.from_environment(device) as team:
         with (
             stop_on_signals() as stop,
@@ -204,8 +215,10 @@ def train(
                 start=model,
             ).train(stop)
         if team.is_main:
+            if publish_to is not None:
+                publish(path, publish_to)
             _print_quality(path)
-            typer.echo(f"checkpoint: {path}")
+            typer.echo(f"checkpoint: {publish_to or path}")
         team.end_process()
 
 

@@ -289,8 +289,9 @@ class PromptGraphs:
         policy = PolicyBatch(static.k_T[rows], static.mass_T[rows], key.max_k, None, None)
         trace = Trace()
         wanted = static.rows_R[: key.requests]
+        ids_T, positions_T = static.ids_T[rows], static.positions_T[rows]
         logits_RV = fused_forward(
-            self.model, static.ids_T[rows], attend, policy, trace, wanted, static.positions_T[rows]
+            self.model, ids_T, attend, policy, trace, wanted, positions_T=positions_T
         )
         self._logits_RV[: key.requests].copy_(logits_RV)
         if key.max_k:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -208,18 +207,24 @@ class Runner:
         return token_experts.read(ready, rows, chosen_LTE, self.model.config)
 
     def _forward(
-        self, spans: list[SequenceSpan], ids_T: Tensor, positions_T: Tensor, *rest: Any
+        self,
+        spans: list[SequenceSpan],
+        ids_T: Tensor,
+        positions_T: Tensor,
+        policy: PolicyBatch,
+        trace: Trace,
+        rows: Tensor,
     ) -> Tensor:
-        """The model over the cache; `rest` is what `Decoder.forward` takes after `attend`."""
+        """The model over the cache; arguments as for `Decoder.forward`."""
         attend: Attend
         if isinstance(self.cache, native.PagedCache):
             attend = NativeAttend(self.cache, self.block_size, spans)
         elif supports(self.cache):
             kernels = KernelAttend.of_spans(self.cache, spans, self.model.turns(positions_T))
-            return fused_forward(self.model, ids_T, kernels, *rest, positions_T=positions_T)
+            return fused_forward(self.model, ids_T, kernels, policy, trace, rows, positions_T)
         else:
             attend = PagedAttend(self.cache, spans)
-        logits: Tensor = self.model(ids_T, positions_T, attend, *rest)
+        logits: Tensor = self.model(ids_T, positions_T, attend, policy, trace, rows)
         return logits
 
     def _tensor(self, values: list[int]) -> Tensor:

@@ -132,6 +132,9 @@ def test_the_context_is_what_the_wheel_is_made_of() -> None:
     assert {"pyproject.toml", "constraints.txt", "ambidex.py", "LICENSE", "README.md"} <= seen
     assert "engine/starter/model.safetensors" in seen
     assert "engine/kernels/native/products.h" in seen
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    modules = tools["setuptools"]["py-modules"]
+    assert {f"{module.replace('.', '/')}.py" for module in modules} <= seen
     top = {PurePosixPath(path).parts[0] for path in seen}
     assert not top & {".git", ".venv", ".ci", "tests", "docs", "runs", "Dockerfile"}
     assert not [p for p in seen if "__pycache__" in p or p.startswith("benchmarks/results/")]

@@ -62,12 +62,12 @@ def _token(values: Values, key: str, default: int) -> int:
 
 
 def _common(values: Values, bos: int, eos: int, *, tied: bool) -> dict[str, Any]:
-    eos_id = _token(values, "eos_token_id", eos)
+    size = values["vocab_size"]
     return {
-        "vocab_size": values["vocab_size"],
+        "vocab_size": size,
         "tie_word_embeddings": bool(values.get("tie_word_embeddings", tied)),
-        "bos_token_id": _token(values, "bos_token_id", bos if values["vocab_size"] > bos else 0),
-        "eos_token_id": eos_id if eos_id < values["vocab_size"] else 0,
+        "bos_token_id": _token(values, "bos_token_id", bos if bos < size else 0),
+        "eos_token_id": _token(values, "eos_token_id", eos if eos < size else 0),
     }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.attention import rotate
 from engine.kernels import native, routing
+from engine.kernels.expert_ffn import hidden_reference
 from engine.kernels.sliced_ffn import sparse_ffn_reference
 from engine.rotary import rope_table
 
@@ -65,6 +66,19 @@ def test_linear_is_the_product_whatever_the_company(dtype: torch.dtype, N: int, 
         assert_near(y_TN, x_TK.double() @ weight_NK.double().T, TOLERANCE[dtype])
         for t in {0, T // 2, T - 1}:
             assert torch.equal(linear(x_TK[t : t + 1])[0], y_TN[t])
+
+
+@DTYPES
+@pytest.mark.parametrize(("N", "K"), [(64, 32), (50, 64), (3, 2), (65, 34)])
+def test_linear_adds_its_bias(dtype: torch.dtype, N: int, K: int) -> None:
+    weight_NK, bias_N = random(N, K, dtype=dtype, scale=K**-0.5), random(N, dtype=dtype, scale=3)
+    linear = native.PackedLinear(weight_NK, bias_N)
+    for T in (1, 7, 100):
+        x_TK = random(T, K, dtype=dtype)
+        y_TN = same_bits(lambda x_TK=x_TK: linear(x_TK))  # type: ignore[misc]
+        expected_TN = x_TK.double() @ weight_NK.double().T + bias_N.double()
+        assert_near(y_TN, expected_TN, TOLERANCE[dtype])
+        assert torch.equal(linear(x_TK[-1:])[0], y_TN[-1])
 
 
 @DTYPES
@@ -140,6 +154,39 @@ def test_experts_are_the_dense_ffn_without_the_others(
         assert_near(
             y_TD, expected_ffn(x_TD, up_FD, down_FD, chosen_TE, activation), TOLERANCE[dtype]
         )
+        for t in range(T):
+            alone = ffn(x_TD[t : t + 1], native.sort_pairs(chosen_TE[t : t + 1]))
+            assert torch.equal(alone[0], y_TD[t])
+
+
+@DTYPES
+@pytest.mark.parametrize("options", ["gate, relu", "biases, relu2", "gate, fatrelu", "gate, drelu"])
+@pytest.mark.parametrize(("D", "E", "S"), SHAPES)
+def test_experts_with_gates_and_biases(
+    dtype: torch.dtype, options: str, D: int, E: int, S: int
+) -> None:
+    what, activation = options.split(", ")
+    up_FD = random(E * S, D, dtype=dtype, scale=D**-0.5)
+    down_FD = random(E * S, D, dtype=dtype, scale=(E * S) ** -0.5)
+    gate_FD = random(E * S, D, dtype=dtype, scale=D**-0.5) if what == "gate" else None
+    up_bias_F = random(E * S, dtype=dtype) if what == "biases" else None
+    down_bias_D = random(D, dtype=dtype) if what == "biases" else None
+    threshold = 0.0
+    if activation == "fatrelu":  # whole numbers: rounding takes none to the threshold's other side
+        gate_FD, threshold = torch.randint(-1, 2, (E * S, D)).to(dtype), 1.5
+    extras = native.FFNExtras(gate_FD, up_bias_F, down_bias_D, threshold)
+    ffn = native.PackedExpertFFN(up_FD, down_FD, E, activation, extras)
+    for T in (1, 5, 19, 70):
+        x_TD, chosen_TE = random(T, D, dtype=dtype), torch.rand(T, E) < 0.4
+        x_TD = x_TD.sign() if threshold else x_TD
+        h_TF = hidden_reference(x_TD.double(), up_FD, activation, gate_FD, up_bias_F, threshold)
+        assert_near(ffn.hidden(x_TD), h_TF, 2 * TOLERANCE[dtype])
+        expected_TD = (h_TF * chosen_TE.repeat_interleave(S, 1)) @ down_FD.double()
+        if down_bias_D is not None:
+            expected_TD = expected_TD + down_bias_D.double()
+        pairs = native.sort_pairs(chosen_TE)
+        y_TD = same_bits(lambda x_TD=x_TD, pairs=pairs: ffn(x_TD, pairs))  # type: ignore[misc]
+        assert_near(y_TD, expected_TD, 2 * TOLERANCE[dtype])
         for t in range(T):
             alone = ffn(x_TD[t : t + 1], native.sort_pairs(chosen_TE[t : t + 1]))
             assert torch.equal(alone[0], y_TD[t])
@@ -350,6 +397,21 @@ def test_rms_norm_adds_in_place_first(dtype: torch.dtype) -> None:
 
 
 @DTYPES
+@pytest.mark.parametrize("T", [0, 1, 7, 400])
+def test_layer_norm_of_the_sum(dtype: torch.dtype, T: int) -> None:
+    x_TD = random(T, 96, dtype=dtype) + 5
+    delta_TD, weight_D, bias_D = (random(*s, dtype=dtype) for s in ((T, 96), (96,), (96,)))
+    sum_TD = x_TD + delta_TD
+    alone_TD = native.layer_norm(sum_TD.clone(), None, weight_D, bias_D, 1e-5)
+    out_TD = native.layer_norm(x_TD, delta_TD, weight_D, bias_D, 1e-5)
+    assert torch.equal(x_TD, sum_TD)
+    assert torch.equal(out_TD, alone_TD)
+    if T:
+        wide = (sum_TD.double(), weight_D.double(), bias_D.double())
+        assert_near(out_TD, F.layer_norm(wide[0], (96,), *wide[1:], 1e-5), TOLERANCE[dtype])
+
+
+@DTYPES
 @pytest.mark.parametrize(("T", "heads", "d"), [(7, 4, 32), (1, 1, 64), (90, 9, 96)])
 def test_rotation_turns_its_own_heads_alone(dtype: torch.dtype, T: int, heads: int, d: int) -> None:
     cos, sin = rope_table(T + 5, d, 1e4)
@@ -378,11 +440,17 @@ class Sequences:
     """Sequences of (rows in the batch, tokens of context) in a cache, in scattered blocks."""
 
     def __init__(
-        self, lengths: list[tuple[int, int]], G: int, d: int, dtype: torch.dtype, layers: int = 2
+        self,
+        lengths: list[tuple[int, int]],
+        G: int,
+        d: int,
+        dtype: torch.dtype,
+        layers: int = 2,
+        window: int = 0,
     ) -> None:
         most = max(-(-context // BLOCK) for _, context in lengths)
         blocks = len(lengths) * most
-        self.cache = native.PagedCache(layers, blocks * BLOCK, G, d, dtype)
+        self.cache = native.PagedCache(layers, blocks * BLOCK, G, d, dtype, window)
         self.table_BM = torch.randperm(blocks).view(len(lengths), most).int()
         self.lengths = lengths
         self.keys = [random(context, G, d, dtype=dtype) for _, context in lengths]
@@ -416,6 +484,8 @@ class Sequences:
             queries, self.keys, self.values, self.lengths, strict=True
         ):
             mask_RC = torch.ones(rows, context, dtype=torch.bool).tril(context - rows)
+            if self.cache.window:
+                mask_RC = mask_RC.triu(context - rows - self.cache.window + 1)
             q, k, v = (x.double().transpose(0, 1)[None] for x in (q_RHd, k_CGd, v_CGd))
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_RC, enable_gqa=True)
             outputs.append(out[0].transpose(0, 1))
@@ -423,12 +493,13 @@ class Sequences:
 
 
 @DTYPES
+@pytest.mark.parametrize("window", [0, 1, 16, 37])
 @pytest.mark.parametrize(("G", "H", "d"), [(2, 4, 32), (3, 3, 64), (1, 8, 128), (2, 14, 96)])
 def test_attention_is_causal_attention_whatever_the_company(
-    dtype: torch.dtype, G: int, H: int, d: int
+    dtype: torch.dtype, G: int, H: int, d: int, window: int
 ) -> None:
     """Chunks and single rows, contexts at the edges of blocks, blocks in any order."""
-    sequences = Sequences(ROWS_AND_CONTEXTS, G, d, dtype)
+    sequences = Sequences(ROWS_AND_CONTEXTS, G, d, dtype, window=window)
     sequences.store(1)
     q_THd = random(sum(rows for rows, _ in ROWS_AND_CONTEXTS), H, d, dtype=dtype)
     out_THd = same_bits(lambda: sequences.attend(1, q_THd))

@@ -170,6 +170,7 @@ def test_several_dtypes_are_refused(copy: Callable[[str], Path]) -> None:
         ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm is True"),
         ("opt", {"num_attention_heads": 7}, "must be an even multiple of num_attention_heads 7"),
         ("opt", {"hidden_size": "many"}, "config.json: "),
+        ("opt", {"eos_token_id": 300}, "eos_token_id must be between 0 and 299, got 300"),
         (
             "relu-llama",
             {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0}},
