@@ -133,9 +133,9 @@ def recommendation(config: ModelConfig, report: Mapping[str, Any]) -> str:
         )
     best = min((p.relative for p in config.experts.quality), default=float("inf"))
     return (
-        f"`auto` stands for `dense`: no measured number of experts stays within {format_percent(budget)} of "
-        f"the dense perplexity (the best is {best:+.2%}). Training on from here with "
-        f"`ambidex train --from` concentrates the activations."
+        f"`auto` stands for `dense`: no measured number of experts stays within "
+        f"{format_percent(budget)} of the dense perplexity (the best is {best:+.2%}). "
+        f"`ambidex train --from` trains it on, to need fewer."
     )
 
 
