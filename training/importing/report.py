@@ -129,13 +129,13 @@ def recommendation(config: ModelConfig, report: Mapping[str, Any]) -> str:
     if report["recommended"] != "dense":
         return (
             f"`auto` stands for `{report['recommended']}`: the fewest experts measured that lose "
-            f"at most {budget:.3g} of the perplexity ({budget:.1%})."
+            f"at most {format_percent(budget)} of perplexity."
         )
     best = min((p.relative for p in config.experts.quality), default=float("inf"))
     return (
-        f"`auto` stands for `dense`: no measured number of experts stays within {budget:.1%} of "
-        f"the dense perplexity (the best is {best:+.2%}). Training on from here with "
-        f"`ambidex train --from` concentrates the activations."
+        f"`auto` stands for `dense`: no measured number of experts stays within "
+        f"{format_percent(budget)} of the dense perplexity (the best is {best:+.2%}). "
+        f"`ambidex train --from` trains it on, to need fewer."
     )
 
 

@@ -92,6 +92,7 @@ def test_the_policy_is_the_sparsest_within_the_budget_or_dense(
     for path, quality in ((tmp_path / "strict", strict), (tmp_path / "loose", loose)):
         assert loaded(path).config.experts.default_policy == quality.recommended
         assert quality.recommended in (path / "README.md").read_text()
+    assert "lose at most 100% of perplexity" in (tmp_path / "loose" / "README.md").read_text()
 
 
 def test_the_report_tells_every_layer(run: Run, tmp_path: Path) -> None:
