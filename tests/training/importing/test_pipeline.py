@@ -76,7 +76,7 @@ def test_the_curve_is_what_the_whole_model_scores(
     assert curve.random[4].coverage == pytest.approx(0.5, abs=0.1)
     points = after.config.experts.quality
     assert [p.top_k for p in points] == [1, 2, 3, 4, 6]
-    assert all(error > 0 for error in quality.errors.values())
+    assert all(error is not None and error > 0 for error in quality.errors.values())
 
 
 def test_the_policy_is_the_sparsest_within_the_budget_or_dense(
@@ -263,3 +263,25 @@ def test_other_clusterings_and_routers(
     report = json.loads((tmp_path / "out" / "training_report.json").read_text())
     assert {layer["router"] for layer in report["layers"]} == {"centroid"}
     assert quality.curve.routed[2].coverage > quality.curve.random[2].coverage
+def test_standard_errors_are_those_of_sequences_and_may_be_missing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens of a sequence go together; of a stream whose loss is not finite none is told."""
+    calls: list[int] = []
+
+    def losses(_: object, x_TD: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+        calls.append(len(targets_T) // 16)
+        by_sequence = torch.arange(calls[0]).repeat_interleave(16).double()
+        if len(calls) == 1:
+            return torch.ones_like(by_sequence)
+        return by_sequence if len(calls) > 2 else by_sequence / 0.0
+
+    monkeypatch.setattr("training.importing.quality.token_losses", losses)
+    first, *others = run(tmp_path / "out").errors.values()
+    sequences = torch.arange(calls[0]).double()
+    assert first is None
+    assert others == [pytest.approx(float(sequences.std()) / calls[0] ** 0.5)] * len(others)
+    report = json.loads((tmp_path / "out" / "training_report.json").read_text())
+    assert next(iter(report["standard_errors"].values())) is None
+
+
