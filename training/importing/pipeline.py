@@ -26,6 +26,8 @@ from torch import Tensor
 
 from engine.checkpoint import atomic_directory, write_json
 from engine.config import ModelConfig
+from engine.kernels import native
+from engine.kernels.native.build import processor
 from engine.tokenizer import Tokenizer
 from training.errors import TrainingError, writing
 from training.importing import source as sources
@@ -90,6 +92,8 @@ class Prepared:
             "version of torch": torch.__version__,
         }
 
+            "CPU kernels": _kernels(),
+            "processor": processor(),
     def describe(self) -> Iterator[tuple[str, str]]:
         """The plan for people; tokens are those that the text really has."""
         for name, value in self.plan.describe():
@@ -112,6 +116,11 @@ class Prepared:
 
 def prepare(
     path: Path,
+def _kernels() -> str:
+    """Whose operators compute: sums are rounded in another order by others."""
+    return "native" if native.available() else "torch"
+
+
     out: Path,
     paths: Sequence[Path],
     valid_paths: Sequence[Path],

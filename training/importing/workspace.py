@@ -90,9 +90,15 @@ class Workspace:
         (self.path / _IDENTITY).unlink(missing_ok=True)
 
     def _sweep(self) -> None:
-        for path in self.path.iterdir():
-            if _UNFINISHED.fullmatch(path.name):
-                shutil.rmtree(path)
+        """Remove what a kill left unfinished: in here, and of the checkpoint beside it.
+
+        No other process writes either: this one holds the lock.
+        """
+        checkpoint = re.compile(rf"\.{re.escape(self._out.name)}\.\d+\.tmp")
+        for folder, unfinished in ((self.path, _UNFINISHED), (self.path.parent, checkpoint)):
+            for path in folder.iterdir():
+                if unfinished.fullmatch(path.name):
+                    shutil.rmtree(path)
 
     @property
     def layers_done(self) -> int:

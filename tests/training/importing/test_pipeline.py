@@ -147,6 +147,31 @@ def test_a_killed_import_goes_on_to_the_same_bytes(run: Run, tmp_path: Path) -> 
     assert [p.name for p in out.parent.iterdir()] == ["out"]
 
 
+def test_what_a_kill_leaves_of_the_checkpoint_is_swept(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "x" / "out"
+    with pytest.raises(Killed):
+        run(out, monitor=KillAfter(1))
+    left = [out.parent / ".out.99.tmp", out.parent / ".outer.99.tmp"]
+    for path in left:
+        path.mkdir()
+        (path / "model.safetensors").write_bytes(b"")
+    run(out)
+    assert sorted(p.name for p in out.parent.iterdir()) == [".outer.99.tmp", "out"]
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("_kernels", "CPU kernels"), ("processor", "processor")]
+)
+def test_what_rounds_otherwise_does_not_go_on(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, what: str
+) -> None:
+    with pytest.raises(Killed):
+        run(tmp_path / "out", monitor=KillAfter(1))
+    monkeypatch.setattr(pipeline, name, lambda: "another")
+    with pytest.raises(TrainingError, match=f"half-done import with another {what}"):
+        run(tmp_path / "out")
+
+
 def test_another_command_does_not_go_on_unless_told_to(
     run: Run, model_dir: Path, options: ImportOptions, tmp_path: Path
 ) -> None:
