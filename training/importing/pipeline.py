@@ -72,6 +72,7 @@ class Prepared:
         tokenizer: of the source.
         plan: what will be done.
         text: what on.
+        kept: files of the source to keep beside the checkpoint, by name.
     """
 
     path: Path
@@ -79,6 +80,7 @@ class Prepared:
     tokenizer: Tokenizer
     plan: Plan
     text: CalibrationText
+    kept: Mapping[str, str]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -90,10 +92,10 @@ class Prepared:
             "text": self.text.fingerprint,
             "threads": torch.get_num_threads(),
             "version of torch": torch.__version__,
-        }
-
             "CPU kernels": _kernels(),
             "processor": processor(),
+        }
+
     def describe(self) -> Iterator[tuple[str, str]]:
         """The plan for people; tokens are those that the text really has."""
         for name, value in self.plan.describe():
@@ -114,13 +116,13 @@ class Prepared:
         return tokens * plan.config.num_hidden_layers
 
 
-def prepare(
-    path: Path,
 def _kernels() -> str:
     """Whose operators compute: sums are rounded in another order by others."""
     return "native" if native.available() else "torch"
 
 
+def prepare(
+    path: Path,
     out: Path,
     paths: Sequence[Path],
     valid_paths: Sequence[Path],
@@ -138,7 +140,7 @@ def _kernels() -> str:
         raise TrainingError(f"{out}: is there already; give --out a new directory")
     source = sources.open_source(path)
     plan = Plan.make(source.family, source.model_config, options)
-    tokenizer = sources.read_tokenizer(path, plan.config)
+    tokenizer, kept = sources.read_tokenizer(path, plan.config), source.texts()
     text = read_calibration(
         tokenizer,
         paths,
@@ -148,7 +150,7 @@ def _kernels() -> str:
         held_out_tokens=plan.quality_tokens,
         seed=options.seed,
     )
-    return Prepared(path, source, tokenizer, plan, text)
+    return Prepared(path, source, tokenizer, plan, text, kept)
 
 
 def run(
@@ -270,7 +272,7 @@ def _write(
     content = import_report(prepared, results, quality, command, versions)
     intact = "all layers are done and intact: free space and run the same command again"
     with writing(out, intact), atomic_directory(out) as directory:
-        for name, kept in prepared.source.texts().items():
+        for name, kept in prepared.kept.items():
             (directory / name).write_text(kept, encoding="utf-8")
         _write_files(directory, config, prepared.tokenizer, content)
         (directory / "README.md").write_text(import_card(config, content), encoding="utf-8")

@@ -16,6 +16,7 @@ from typing import Any, Final, Self
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from engine.chat_template import read_text
 
 from engine.checkpoint import read_json
 from engine.config import DTYPES, ModelConfig
@@ -30,7 +31,6 @@ PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Kept beside an imported model, so that it can be written back as it was.
 SOURCE_CONFIG: Final = "source_config.json"
 KEPT_FILES: Final = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-_MAX_TEXT: Final = 16 << 20
 _TIED_HEAD: Final = "lm_head.weight"
 
 
@@ -143,12 +143,15 @@ class Source:
         return sorted(self._left)
 
     def texts(self) -> dict[str, str]:
-        """Files to keep beside the imported model, by name: what writing it back needs."""
-        texts = {SOURCE_CONFIG: (self.path / "config.json").read_text(encoding="utf-8")}
+        """Files to keep beside the imported model, by name: what writing it back needs.
+
+        Raises:
+            CheckpointError: one is larger than a server reads, or not UTF-8.
+        """
+        texts = {SOURCE_CONFIG: read_text(self.path / "config.json")}
         for name in KEPT_FILES:
-            file = self.path / name
-            if file.is_file() and file.stat().st_size <= _MAX_TEXT:
-                texts[name] = file.read_text(encoding="utf-8")
+            if (self.path / name).is_file():
+                texts[name] = read_text(self.path / name)
         return texts
 
     def _read(

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.errors import AmbidexError
+from engine.chat_template import MAX_BYTES
+from engine.errors import AmbidexError, CheckpointError
 from tests.training.importing.models import change_config, make, state_of
 from training.importing.reader import INDEX, SINGLE, Source
 
@@ -210,3 +211,17 @@ def test_rotary_settings_of_either_age_are_read(copy: Callable[[str], Path]) -> 
     assert config.rope_theta == 5e5
     assert config.rope_scaling is not None
     assert (config.rope_scaling.rope_type, config.rope_scaling.factor) == ("linear", 4.0)
+def test_texts_that_could_not_be_served_are_refused(copy: Callable[[str], Path]) -> None:
+    path = copy("opt")
+    file = path / "tokenizer_config.json"
+    file.write_text("{}")
+    assert Source.open(path).texts()[file.name] == "{}"
+    for content, sentence in (
+        (b" " * (MAX_BYTES + 1), "tokenizer_config.json: larger than 1024 KiB"),
+        (b"\xff", "tokenizer_config.json: not readable as text"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=sentence):
+            Source.open(path).texts()
+
+
