@@ -70,10 +70,10 @@ def test_a_resumed_run_needs_the_same_start(saved: Path, corpus: Path, tmp_path:
     start = read_start(saved)
     config, run = short(start), tmp_path / "run"
     first = Trainer(config, run, [corpus], start=start).train()
-    again = Trainer(config, run, [corpus], start=start)
+    again = Trainer(config, run, [corpus], start=read_start(saved))
     assert again.progress is not None
     assert again.progress.step == config.steps
-    other = dataclasses.replace(start, identity="another")
+    other = dataclasses.replace(read_start(saved), identity="another")
     with pytest.raises(TrainingError, match="another configuration"):
         Trainer(short(other), run, [corpus], start=other)
     assert first.is_dir()
@@ -155,6 +155,7 @@ def test_a_smooth_model_becomes_relu_and_says_what_that_cost(
     assert (start.smooth, start.config.hidden_act) == (kind, "relu")
     trainer = Trainer(short(start), tmp_path / "run", [corpus], start=start)
     inputs_BL, targets_BL = trainer.prepared.valid[0]
+    assert not start.tensors  # freed: the model has them
     with torch.no_grad():
         logits = theirs(inputs_BL).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets_BL.flatten())
