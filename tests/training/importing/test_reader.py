@@ -179,7 +179,19 @@ def test_several_dtypes_are_refused(copy: Callable[[str], Path]) -> None:
         ),
         (
             "relu-llama",
-            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "nonsense": 2.0}},
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
+            "config.json: rope_scaling of rope_type linear needs a factor",
+        ),
+        (
+            "relu-llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "linear",
+                    "rope_theta": 1e4,
+                    "factor": 2.0,
+                    "nonsense": 2.0,
+                }
+            },
             "rope_scaling has unknown keys: nonsense",
         ),
     ],
