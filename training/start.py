@@ -206,6 +206,7 @@ def _read_checkpoint(path: Path) -> Start:
 
 def _read_smooth(path: Path) -> Start:
     source = Source.open(path, relufy=True)
+    source.check_tensors()
     found = source.config_json.get(source.table.activation_key) or source.table.default_activation
     require(
         found in SMOOTH,

@@ -279,15 +279,6 @@ def test_weights_that_are_not_finite_are_refused_in_the_end(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("cluster", ["coactivation", "weights"])
-def test_other_clusterings_and_routers(
-    run: Run, options: ImportOptions, tmp_path: Path, cluster: str
-) -> None:
-    options = dataclasses.replace(options, cluster=cluster, router="centroid")
-    quality = run(tmp_path / "out", options)
-    report = json.loads((tmp_path / "out" / "training_report.json").read_text())
-    assert {layer["router"] for layer in report["layers"]} == {"centroid"}
-    assert quality.curve.routed[2].coverage > quality.curve.random[2].coverage
 def test_standard_errors_are_those_of_sequences_and_may_be_missing(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,3 +301,12 @@ def test_standard_errors_are_those_of_sequences_and_may_be_missing(
     assert next(iter(report["standard_errors"].values())) is None
 
 
+@pytest.mark.parametrize("cluster", ["coactivation", "weights"])
+def test_other_clusterings_and_routers(
+    run: Run, options: ImportOptions, tmp_path: Path, cluster: str
+) -> None:
+    options = dataclasses.replace(options, cluster=cluster, router="centroid")
+    quality = run(tmp_path / "out", options)
+    report = json.loads((tmp_path / "out" / "training_report.json").read_text())
+    assert {layer["router"] for layer in report["layers"]} == {"centroid"}
+    assert quality.curve.routed[2].coverage > quality.curve.random[2].coverage
