@@ -90,9 +90,12 @@ class Workspace:
         (self.path / _IDENTITY).unlink(missing_ok=True)
 
     def _sweep(self) -> None:
+        """Remove what a kill left unfinished, and states that later ones have replaced."""
         for path in self.path.iterdir():
             if _UNFINISHED.fullmatch(path.name):
                 shutil.rmtree(path)
+        for path in sorted(self.path.glob("states-*"))[:-1]:
+            shutil.rmtree(path)
 
     @property
     def layers_done(self) -> int:
