@@ -138,6 +138,7 @@ def test_a_killed_import_goes_on_to_the_same_bytes(run: Run, tmp_path: Path) -> 
             run(out, monitor=KillAfter(layers))
     work = out.parent / ".out.import"
     (work / ".layer-00002.99.tmp").mkdir()  # what a kill within a layer leaves
+    (work / "states-00000").mkdir()  # or between new states and the removal of the old ones
     assert not out.exists()
     rest = KillAfter(9)
     run(out, monitor=rest)
