@@ -135,7 +135,7 @@ class Job:
 SLOW_DISK = """
 import os, pathlib, time
 fsync, slow = os.fsync, pathlib.Path(__file__).with_name("slow")
-os.fsync = lambda file: (slow.exists() and time.sleep(1), fsync(file))[1]
+os.fsync = lambda file: (slow.exists() and time.sleep(0.6), fsync(file))[1]
 """
 
 
