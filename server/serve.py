@@ -4,6 +4,9 @@ Shutdown in order: on SIGTERM (or SIGINT) new requests get 503 and `/health` tur
 load balancer looks elsewhere, while the socket stays open; what runs may finish within
 `drain_timeout`; then the socket closes and the process exits with status 0. A second signal skips
 the wait.
+
+An engine that has failed for good ends the process as well, after `exit_delay`: until then health
+and metrics say so.
 """
 
 from __future__ import annotations
@@ -139,8 +142,12 @@ async def _run(server: _Server, frontend: Frontend, listener: socket.socket) -> 
         else:
             stopping.add(asyncio.create_task(_drain_and_exit(server, frontend)))
 
-    def on_failure() -> None:
+    def exit_now() -> None:
         server.should_exit = True
+
+    def on_failure() -> None:
+        # The next process knows nothing of this one: unless a scrape sees it, nobody is told.
+        loop.call_later(frontend.settings.exit_delay, exit_now)
 
     if frontend.settings.exit_on_failure:
         frontend.fleet.on_failure = on_failure

@@ -52,7 +52,8 @@ GROUPS: Final[dict[str, tuple[str, ...]]] = {
         *("requests_per_minute", "tokens_per_minute", "cors_origins"),
     ),
     "Failure and shutdown": (
-        *("step_timeout", "max_restarts", "restart_window", "exit_on_failure", "drain_timeout"),
+        *("step_timeout", "max_restarts", "restart_window"),
+        *("exit_on_failure", "exit_delay", "drain_timeout"),
     ),
     "New checkpoints": ("watch", "watch_interval", "reload_memory", "retire_timeout"),
     "Measuring": ("sample_every", "expert_load"),
@@ -191,6 +192,12 @@ class Settings(BaseSettings):
     exit_on_failure: bool = Field(
         default=True,
         description="end the process, status 1, when the engine has failed for good",
+    )
+    exit_delay: float = Field(
+        default=20.0,
+        ge=0.0,
+        le=3600.0,
+        description="seconds that it stays to say so first; more than lie between two scrapes",
     )
 
     watch: Path | None = Field(

@@ -9,8 +9,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from engine.checkpoint import MANIFEST, atomic_directory, verify_manifest
-from engine.errors import require
+from engine.checkpoint import MANIFEST, atomic_directory, file_sha256, verify_manifest
+from engine.errors import CheckpointError, require
 from training.errors import TrainingError, writing
 
 
@@ -38,7 +38,7 @@ def publish(checkpoint: Path, target: Path) -> None:
     """Copy `checkpoint` to `target`, whole or not at all, in the place of an older one.
 
     Raises:
-        CheckpointError: if `checkpoint` is damaged.
+        CheckpointError: if `checkpoint` is damaged, or its copy is.
         StorageError: if it cannot be written.
     """
     files = verify_manifest(checkpoint)
@@ -46,5 +46,12 @@ def publish(checkpoint: Path, target: Path) -> None:
         writing(target, f"{checkpoint} is whole: free space and run the same command again"),
         atomic_directory(target) as directory,
     ):
-        for name in files:
-            shutil.copyfile(checkpoint / name, directory / name)
+        for name, entry in files.items():
+            copy = shutil.copyfile(checkpoint / name, directory / name)
+            # The new manifest is made of what lies there by then, so it would prove nothing.
+            require(
+                file_sha256(copy) == entry["sha256"],
+                f"{checkpoint / name}: changed while it was copied, or the copy is damaged; "
+                f"run the same command again",
+                CheckpointError,
+            )

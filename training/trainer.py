@@ -215,6 +215,9 @@ class Trainer:
             stopping = self.team.any(bool(stop))
             if stopping or self.step % save_every == 0 or self.step == self.config.steps:
                 self._save_state()
+            if stopping:
+                # Where one process has ended, Slurm kills the others: none leaves before the state.
+                self.team.barrier()
             if stopping and self.step < self.config.steps:
                 self.team.refuse(
                     Interrupted(

@@ -13,7 +13,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "serving on many machines needs Ray, which the extra `ray` installs: "
-        "pip install 'ambidex[ray]'"
+        "pip install --constraint constraints.txt '.[ray]' in a clone of Ambidex"
     ) from error
 
 from deploy.ray.ingress import Ingress

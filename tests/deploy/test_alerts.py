@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.deploy.prometheus import ROOT, rules_of
+from server.settings import Settings
+from tests.deploy.prometheus import CONFIG, ROOT, rules_of
 
 ALERTS = {rule["alert"]: rule for rule in rules_of("alerts.yml")}
 UNIT_TESTS = Path(__file__).parent / "rules_test.yml"
@@ -36,6 +37,15 @@ def test_every_alert_says_what_and_where_to_read_on(name: str) -> None:
     assert file == "docs/alerts.md"
     assert anchor == name.lower()
     assert f"\n## {name}\n\n{severity}. " in DOCS
+
+
+def test_a_scrape_sees_that_a_server_has_failed() -> None:
+    """It stays longer than lie between two scrapes of ours."""
+    monitor = ROOT / "deploy/kubernetes/components/monitoring/servicemonitor.yaml"
+    (endpoint,) = yaml.safe_load(monitor.read_text())["spec"]["endpoints"]
+    composed = yaml.safe_load(CONFIG.read_text())["global"]
+    for interval in (endpoint["interval"], composed["scrape_interval"]):
+        assert int(interval.removesuffix("s")) + 2 < Settings().exit_delay
 
 
 def test_the_runbook_has_no_other_alerts() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -206,6 +207,21 @@ def test_keys_come_from_one_secret(overlay: str) -> None:
     assert not any(m["kind"] == "Secret" for m in render(overlay)), "none is shipped"
     assert f"create secret generic {volume['secretName']}" in README
     assert all(f"--from-literal={key}=" in README for key in (item["key"], "admin-key"))
+
+
+def test_the_patches_of_the_readme_apply(tmp_path: Path) -> None:
+    """All of them, in the overlay of one's own that it shows."""
+    overlay, *patches = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    place = os.path.relpath(KUBERNETES, tmp_path.resolve())
+    text = "".join((overlay, *patches)).replace("../ambidex/deploy/kubernetes", place)
+    (tmp_path / "kustomization.yaml").write_text(text)
+    own = str(tmp_path)
+    spec = one(own, "PersistentVolumeClaim")["spec"]
+    assert spec["accessModes"] == ["ReadWriteOnce"]
+    assert spec["storageClassName"] == "shared"
+    seen = [m for m in render(own) if m["kind"] in ("ServiceMonitor", "PrometheusRule")]
+    assert len(seen) >= 2
+    assert all(m["metadata"]["labels"]["release"] == "monitoring" for m in seen)
 
 
 # Training

@@ -94,6 +94,7 @@ class Job:
             "SLURM_JOB_ID": "4242",
             "SLURM_JOB_NODELIST": "node[0-1]",
             "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_CPUS_PER_TASK": "3",
             "SLURM_SUBMIT_DIR": str(ROOT),
         }
         given = environment(**slurm, **variables)
@@ -130,12 +131,26 @@ class Job:
                     os.killpg(int(task), signal.SIGKILL)
 
 
+# What Python runs first: once the file beside it is there, the disk takes its time.
+SLOW_DISK = """
+import os, pathlib, time
+fsync, slow = os.fsync, pathlib.Path(__file__).with_name("slow")
+os.fsync = lambda file: (slow.exists() and time.sleep(0.6), fsync(file))[1]
+"""
+
+
 def test_slurm_saves_when_time_is_out_and_goes_on(arguments: list[str], tmp_path: Path) -> None:
-    """Two nodes of one process each meet, save when told to, and end the run the second time."""
-    run = tmp_path / "run"
+    """Two nodes of one process each meet, save when told to, and end the run the second time.
+
+    The state takes longer to write than the second node, whose end kills the first, has to wait.
+    """
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    disk.mkdir()
+    (disk / "sitecustomize.py").write_text(SLOW_DISK)
     command = [*arguments, "--out", str(run)]
-    first = Job(tmp_path, command, PROCESSES="1", PORT=free_port())
+    first = Job(tmp_path, command, PROCESSES="1", PORT=free_port(), PYTHONPATH=f"{disk}:{ROOT}")
     first.wait_for(lambda: re.search(r"step \d+/40", first.output))
+    (disk / "slow").touch()
     first.process.send_signal(signal.SIGUSR1)
     assert first.end() != 0, first.output
     assert first.requeued
@@ -156,8 +171,8 @@ def step(tmp_path: Path) -> Path:
     script.write_text(
         "#!/bin/bash\n"
         '[ "$1" = for-ever ] || exit "$1"\n'
-        "trap 'kill $!; sleep 0.3; echo saved; exit 1' TERM\n"
-        "sleep 60 & echo started $HEAD $NODES $PORT; wait\n"
+        "trap 'kill $!; sleep 0.3; echo saved; sleep 0.3; exit 1' TERM\n"
+        "sleep 60 & echo started $HEAD $NODES $PORT $SLURM_CPUS_PER_TASK; wait\n"
     )
     script.chmod(0o755)
     return tmp_path
@@ -173,7 +188,7 @@ def test_slurm_ends_with_the_runs_status(step: Path, status: int) -> None:
 def test_slurm_waits_for_the_state_when_preempted(step: Path) -> None:
     """Slurm tells steps and batch script, and requeues the job by itself."""
     job = Job(step, ["for-ever"], AMBIDEX_RECIPES=str(step))
-    job.wait_for(lambda: job.output.count("started 127.0.0.1 2 24242") == 2)
+    job.wait_for(lambda: job.output.count("started 127.0.0.1 2 24242 3") == 2)
     for task in (step / "tasks").read_text().split():
         os.killpg(int(task), signal.SIGTERM)
     job.process.send_signal(signal.SIGTERM)

@@ -315,24 +315,31 @@ def text_of(url: str) -> str:
 
 
 @pytest.mark.filterwarnings("default")
-def test_a_process_whose_engine_has_failed_for_good_ends(
+def test_a_process_whose_engine_has_failed_for_good_says_so_and_ends(
     checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """For as long as a scrape needs to see it, whatever the supervisor does afterwards."""
+
     def boom(*_: Any) -> Any:
         raise RuntimeError("the disk is on fire")
 
     def visit(url: str) -> None:
         monkeypatch.setattr("engine.runner.Runner.run", boom)
         statuses = []
+        while httpx.get(f"{url}/health/live", trust_env=False).status_code == 200:
+            httpx.post(f"{url}/generate", json={"inputs": "x"}, trust_env=False, timeout=30)
+        failed = time.monotonic()
+        assert "ambidex_live 0.0" in text_of(f"{url}/metrics")
         with suppress(httpx.TransportError):
             while True:
                 body = {"inputs": "x"}
                 response = httpx.post(f"{url}/generate", json=body, trust_env=False, timeout=30)
                 statuses.append(response.status_code)
-        assert set(statuses) <= {424, 503}
+        assert set(statuses) == {503}
+        assert time.monotonic() - failed > 0.8
 
     with pytest.raises(SystemExit, match=r"failed for good.*disk is on fire"):
-        serve_here(checkpoint_dir, visit, max_restarts=0)
+        serve_here(checkpoint_dir, visit, max_restarts=0, exit_delay=1.0)
 
 
 def test_a_second_signal_does_not_wait(checkpoint_dir: Path) -> None:

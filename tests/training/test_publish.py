@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,23 @@ def test_a_damaged_checkpoint_is_not_published(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):
         publish(tmp_path / "bad", tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
+
+
+def test_what_changes_while_it_is_copied_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source is verified first; what is wrong from then on shows in the copy alone."""
+    publish(STARTER, tmp_path / "one")
+    before = content_digest(tmp_path / "one")
+
+    def flip_a_bit(source: Path, copy: Path) -> Path:
+        whole = bytearray(source.read_bytes())
+        whole[-1] ^= 1
+        copy.write_bytes(whole)
+        return copy
+
+    monkeypatch.setattr(shutil, "copyfile", flip_a_bit)
+    with pytest.raises(CheckpointError, match="changed while it was copied"):
+        publish(STARTER, tmp_path / "one")
+    assert content_digest(tmp_path / "one") == before
+    assert [p.name for p in tmp_path.iterdir()] == ["one"]
