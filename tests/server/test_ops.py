@@ -285,10 +285,10 @@ def test_the_example_of_the_documentation_works(live: Live) -> None:
 
 def test_the_handbook_names_every_setting_and_metric(serve: Serve) -> None:
     docs = Path(__file__).parents[2] / "docs"
-    settings, operations = ((docs / f"{n}.md").read_text() for n in ("serving", "operations"))
+    settings, metrics = ((docs / f"{n}.md").read_text() for n in ("serving", "metrics"))
     for name in Settings.model_fields:
         assert f"`AMBIDEX_{name.upper()}`" in settings, name
     with serve(expert_load=True) as live:
         families = list(live.frontend.registry.collect())
     for family in families:
-        assert f"`{family.name}" in operations, family.name
+        assert f"`{family.name}" in metrics, family.name
