@@ -59,13 +59,14 @@ def overview() -> Iterator[Panel]:
         "percentunit",
         "min(job:ambidex_router_coverage:ratio_rate30m)",
     )
-    info = f"{chosen('ambidex_model_info')} * on (job, instance) group_left (version)"
+    info = f"{chosen('ambidex_model_info')} * on (job, instance, replica) group_left (version)"
     yield listing(
         "Servers",
         "What each server runs: its version and its checkpoint.",
         {"Servers": ("none", f"{info} {chosen('ambidex_build_info')}")},
         ["job", "Value"],
         instance="Server",
+        replica="Replica",
         version="Version",
         name="Checkpoint",
         fingerprint="Fingerprint",

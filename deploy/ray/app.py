@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -17,10 +19,12 @@ except ImportError as error:
     ) from error
 
 from deploy.ray.ingress import Ingress
-from deploy.ray.options import Options
-from deploy.ray.replica import Model
+from deploy.ray.options import Options, warnings
+from deploy.ray.replica import Model, log
 from deploy.ray.rollout import Rollout
 from server.settings import Settings, explain
+
+logger = logging.getLogger("ambidex.server")
 
 SPARE_SECONDS: Final = 15.0  # that Serve gives a replica beyond its own drain
 SPARE_REQUESTS: Final = (
@@ -40,6 +44,9 @@ def build(args: dict[str, Any]) -> serve.Application:
         settings = Settings()
     except ValidationError as error:
         raise ValueError(explain(error)) from None
+    log(settings)
+    for sentence in warnings(settings, os.environ):
+        logger.warning("%s", sentence)
     return application(settings, Options.of(args))
 
 

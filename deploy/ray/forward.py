@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from deploy.ray.affinity import prompt_key
 from deploy.ray.wire import Accepted, Target, plain_scope
-from engine.errors import AmbidexError, EngineStopped, Overloaded
+from engine.errors import AmbidexError, EngineStopped, InvalidRequest, Overloaded
 from server import calls
 from server.deadlines import TIMEOUT_HEADER, late_error, timeout_of
 from server.errors import IncompleteGeneration, describe, error_response, openai_call
@@ -34,6 +35,11 @@ GRACE_SECONDS: Final = 10.0  # after its deadline in which a replica says itself
 MOST_REFUSALS: Final = 3  # replicas that may answer 503 before the client gets that answer
 # A request that a replica died of must not be allowed to end one after another.
 MOST_LOSSES: Final = 2
+REJECTED: Final[dict[type[AmbidexError], str]] = {
+    InvalidRequest: "invalid",
+    Overloaded: "overloaded",
+    EngineStopped: "stopped",
+}
 INLINE_BYTES: Final = 64 << 10  # of a body that is parsed on the event loop
 
 logger = logging.getLogger("ambidex.server")
@@ -60,11 +66,13 @@ class Counts:
         retried: requests that another replica was asked for.
         broken: streams whose replica was lost.
         active: requests under way.
+        rejections: requests that it refused itself, by the reasons that servers have.
     """
 
     retried: int = 0
     broken: int = 0
     active: int = 0
+    rejections: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -139,6 +147,8 @@ class Forwarder:
                 raise Overloaded(f"the ingress has {self.max_active} requests already")
             await while_connected(receive, self._serve(scope, body, answer))
         except AmbidexError as error:
+            if reason := REJECTED.get(type(error)):
+                self.counts.rejections[reason] += 1
             if answer.started:
                 await answer.break_off(error)
             else:

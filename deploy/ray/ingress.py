@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
@@ -10,7 +9,6 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from ray import serve
-from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
@@ -20,10 +18,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deploy.ray.exposition import merge
 from deploy.ray.forward import Forwarder
-from deploy.ray.reach import Reach
+from deploy.ray.reach import Reach, reload_all
 from deploy.ray.replica import log
 from deploy.ray.wire import plain_scope
-from engine.errors import AmbidexError, EngineStopped
+from engine.errors import AmbidexError
 from server.app import add_middleware
 from server.errors import error_response
 from server.middleware import REQUEST_ID
@@ -64,7 +62,6 @@ class Ingress:
         self.reach = Reach(model)
         self.rollout = rollout
         self.forwarder = Forwarder(self.reach, self.settings, characters, max_active)
-        self.rejections: Counter[str] = Counter()
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(_Own(self))
         self.for_all: dict[tuple[str, str], Handler] = {
@@ -77,7 +74,7 @@ class Ingress:
         app = Starlette(routes=[Mount("/", app=self._answer)])
 
         def rejected(reason: str) -> None:
-            self.rejections[reason] += 1
+            self.forwarder.counts.rejections[reason] += 1
 
         # Requests a minute are limited by the replicas, which see the tokens as well.
         add_middleware(app, self.settings, RateLimiter(0, 0), rejected, lambda _call: None)
@@ -106,13 +103,7 @@ class Ingress:
 
     async def _reload(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = (await receive()).get("body", b"")
-        try:
-            messages = await self.rollout.reload.remote(plain_scope(scope), body)
-        except RayActorError as error:
-            raise EngineStopped("the rollout broke off; look at /admin/status") from error
-        if not messages:
-            raise EngineStopped("no replica runs")
-        for message in messages:
+        for message in await reload_all(self.rollout, plain_scope(scope), body):
             await send(message)
 
 
@@ -155,7 +146,7 @@ class _Own(Collector):
         rejections = CounterMetricFamily(
             "ambidex_ingress_rejections", "Requests that an ingress refused.", labels=["reason"]
         )
-        for reason, count in self.ingress.rejections.items():
+        for reason, count in counts.rejections.items():
             rejections.add_metric([reason], count)
         found: list[Metric] = [active, rejections]
         for name, text in COUNTERS:

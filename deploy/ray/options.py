@@ -9,6 +9,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from deploy.ray.affinity import LOAD_BOUND, PREFIX_CHARACTERS
 from deploy.ray.scaling import TARGET_DEMAND
+from server.settings import Settings, unknown_variables
+
+
+def warnings(settings: Settings, environment: Mapping[str, str]) -> list[str]:
+    """Sentences about what is allowed and seldom meant, as the server says them when it starts."""
+    sentences = unknown_variables(environment)
+    if not settings.keyring().keys:
+        sentences.append(
+            "serving without API keys: everybody who reaches Ray's HTTP port may use it "
+            "(AMBIDEX_API_KEYS, AMBIDEX_API_KEYS_FILE)"
+        )
+    return sentences
 
 
 class Options(BaseModel):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
 from typing import Any, Final
 
 import grpc
 from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.types import Message
 
@@ -17,6 +18,9 @@ from deploy.ray.wire import Accepted, Identity, Reply, Target
 from engine.errors import EngineStopped
 
 EVERYBODY_SECONDS: Final = 10.0  # for all replicas to say something about themselves
+RELOAD_SECONDS: Final = 1800.0  # for all replicas, one after another, to load a checkpoint
+
+logger = logging.getLogger("ambidex.server")
 
 
 class Reach:
@@ -77,3 +81,25 @@ class Reach:
         except RayError:
             return None
         return reply
+
+
+async def reload_all(
+    rollout: DeploymentHandle[Any], scope: dict[str, Any], body: bytes
+) -> list[Message]:
+    """What the rollout answers to `POST /admin/reload`.
+
+    Raises:
+        EngineStopped: no replica runs, or nobody can say what came of it.
+    """
+    try:
+        async with asyncio.timeout(RELOAD_SECONDS):
+            messages: list[Message] = await rollout.reload.remote(scope, body)
+    except (RayError, RayServeException, grpc.RpcError) as error:
+        logger.exception("a reload broke off")
+        raise EngineStopped("the reload broke off; look at /admin/status") from error
+    except TimeoutError:
+        message = f"the reload takes longer than {RELOAD_SECONDS:g} s; look at /admin/status"
+        raise EngineStopped(message) from None
+    if not messages:
+        raise EngineStopped("no replica runs")
+    return messages

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import suppress
 from typing import Any
 
 from prometheus_client import generate_latest
@@ -15,12 +14,12 @@ from starlette.types import Message
 
 from deploy.ray.scaling import DEMAND, demand
 from deploy.ray.wire import Accepted, Identity, Reply, Target, merged
-from engine.errors import AmbidexError
+from engine.errors import AmbidexError, EngineStopped
 from server import access_log
 from server.app import create_app
 from server.fleet import make_worker
 from server.generation import Frontend
-from server.reload import first_engine
+from server.reload import Candidate, first_engine
 from server.routes import admin
 from server.settings import Settings
 from server.tracing import Tracing, otlp_provider
@@ -45,6 +44,7 @@ class Model:
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         self.replica = serve.get_replica_context().replica_id.unique_id
+        self.root = settings.watch or settings.model
         log(settings)
         if settings.access_log:
             access_log.write_to_stderr()
@@ -159,9 +159,15 @@ class Model:
         return Identity(self.replica, self.front.engine.checkpoint.digest)
 
     async def reload(self, target: Target, path: str) -> Reply | None:
-        """Serve the checkpoint `path` of the watched directory; None if another one is meant."""
+        """Serve the checkpoint `path` of the watched directory; None if another replica is meant,
+        or this one is about to stop."""
         if target.only != self.replica:
             return None
-        with suppress(AmbidexError):
+        if await asyncio.to_thread(Candidate.at, self.root / path) is None:
+            return Reply("absent", f"{path} is not there, or has no manifest")
+        try:
             return Reply(await self.front.reloader.reload(path))
-        return Reply("failure", self.front.reloader.last_error or "it is about to stop")
+        except EngineStopped:
+            return None
+        except AmbidexError as error:
+            return Reply("failure", self.front.reloader.last_error or str(error))

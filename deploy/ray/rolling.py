@@ -1,9 +1,11 @@
 """New checkpoints for many replicas: one after another, and none after the first refusal.
 
 The first replica that loads a checkpoint is the trial: what it refuses, no other one is asked for.
-If a later one refuses, those before it go back to what all served, where that is still there. A
-replica that comes later, by scaling or after a crash, is brought to the same weights. It knows no
-Ray: `Fleet` is whatever reaches the replicas.
+If a later one refuses, those before it go back to the newest that all can serve, where the watched
+path still holds one: neither the configured model, from before the first checkpoint, nor a watched
+checkpoint that was replaced can be gone back to. A replica that does not see a checkpoint yet is
+asked again at the next look. One that comes later, by scaling or after a crash, is brought to the
+same weights. It knows no Ray: `Fleet` is whatever reaches the replicas.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from deploy.ray.wire import Identity, Reply
 from engine.checkpoint import content_digest
@@ -19,6 +21,8 @@ from engine.errors import CheckpointError
 from server.reload import Candidate, candidates
 
 logger = logging.getLogger("ambidex.server")
+
+Outcome = Literal["served", "refused", "absent"]
 
 
 class Fleet(Protocol):
@@ -28,7 +32,8 @@ class Fleet(Protocol):
         """Those that run now."""
 
     async def reload(self, replica: str, path: str) -> Reply | None:
-        """Let one serve the checkpoint `path`, relative to the watched one; None if it is gone."""
+        """Let one serve the checkpoint `path`, relative to the watched one; None if it is gone, or
+        about to be."""
 
 
 class Rolling:
@@ -52,15 +57,23 @@ class Rolling:
         async with self.lock:
             found = await asyncio.to_thread(candidates, self.root)
             self._refused &= set(found)
+            refused = False
             for candidate in found:
                 wanted = candidate == self.target or candidate.written > self._newest
                 if not wanted or candidate in self._refused:
                     continue
-                if await self._bring(candidate):
+                outcome = await self._bring(candidate)
+                if outcome == "served":
                     self.target = candidate
                     self._newest = max(self._newest, candidate.written)
+                if outcome != "refused":
                     return
+                refused = True
                 self._refused.add(candidate)
+            if refused and len({each.digest for each in await self.fleet.identities()}) > 1:
+                logger.error(
+                    "replicas serve different weights, and %s holds none to go back to", self.root
+                )
 
     async def keep(self, path: Path) -> None:
         """`path` was chosen by hand: it stays until something newer than all that is there comes.
@@ -69,25 +82,36 @@ class Rolling:
         """
         found = await asyncio.to_thread(candidates, self.root)
         self._newest = max((candidate.written for candidate in found), default=self._newest)
-        self.target = await asyncio.to_thread(Candidate.at, path)
+        chosen = await asyncio.to_thread(Candidate.at, path)
+        # The same directory may be called otherwise in `found`: relative, or through a link.
+        same = (each for each in found if chosen and _same(each, chosen))
+        self.target = next(same, chosen)
         if self.target is not None:
             self._refused.discard(self.target)
 
-    async def _bring(self, candidate: Candidate) -> bool:
-        """Whether every replica serves `candidate` now."""
+    async def _bring(self, candidate: Candidate) -> Outcome:
+        """Let one replica after another serve `candidate`, until one does not."""
         try:
             digest = await asyncio.to_thread(content_digest, candidate.path)
         except CheckpointError as error:
             logger.error("refused a checkpoint: %s", error)
-            return False
+            return "refused"
         path = str(candidate.path.relative_to(self.root))
         for each in sorted(await self.fleet.identities(), key=lambda each: each.replica):
             if each.digest == digest:
                 continue
             reply = await self.fleet.reload(each.replica, path)
-            if reply is not None and reply.refused:
+            if reply is None:
+                continue
+            if reply.result == "absent":
+                logger.warning("replica %s has to wait: %s", each.replica, reply.error)
+                return "absent"
+            if reply.result == "failure":
                 logger.error("replica %s refused %s: %s", each.replica, path, reply.error)
-                return False
-            if reply is not None:
-                logger.info("replica %s serves %s", each.replica, candidate.path)
-        return True
+                return "refused"
+            logger.info("replica %s serves %s", each.replica, candidate.path)
+        return "served"
+
+
+def _same(one: Candidate, other: Candidate) -> bool:
+    return (one.written, one.inode) == (other.written, other.inode)

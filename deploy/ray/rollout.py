@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from contextlib import aclosing
+from contextvars import Context
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Rollout:
         self.replicas = Reach(model)
         self.rolling = Rolling(settings.watch or settings.model, self.replicas)
         self._watching: asyncio.Task[None] | None = None
+        self._reloading: set[asyncio.Task[list[Message]]] = set()
         if settings.watch:
             self._watching = asyncio.create_task(self._watch(settings.watch_interval))
 
@@ -59,7 +61,17 @@ class Rollout:
 
     async def reload(self, scope: dict[str, Any], body: bytes) -> list[Message]:
         """The answer to `POST /admin/reload`: the last replica's, or the first refusal. Nothing if
-        no replica runs."""
+        no replica runs.
+
+        It goes on if nobody waits for it any more: replicas must not be left on different weights.
+        """
+        # Outside the request's context, with which Serve would cancel the calls to the replicas.
+        running = asyncio.create_task(self._reload(scope, body), context=Context())
+        self._reloading.add(running)
+        running.add_done_callback(self._reloading.discard)
+        return await asyncio.shield(running)
+
+    async def _reload(self, scope: dict[str, Any], body: bytes) -> list[Message]:
         async with self.rolling.lock:
             answer: list[Message] = []
             try:

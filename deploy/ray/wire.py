@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from starlette.types import Message, Scope
+
+from server.reload import Result
 
 # Of an ASGI HTTP scope: what describes the request, and nothing of the server that took it.
 _FIELDS: Final = (
@@ -52,14 +54,16 @@ class Identity:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of a replica's attempt to load a checkpoint: a result of server.reload."""
+    """What came of a replica's attempt to load a checkpoint.
 
-    result: str
+    Attributes:
+        result: one of server.reload, or "absent": the replica does not see the checkpoint, as on a
+            shared file system that shows new directories some seconds late.
+        error: what was wrong.
+    """
+
+    result: Result | Literal["absent"]
     error: str = ""
-
-    @property
-    def refused(self) -> bool:
-        return self.result == "failure"
 
 
 def plain_scope(scope: Scope) -> dict[str, Any]:

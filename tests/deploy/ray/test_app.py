@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from deploy.ray.exposition import merge
-from deploy.ray.options import Options
+from deploy.ray.options import Options, warnings
 from server.settings import Settings
 
 DEPLOY = Path(__file__).parents[3] / "deploy" / "ray"
@@ -39,12 +39,36 @@ def test_the_files_mean_what_there_is() -> None:
     names = [line.split("#")[1].split(":")[0].strip() for line in _commented(FILE)]
     for document in serve_files():
         (application,) = document["applications"]
-        assert Options.of(application["args"]).min_replicas == 2
+        assert Options.of(application["args"]).max_replicas > 1
         assert application["import_path"] == "deploy.ray.app:build"
         names += application["runtime_env"]["env_vars"]
     assert len(names) >= 6
     for name in names:
         assert name.removeprefix("AMBIDEX_").lower() in Settings.model_fields
+
+
+def test_kubernetes_has_what_the_pods_need() -> None:
+    document = yaml.safe_load((DEPLOY / "rayservice.yaml").read_text())
+    base = DEPLOY.parent / "kubernetes" / "base"
+    namespace = yaml.safe_load((base / "namespace.yaml").read_text())["metadata"]["name"]
+    claim = yaml.safe_load((base / "models.yaml").read_text())["metadata"]["name"]
+    assert document["metadata"]["namespace"] == namespace
+    cluster = document["spec"]["rayClusterConfig"]
+    (workers,) = cluster["workerGroupSpecs"]
+    for group in (cluster["headGroupSpec"], workers):
+        pod = group["template"]["spec"]
+        assert [volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"]] == [
+            claim
+        ]
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for part in (*pod["containers"], cluster["autoscalerOptions"]):
+            confined = part["securityContext"]
+            assert not confined["allowPrivilegeEscalation"]
+            assert confined["capabilities"] == {"drop": ["ALL"]}
+    (worker,) = workers["template"]["spec"]["containers"]
+    port = yaml.safe_load(document["spec"]["serveConfigV2"])["http_options"]["port"]
+    assert worker["readinessProbe"]["httpGet"] == {"path": "/-/healthz", "port": port}
 
 
 def _commented(path: Path) -> list[str]:
@@ -74,6 +98,22 @@ def test_options_that_cannot_be_used(args: dict[str, Any], sentence: str) -> Non
 
 def test_options_may_be_texts() -> None:
     assert Options.of({"min_replicas": "2", "max_replicas": "4"}).max_replicas == 4
+
+
+def test_what_is_seldom_meant_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = Settings(api_keys="alice-0123456789abcdef")
+    assert warnings(keys, {"AMBIDEX_WATCH": "/models"}) == []
+    unknown, is_open = warnings(Settings(), {"AMBIDEX_WACTH": "/models"})
+    assert "did you mean AMBIDEX_WATCH?" in unknown
+    assert "without API keys" in is_open
+    pytest.importorskip("ray")
+    app = importlib.import_module("deploy.ray.app")
+    monkeypatch.setenv("AMBIDEX_WACTH", "/models")
+    app.build({})
+    assert "AMBIDEX_WACTH is no setting" in caplog.text
+    assert is_open in caplog.text
 
 
 def test_pages_become_one_page() -> None:

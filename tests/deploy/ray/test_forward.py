@@ -182,6 +182,26 @@ def test_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not nothing.asked
 
 
+def test_what_the_ingress_refuses_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "ACCEPT_SECONDS", 0.05)
+    seen: list[Forwarder] = []
+
+    def full(forwarder: Forwarder) -> None:
+        forwarder.counts.active = 2
+        seen.append(forwarder)
+
+    ask(Scripted(), use=full)
+    ask(Scripted([10.0]), use=seen.append)
+    ask(Scripted(), headers={"X-Request-Timeout": "-1"}, use=seen.append)
+    ask(Scripted(*(answers(503, "busy", name) for name in "abc")), use=seen.append)
+    assert [dict(forwarder.counts.rejections) for forwarder in seen] == [
+        {"overloaded": 1},
+        {"stopped": 1},
+        {"invalid": 1},
+        {},  # the replicas have counted those
+    ]
+
+
 def test_a_client_that_leaves_closes_the_call() -> None:
     replicas = Scripted([Accepted("a"), 10.0])
 

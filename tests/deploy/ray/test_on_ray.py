@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 import torch
 
@@ -184,6 +186,11 @@ def test_a_rolling_update_under_load(start: Start, tmp_path: Path, report: Repor
             assert models(served) == {"step-2"}  # a choice by hand stays
             missing = served.http.post("/admin/reload", headers=AS_ADMIN, json={"path": "nothing"})
             assert missing.status_code == 409
+            with contextlib.suppress(httpx.ReadTimeout):  # a client that does not wait for it
+                served.http.post(
+                    "/admin/reload", headers=AS_ADMIN, json={"path": "step-4"}, timeout=0.1
+                )
+            wait_for(lambda: models(served) == {"step-4"}, 30)
         report("rolling updates under load", dict(load.ends))
         assert set(load.ends) == {"complete"}, load.details
         assert sorted(failures(served)) == [0, 2]  # one refusal each, by the first alone

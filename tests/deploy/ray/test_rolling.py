@@ -20,6 +20,7 @@ class Replicas:
     def __init__(self, *names: str) -> None:
         self.serves = dict.fromkeys(names, "")
         self.refuses: set[tuple[str, str]] = set()
+        self.blind: set[str] = set()
         self.gone: set[str] = set()
         self.calls: list[tuple[str, str]] = []
         self.root = Path()
@@ -36,6 +37,8 @@ class Replicas:
         self.calls.append((replica, path))
         if replica in self.gone:
             return None
+        if replica in self.blind:
+            return Reply("absent", "not there")
         if (replica, path) in self.refuses:
             return Reply("failure", "damaged")
         self.serves[replica] = content_digest(self.root / path)
@@ -108,6 +111,35 @@ def test_after_a_later_refusal_all_go_back(
     assert set(replicas.serves.values()) == {old}
 
 
+def test_after_the_first_of_all_nothing_is_there_to_go_back_to(
+    rolling: Rolling, replicas: Replicas, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    replicas.serves = dict.fromkeys("abc", "the packaged model")
+    write(tmp_path, "bad", 10)
+    replicas.refuses.add(("b", "bad"))
+    for _ in range(2):
+        asyncio.run(rolling.look())
+    assert replicas.calls == [("a", "bad"), ("b", "bad")]
+    assert caplog.text.count("replicas serve different weights") == 1
+
+
+def test_a_replica_that_does_not_see_it_yet_is_asked_again(
+    rolling: Rolling, replicas: Replicas, tmp_path: Path
+) -> None:
+    old = write(tmp_path, "old", 10)
+    replicas.serves = dict.fromkeys("abc", old)
+    asyncio.run(rolling.look())
+    new = write(tmp_path, "new", 20)
+    replicas.blind.add("b")
+    for _ in range(2):
+        asyncio.run(rolling.look())
+    assert replicas.calls == [("a", "new"), ("b", "new"), ("b", "new")]  # and a does not go back
+    assert replicas.serves == {"a": new, "b": old, "c": old}
+    replicas.blind.clear()
+    asyncio.run(rolling.look())
+    assert set(replicas.serves.values()) == {new}
+
+
 def test_late_and_lost_replicas(rolling: Rolling, replicas: Replicas, tmp_path: Path) -> None:
     new = write(tmp_path, "new", 10)
     replicas.gone.add("b")
@@ -120,7 +152,13 @@ def test_late_and_lost_replicas(rolling: Rolling, replicas: Replicas, tmp_path: 
     assert replicas.calls == [("d", "new")]
 
 
-def test_a_choice_by_hand_stays(rolling: Rolling, replicas: Replicas, tmp_path: Path) -> None:
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_choice_by_hand_stays(replicas: Replicas, tmp_path: Path, linked: bool) -> None:
+    if linked:  # the replica that answers calls it by its real path
+        (tmp_path / "models").mkdir()
+        (tmp_path / "link").symlink_to("models")
+        replicas.root, tmp_path = tmp_path / "link", tmp_path / "models"
+    rolling = Rolling(replicas.root, replicas)
     old, new = write(tmp_path, "old", 10), write(tmp_path, "new", 20)
     asyncio.run(rolling.look())
     assert set(replicas.serves.values()) == {new}
