@@ -114,7 +114,7 @@ class Layer(nn.Module):
         attended_TD = attention(self.attention_norm(x_TD))
         x_TD, normed_TD = self.ffn_norm.add(x_TD, attended_TD, self.multiplier)
         delta_TD = self.ffn(normed_TD, policy, trace)
-        if self.ffn.packed is not None and self.multiplier != 1.0:
+        if self.multiplier != 1.0 and self.ffn.packed is not None:
             # As the next norm adds it where one call runs all layers: rounded once.
             return native.add_scaled_(x_TD, delta_TD, self.multiplier)
         return add_scaled(x_TD, delta_TD, self.multiplier)
