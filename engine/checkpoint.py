@@ -262,7 +262,9 @@ def load(path: Path | str, device: str = "cpu", dtype: str = "auto") -> Checkpoi
         config = ModelConfig.from_dict(read_json(path / "config.json"))
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    tokenizer = Tokenizer.from_file(path / "tokenizer.json", config.eos_token_id)
+    tokenizer = Tokenizer.from_file(
+        path / "tokenizer.json", config.eos_token_id, config.bos_token_id
+    )
     _check_tokenizer(path / "tokenizer.json", tokenizer, config)
     weights = [e["sha256"] for name, e in sorted(entries.items()) if name.endswith("safetensors")]
     loaded = Checkpoint(

@@ -38,17 +38,23 @@ _BYTES: Final = _byte_alphabet()
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer, and which of its tokens ends a text.
+    """A Hugging Face tokenizer, and which of its tokens begins and ends a text.
 
     Args:
         backend: the library's object.
         eos_id: the token that ends a text; None: the one that is spelled END_OF_TEXT.
+        bos_id: the one that templates call `bos_token`; None: `eos_id`.
 
     Raises:
         CheckpointError: there is no such token.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, eos_id: int | None = None) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        eos_id: int | None = None,
+        bos_id: int | None = None,
+    ) -> None:
         if eos_id is None:
             eos_id = backend.token_to_id(END_OF_TEXT)
             if eos_id is None:
@@ -57,6 +63,7 @@ class Tokenizer:
             raise CheckpointError(f"tokenizer.json: has no token {eos_id}, which is to end a text")
         self.backend = backend
         self.eos_id: int = eos_id
+        self.bos_id: int = eos_id if bos_id is None else bos_id
         # At most one for each token of the vocabulary.
         self._token_texts: dict[int, str] = {}
         self._token_bytes: dict[int, bytes] = {}
@@ -64,15 +71,17 @@ class Tokenizer:
         backend.encode_special_tokens = True
 
     @classmethod
-    def from_file(cls, path: Path, eos_id: int | None = None) -> Tokenizer:
-        """Read a `tokenizer.json`; `eos_id` as above.
+    def from_file(
+        cls, path: Path, eos_id: int | None = None, bos_id: int | None = None
+    ) -> Tokenizer:
+        """Read a `tokenizer.json`; `eos_id` and `bos_id` as above.
 
         Raises:
             CheckpointError: if the file is missing or not a tokenizer.
         """
         try:
             source = path.read_text(encoding="utf-8")
-            found = cls(tokenizers.Tokenizer.from_str(source), eos_id)
+            found = cls(tokenizers.Tokenizer.from_str(source), eos_id, bos_id)
         except CheckpointError:
             raise
         except Exception as error:  # the library raises bare Exception
@@ -91,6 +100,16 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
+
+    @property
+    def eos_token(self) -> str:
+        """How the token that ends a text is spelled."""
+        return self.backend.id_to_token(self.eos_id)
+
+    @property
+    def bos_token(self) -> str:
+        """How `bos_id` is spelled; empty if it is no token, as where a model has none."""
+        return self.backend.id_to_token(self.bos_id) or ""
 
     @cached_property
     def special_texts(self) -> tuple[str, ...]:
@@ -227,7 +246,7 @@ def _context_start(tokenizer: Tokenizer, ids: list[int]) -> int:
     of everything.
     """
     start = max(0, len(ids) - _CONTEXT)
-    while 0 < start and len(ids) - start < _MOST_CONTEXT:
+    while start > 0 and len(ids) - start < _MOST_CONTEXT:
         first = tokenizer.token_bytes(ids[start])[:1]
         if not _is_inside(first) and tokenizer.decode(ids[start:]):
             break

@@ -11,7 +11,6 @@ from typing import Any, Final
 from fastapi import APIRouter
 
 from engine.errors import InvalidRequest, require
-from engine.tokenizer import END_OF_TEXT
 from server.chat import PLAIN
 from server.routes.dependencies import Front
 from server.schemas.tgi import ErrorResponse
@@ -64,7 +63,7 @@ async def tokenizer_info(front: Front) -> TokenizerInfo:
     return TokenizerInfo(
         tokenizer_class="PreTrainedTokenizerFast",
         bos_token=None,
-        eos_token=END_OF_TEXT,
+        eos_token=front.engine.tokenizer.eos_token,
         vocab_size=front.engine.tokenizer.vocab_size,
         model_max_length=front.max_total_tokens,
         chat_template=PLAIN if template is None else template,

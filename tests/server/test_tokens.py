@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import Live
+    from conftest import Live, Serve
 
 
 def post(live: Live, path: str, **body: Any) -> dict[str, Any]:
@@ -57,3 +59,15 @@ def test_refusals(live: Live, path: str, body: Any, status: int, sentence: str) 
     response = live.http.post(path, json=body)
     assert response.status_code == status
     assert sentence in response.json()["error"]
+
+
+@pytest.fixture(scope="module")
+def foreign(serve: Serve, foreign_dir: Path) -> Iterator[Live]:
+    """A server of a model that was imported, with tokens of its own."""
+    with serve(model=foreign_dir) as live:
+        yield live
+
+
+def test_special_tokens_are_those_of_the_checkpoint(foreign: Live) -> None:
+    info = foreign.http.get("/tokenizer_info").json()
+    assert info["eos_token"] == "</s>"

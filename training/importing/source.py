@@ -106,7 +106,9 @@ def read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
             f"{path / 'tokenizer.json'}: missing; transformers' "
             f"AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) makes it from older files"
         )
-    tokenizer = Tokenizer.from_file(path / "tokenizer.json", config.eos_token_id)
+    tokenizer = Tokenizer.from_file(
+        path / "tokenizer.json", config.eos_token_id, config.bos_token_id
+    )
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{path / 'tokenizer.json'}: has {tokenizer.vocab_size} tokens, the model only "
