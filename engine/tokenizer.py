@@ -99,12 +99,46 @@ class Tokenizer:
         return self.backend.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
+        """Ids of the text alone."""
         return self.backend.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def start_ids(self) -> list[int]:
+        """What stands in front of every text, `<s>` for one; empty for models trained here.
+
+        As `tokenizer.json` has it in its post-processor, which is where transformers finds it. What
+        that may put behind a text is left out: a prompt goes on.
+        """
+        plain = self.encode("a")
+        whole = self.backend.encode("a", add_special_tokens=True).ids
+        places = range(len(whole) - len(plain) + 1)
+        at = next((i for i in places if whole[i : i + len(plain)] == plain), 0)
+        return whole[:at]
+
+    def started(self, ids: list[int]) -> list[int]:
+        """`ids` behind `start_ids`, unless they begin so themselves."""
+        start = self.start_ids
+        return ids if ids[: len(start)] == start else start + ids
+
+    def encode_prompt(self, text: str, truncate: int | None = None) -> list[int]:
+        """Ids of a text that the model is to continue: `start_ids`, then the text's own.
+
+        Args:
+            text: of the prompt.
+            truncate: tokens to keep, `start_ids` among them, and of the text the last ones.
+        """
+        ids = self.started(self.encode(text))
+        if truncate is None or len(ids) <= truncate:
+            return ids
+        start = self.start_ids[:truncate]
+        return start + ids[len(ids) - truncate + len(start) :]
 
     @property
     def eos_token(self) -> str:
         """How the token that ends a text is spelled."""
-        return self.backend.id_to_token(self.eos_id)
+        token = self.backend.id_to_token(self.eos_id)
+        assert token is not None  # checked when it was made
+        return token
 
     @property
     def bos_token(self) -> str:

@@ -157,7 +157,11 @@ def _complaint(what: str) -> str:
 def prompt_ids(
     tokenizer: Tokenizer, source: str | None, messages: Sequence[Mapping[str, Any]]
 ) -> list[int]:
-    """The prompt of `messages` as token ids; see `render`."""
+    """The prompt of `messages` as token ids; see `render`.
+
+    A checkpoint's template writes itself what a prompt begins with; the plain one knows nothing of
+    that.
+    """
     mark = secrets.token_hex(8)  # not to be guessed, so no message can contain it
     specials = tokenizer.special_texts
     encoded = [tokenizer.encode(text) for text in specials]
@@ -176,4 +180,4 @@ def prompt_ids(
             ids += encoded[int(part)]
         elif part:
             ids += tokenizer.encode_parsing(part)
-    return ids
+    return tokenizer.started(ids) if source is None else ids

@@ -6,9 +6,9 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models, normalizers, processors
 
-from engine.checkpoint import Checkpoint
+from engine.checkpoint import STARTER, Checkpoint
 from engine.errors import CheckpointError
 from engine.tokenizer import END_OF_TEXT, IncrementalDecoder, Tokenizer, text_offsets
 from tests.engine.conftest import tiny_tokenizer
@@ -151,6 +151,31 @@ def is_whole(tokenizer: Tokenizer, ids: list[int]) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+@pytest.mark.parametrize(
+    ("template", "start"), [("<s> $A", [1]), ("<s> $A </s>", [1]), ("$A </s>", []), ("$A", [])]
+)
+def test_texts_begin_as_the_post_processor_has_it(template: str, start: list[int]) -> None:
+    words = {word: i for i, word in enumerate(["</s>", "<s>", "a", "b", "c"])}
+    backend = tokenizers.Tokenizer(models.BPE(words, []))
+    backend.add_special_tokens(["</s>", "<s>"])
+    backend.post_processor = processors.TemplateProcessing(
+        template, None, [("<s>", 1), ("</s>", 0)]
+    )
+    tokenizer = Tokenizer(backend, eos_id=0, bos_id=1)
+    assert tokenizer.start_ids == start
+    assert tokenizer.encode("abc") == [2, 3, 4]
+    assert tokenizer.encode_prompt("abc") == [*start, 2, 3, 4]
+    assert tokenizer.encode_prompt("abc", 3) == ([1, 3, 4] if start else [2, 3, 4])
+    assert tokenizer.encode_prompt("abc", 1) == (start or [4])
+    assert tokenizer.started([1, 2]) == [1, 2]
+
+
+def test_models_trained_here_begin_with_the_text() -> None:
+    starter = Tokenizer.from_file(STARTER / "tokenizer.json")
+    assert starter.start_ids == TOKENIZER.start_ids == []
+    assert starter.encode_prompt("a cat") == starter.encode("a cat")
 
 
 def test_bytes_that_become_no_character_spoil_none_before_them() -> None:
