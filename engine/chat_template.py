@@ -29,12 +29,12 @@ def read_chat_template(directory: Path, files: Container[str]) -> str | None:
         CheckpointError: a file is too large or cannot be read.
     """
     if TEMPLATE in files:
-        return _read(directory / TEMPLATE)
+        return read_text(directory / TEMPLATE)
     if TOKENIZER_CONFIG not in files:
         return None
     path = directory / TOKENIZER_CONFIG
     try:
-        found = json.loads(_read(path))
+        found = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
     template = found.get("chat_template") if isinstance(found, dict) else None
@@ -51,7 +51,8 @@ def _default(entry: Any) -> str | None:
     return None
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a small file; raises CheckpointError naming it if it is large or not UTF-8."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise CheckpointError(f"{path}: larger than {MAX_BYTES >> 10} KiB")

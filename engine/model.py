@@ -24,7 +24,7 @@ from engine.experts import ExpertFFN, PolicyBatch, Trace, released
 from engine.kernels import native
 from engine.kernels.native.layers import LayerParts, LayerShape, Limits, PackedLayers
 from engine.native_attention import NativeAttend
-from engine.norms import Norm, norm_of
+from engine.norms import Norm, add_scaled, norm_of
 from engine.request import ExpertPolicy
 from engine.rotary import rotary_tables
 
@@ -109,14 +109,15 @@ class Layer(nn.Module):
     ) -> Tensor:
         """The layer around its attention."""
         if not self.norm_first:
-            _, x_TD = self.attention_norm.add(x_TD, self._scaled(attention(x_TD)))
-            return self.ffn_norm.add(x_TD, self._scaled(self.ffn(x_TD, policy, trace)))[1]
-        attended_TD = self._scaled(attention(self.attention_norm(x_TD)))
-        x_TD, normed_TD = self.ffn_norm.add(x_TD, attended_TD)
-        return x_TD + self._scaled(self.ffn(normed_TD, policy, trace))
-
-    def _scaled(self, delta_TD: Tensor) -> Tensor:
-        return delta_TD if self.multiplier == 1.0 else delta_TD * self.multiplier
+            _, x_TD = self.attention_norm.add(x_TD, attention(x_TD), self.multiplier)
+            return self.ffn_norm.add(x_TD, self.ffn(x_TD, policy, trace), self.multiplier)[1]
+        attended_TD = attention(self.attention_norm(x_TD))
+        x_TD, normed_TD = self.ffn_norm.add(x_TD, attended_TD, self.multiplier)
+        delta_TD = self.ffn(normed_TD, policy, trace)
+        if self.ffn.packed is not None and self.multiplier != 1.0:
+            # As the next norm adds it where one call runs all layers: rounded once.
+            return native.add_scaled_(x_TD, delta_TD, self.multiplier)
+        return add_scaled(x_TD, delta_TD, self.multiplier)
 
 
 class Decoder(nn.Module):
@@ -325,9 +326,7 @@ class Decoder(nn.Module):
             x_TD, delta_TD = x_TD[rows], delta_TD[rows]
         if self.norm is None:
             return x_TD
-        if self.config.residual_multiplier != 1.0:
-            delta_TD = delta_TD * self.config.residual_multiplier
-        return self.norm.add(x_TD, delta_TD)[1]
+        return self.norm.add(x_TD, delta_TD, self.config.residual_multiplier)[1]
 
     def logits(self, ids_BL: Tensor, policy: ExpertPolicy, trace: Trace | None = None) -> Tensor:
         """Logits [B, L, V] of whole sequences under one policy."""

@@ -9,6 +9,11 @@ from engine.config import ModelConfig
 from engine.kernels import native
 
 
+def add_scaled(x_TD: Tensor, delta_TD: Tensor, multiplier: float) -> Tensor:
+    """x + multiplier * delta in torch's operators, which round the product as well."""
+    return x_TD + (delta_TD if multiplier == 1.0 else delta_TD * multiplier)
+
+
 class RMSNorm(nn.RMSNorm):
     """RMSNorm (Zhang and Sennrich, 2019)."""
 
@@ -27,11 +32,12 @@ class RMSNorm(nn.RMSNorm):
             return native.rms_norm(x_TD, None, self.weight, self._epsilon)
         return super().forward(x_TD)
 
-    def add(self, x_TD: Tensor, delta_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """x + delta, and its norm. A prepared norm adds in place."""
+    def add(self, x_TD: Tensor, delta_TD: Tensor, multiplier: float = 1.0) -> tuple[Tensor, Tensor]:
+        """x + multiplier * delta, and its norm. A prepared norm adds in place."""
         if self._prepared:
-            return x_TD, native.rms_norm(x_TD, delta_TD, self.weight, self._epsilon)
-        x_TD = x_TD + delta_TD
+            out_TD = native.rms_norm(x_TD, delta_TD, self.weight, self._epsilon, multiplier)
+            return x_TD, out_TD
+        x_TD = add_scaled(x_TD, delta_TD, multiplier)
         return x_TD, self(x_TD)
 
 
@@ -55,11 +61,13 @@ class LayerNorm(nn.LayerNorm):
         weight = self.weight + 1.0 if self.less_one else self.weight
         return F.layer_norm(x_TD, self.normalized_shape, weight, self.bias, self.eps)
 
-    def add(self, x_TD: Tensor, delta_TD: Tensor) -> tuple[Tensor, Tensor]:
+    def add(self, x_TD: Tensor, delta_TD: Tensor, multiplier: float = 1.0) -> tuple[Tensor, Tensor]:
         """As `RMSNorm.add`."""
         if self._prepared:
-            return x_TD, native.layer_norm(x_TD, delta_TD, self.weight, self.bias, self.eps)
-        x_TD = x_TD + delta_TD
+            weight_D, bias_D = self.weight, self.bias
+            out_TD = native.layer_norm(x_TD, delta_TD, weight_D, bias_D, self.eps, multiplier)
+            return x_TD, out_TD
+        x_TD = add_scaled(x_TD, delta_TD, multiplier)
         return x_TD, self(x_TD)
 
 

@@ -79,7 +79,7 @@ class QualityCurve:
     Attributes:
         dense: with all experts.
         routed: by k, with the router's experts.
-        oracle: by k, with those of the most true mass: the ceiling.
+        oracle: by k, with those of the most true mass: what no router could exceed in coverage.
         random: by k, with experts drawn by chance: the floor; empty where it was not measured.
     """
 

@@ -189,6 +189,6 @@ def _logits(
     policies = PolicyBatch.uniform(
         policy, inputs_BL.numel(), model.config.experts.num_experts, inputs_BL.device
     )
-    attend = causal_attend(batch, length)
+    attend = causal_attend(batch, length, model.config.window)
     logits_NV: Tensor = model(inputs_BL.flatten(), positions_T, attend, policies, trace, rows_N)
     return logits_NV

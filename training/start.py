@@ -58,7 +58,7 @@ class Start:
     Attributes:
         path: where it came from.
         config: its shape, with experts.
-        tensors: its weights, routers aside, float32.
+        tensors: its weights, routers aside, float32; empty after `load_into`.
         tokenizer: its own; the run's text is encoded with it.
         identity: what tells it from others.
         smooth: the activation that ReLU replaces; "" if none is replaced.
@@ -142,9 +142,10 @@ class Start:
         )
 
     def load_into(self, model: Decoder) -> None:
-        """Give a model of that shape these weights."""
+        """Give a model of that shape these weights, once: they are freed."""
         missing = model.load_state_dict(self.tensors, strict=False).missing_keys
         assert all(name.endswith("ffn.router") for name in missing), missing
+        self.tensors.clear()  # the run keeps its start, but needs no second copy of the model
 
     def measure(self, model: Decoder, batches: Batches) -> dict[str, Any]:
         """Perplexity of `model`, which has these weights, before anything is trained.
@@ -205,6 +206,7 @@ def _read_checkpoint(path: Path) -> Start:
 
 def _read_smooth(path: Path) -> Start:
     source = Source.open(path, relufy=True)
+    source.check_tensors()
     found = source.config_json.get(source.table.activation_key) or source.table.default_activation
     require(
         found in SMOOTH,

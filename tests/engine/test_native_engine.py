@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ POLICIES = [
 needs_kernels = pytest.mark.skipif(not native.available(), reason="needs a C compiler")
 
 
-def wide_model(dtype: torch.dtype = torch.float32, heads: int = 4) -> Decoder:
+def wide_model(dtype: torch.dtype = torch.float32, heads: int = 4, **changes: Any) -> Decoder:
     """A model of the kernels' shape: 4 heads of 32, of which 2 hold keys and values."""
     config = tiny_config(
         hidden_size=128,
@@ -40,6 +41,7 @@ def wide_model(dtype: torch.dtype = torch.float32, heads: int = 4) -> Decoder:
         num_attention_heads=heads,
         experts=ExpertConfig(num_experts=8, expert_size=24, default_policy="top_k:4"),
         initializer_range=0.15,
+        **changes,
     )
     model = tiny_model(config)
     for parameter in model.parameters():
@@ -86,6 +88,7 @@ def serve(engine: Engine, arrivals: list[tuple[int, Request]]) -> dict[str, list
 
 
 @needs_kernels
+@pytest.mark.parametrize("multiplier", [1.0, 0.7])
 @pytest.mark.parametrize("dtype", native.DTYPES)
 @pytest.mark.parametrize(
     "policies",
@@ -94,10 +97,13 @@ def serve(engine: Engine, arrivals: list[tuple[int, Request]]) -> dict[str, list
 )
 @torch.inference_mode()
 def test_one_call_computes_what_the_layers_do(
-    policies: list[ExpertPolicy], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    policies: list[ExpertPolicy],
+    dtype: torch.dtype,
+    multiplier: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Bit for bit: logits, choices and what is left in the cache, over chunks and single rows."""
-    model = wide_model(dtype).requires_grad_(False)
+    model = wide_model(dtype, residual_multiplier=multiplier).requires_grad_(False)
     model.prepare()
     found = []
     for whole in (True, False):
@@ -119,6 +125,22 @@ def test_one_call_computes_what_the_layers_do(
             chosen.append(trace.counts())
         found.append((logits, chosen, cache.keys, cache.values))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", native.DTYPES)
+def test_sampled_steps_change_no_bit(dtype: torch.dtype) -> None:
+    """They run layer by layer, also in a model with a residual multiplier."""
+    model = wide_model(dtype, residual_multiplier=0.7)
+
+    def output(sample_every: int) -> tuple[list[int], list[float]]:
+        engine = make_engine(model, sample_every=sample_every)
+        sampling = SamplingParams(max_new_tokens=40, ignore_eos=True)
+        request = engine.make_request(prompt(random.Random(5), 37), sampling, POLICIES[2])
+        logprobs = serve(engine, [(0, request)])[request.request_id]
+        return request.output_ids, logprobs
+
+    assert output(1) == output(0)
 
 
 # --- equal to the naive generate ------------------------------------------------------------------

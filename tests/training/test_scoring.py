@@ -60,6 +60,17 @@ def test_batches_score_as_one_sequence_at_a_time(
         assert s.loglikelihood == pytest.approx(e.loglikelihood, rel=1e-4, abs=1e-4)
 
 
+def test_tokens_see_the_model_s_window_alone(tiny: Checkpoint) -> None:
+    policy, continuations = ExpertPolicy.dense(), random_continuations(8)
+    everything = score(tiny.model, continuations, policy, ExpertUse())
+    tiny.model.config = dataclasses.replace(tiny.model.config, sliding_window=5)
+    scores = score(tiny.model, continuations, policy, ExpertUse())
+    for s, c in zip(scores, continuations, strict=True):
+        expected = one_by_one(tiny.model, c, policy)
+        assert s.loglikelihood == pytest.approx(expected.loglikelihood, rel=1e-4, abs=1e-4)
+    assert scores != everything
+
+
 def greedy_continuation(model: Decoder, policy: ExpertPolicy) -> Continuation:
     """Five tokens and the three that greedy decoding puts behind them."""
     ids = [5, 80, 17, 200, 9]

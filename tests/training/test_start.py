@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from engine import checkpoint
 from engine.checkpoint import Checkpoint
-from engine.errors import ConfigError
+from engine.errors import CheckpointError, ConfigError
 from engine.request import ExpertPolicy
 from training import data
 from training.config import SwitchConfig, TrainConfig
@@ -70,10 +71,10 @@ def test_a_resumed_run_needs_the_same_start(saved: Path, corpus: Path, tmp_path:
     start = read_start(saved)
     config, run = short(start), tmp_path / "run"
     first = Trainer(config, run, [corpus], start=start).train()
-    again = Trainer(config, run, [corpus], start=start)
+    again = Trainer(config, run, [corpus], start=read_start(saved))
     assert again.progress is not None
     assert again.progress.step == config.steps
-    other = dataclasses.replace(start, identity="another")
+    other = dataclasses.replace(read_start(saved), identity="another")
     with pytest.raises(TrainingError, match="another configuration"):
         Trainer(short(other), run, [corpus], start=other)
     assert first.is_dir()
@@ -154,6 +155,7 @@ def test_a_smooth_model_becomes_relu_and_says_what_that_cost(
     start = read_start(path, relufy=True)
     assert (start.smooth, start.config.hidden_act) == (kind, "relu")
     trainer = Trainer(short(start), tmp_path / "run", [corpus], start=start)
+    assert not start.tensors  # freed: the model has them
     inputs_BL, targets_BL = trainer.prepared.valid[0]
     with torch.no_grad():
         logits = theirs(inputs_BL).logits
@@ -176,6 +178,15 @@ def test_a_smooth_model_becomes_relu_and_says_what_that_cost(
         rtol=0.02,
         atol=0.02,
     )
+
+
+def test_nothing_of_a_smooth_model_is_left_out_silently(saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / "smooth"
+    smooth_model(path, saved / "tokenizer.json", "gelu_new")
+    tensors = load_file(path / "model.safetensors")
+    save_file(tensors | {"transformer.h.0.extra": torch.ones(2)}, path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"no GPT-2 model has a tensor .*h\.0\.extra"):
+        read_start(path, relufy=True)
 
 
 def test_what_needs_no_change_is_refused(saved: Path, tmp_path: Path) -> None:

@@ -95,6 +95,10 @@ def _rope(values: Values, partial: float = 1.0) -> dict[str, Any]:
             original = found["original_max_position_embeddings"]
             if found.get("factor") is None:
                 found["factor"] = longest / original
+        require(
+            found.get("factor") is not None,
+            f"config.json: rope_scaling of rope_type {kind} needs a factor",
+        )
         known = known_fields(RopeScaling, {"rope_type": kind, **found}, "config.json: rope_scaling")
         scaling = RopeScaling(**{k: v for k, v in known.items() if v is not None})
     return {

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from engine.checkpoint import atomic_directory, write_json
 from engine.config import ModelConfig
+from engine.kernels import native
+from engine.kernels.native.build import processor
 from engine.tokenizer import Tokenizer
 from training.errors import TrainingError, writing
 from training.importing import source as sources
@@ -70,6 +72,7 @@ class Prepared:
         tokenizer: of the source.
         plan: what will be done.
         text: what on.
+        kept: files of the source to keep beside the checkpoint, by name.
     """
 
     path: Path
@@ -77,6 +80,7 @@ class Prepared:
     tokenizer: Tokenizer
     plan: Plan
     text: CalibrationText
+    kept: Mapping[str, str]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -88,6 +92,8 @@ class Prepared:
             "text": self.text.fingerprint,
             "threads": torch.get_num_threads(),
             "version of torch": torch.__version__,
+            "CPU kernels": _kernels(),
+            "processor": processor(),
         }
 
     def describe(self) -> Iterator[tuple[str, str]]:
@@ -110,6 +116,11 @@ class Prepared:
         return tokens * plan.config.num_hidden_layers
 
 
+def _kernels() -> str:
+    """Whose operators compute: sums are rounded in another order by others."""
+    return "native" if native.available() else "torch"
+
+
 def prepare(
     path: Path,
     out: Path,
@@ -129,7 +140,7 @@ def prepare(
         raise TrainingError(f"{out}: is there already; give --out a new directory")
     source = sources.open_source(path)
     plan = Plan.make(source.family, source.model_config, options)
-    tokenizer = sources.read_tokenizer(path, plan.config)
+    tokenizer, kept = sources.read_tokenizer(path, plan.config), source.texts()
     text = read_calibration(
         tokenizer,
         paths,
@@ -139,7 +150,7 @@ def prepare(
         held_out_tokens=plan.quality_tokens,
         seed=options.seed,
     )
-    return Prepared(path, source, tokenizer, plan, text)
+    return Prepared(path, source, tokenizer, plan, text, kept)
 
 
 def run(
@@ -261,7 +272,7 @@ def _write(
     content = import_report(prepared, results, quality, command, versions)
     intact = "all layers are done and intact: free space and run the same command again"
     with writing(out, intact), atomic_directory(out) as directory:
-        for name, kept in prepared.source.texts().items():
+        for name, kept in prepared.kept.items():
             (directory / name).write_text(kept, encoding="utf-8")
         _write_files(directory, config, prepared.tokenizer, content)
         (directory / "README.md").write_text(import_card(config, content), encoding="utf-8")

@@ -156,7 +156,8 @@ class Plan:
     def flops(self) -> float:
         """Operations of all products with weights, about."""
         config, parameters = self.config, self.layer_parameters
-        ffn = 2 * config.hidden_size * config.intermediate_size
+        matrices = 3 if config.gated_mlp else 2
+        ffn = matrices * config.hidden_size * config.intermediate_size
         base, total = parameters - ffn, float(self.calibration_tokens * 2 * parameters)
         for stream in self.streams:
             share = stream.k / config.experts.num_experts if stream.k else 1.0

@@ -1,8 +1,7 @@
 """Reads a Hugging Face directory as a model in our names, one layer at a time.
 
-Files are mapped, not read: a tensor is in memory while it is used. Every tensor of the files must
-be asked for exactly once and have the shape that `config.json` implies; `Source.unused` tells which
-were not.
+Files are mapped, not read: a tensor is in memory while it is used. The files must hold exactly the
+tensors that `config.json` implies, in its shapes; each is asked for at most once.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from engine.chat_template import read_text
 from engine.checkpoint import read_json
 from engine.config import DTYPES, ModelConfig
 from engine.errors import CheckpointError, require
@@ -30,7 +30,6 @@ PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Kept beside an imported model, so that it can be written back as it was.
 SOURCE_CONFIG: Final = "source_config.json"
 KEPT_FILES: Final = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-_MAX_TEXT: Final = 16 << 20
 _TIED_HEAD: Final = "lm_head.weight"
 
 
@@ -105,25 +104,21 @@ class Source:
             self._check_tied_head(found["embedding.weight"])
         return found
 
-    def check_names(self) -> None:
-        """Compare the names in the files with those that the model has; no tensor is read.
+    def check_tensors(self) -> None:
+        """Compare names and shapes in the files with those that the model has; no tensor is read.
 
         Raises:
-            CheckpointError: one is missing, or is none of this family's.
+            CheckpointError: one is missing, misshapen, or is none of this family's.
         """
-        layers = range(self.model_config.num_hidden_layers)
-        wanted = [
-            self._name(name.format(i=index))
-            for weights, indices in ((self.table.layer, layers), (self.table.rest, (0,)))
-            for weight in weights
-            if weight.when(self.model_config)
-            for index in indices
-            for name in weight.theirs
-        ]
+        wanted = self._wanted()
         for name in wanted:
             if name not in self._files:
                 raise CheckpointError(f"{self.path}: no file holds the tensor {name}")
-        extra = self._left - set(wanted)
+        for file in sorted({self._files[name] for name in wanted}):
+            with _opened(file) as opened:
+                for name in (n for n in wanted if self._files[n] == file):
+                    self._check_shape(name, opened.get_slice(name).get_shape(), wanted[name])
+        extra = self._left - wanted.keys()
         if self.model_config.tie_word_embeddings:
             extra.discard(_TIED_HEAD)
         if extra:
@@ -133,22 +128,47 @@ class Source:
                 f"out silently"
             )
 
+    def _wanted(self) -> dict[str, Shape]:
+        """Shapes of all tensors that the model has, by the files' names."""
+        config = self.model_config
+        layers = range(config.num_hidden_layers)
+        parts = (
+            (self.table.layer, self._layer_shapes, layers),
+            (self.table.rest, self._rest_shapes, (0,)),
+        )
+        return {
+            self._name(name.format(i=index)): shape
+            for weights, shapes, indices in parts
+            for weight in weights
+            if weight.when(config)
+            for name, shape in zip(
+                weight.theirs, weight.transform.shapes(shapes[weight.ours], config), strict=True
+            )
+            for index in indices
+        }
+
+    def _check_shape(self, name: str, found: Sequence[int], wanted: Shape) -> None:
+        if tuple(found) != wanted:
+            raise CheckpointError(
+                f"{self._files[name]}: tensor {name} has shape {list(found)}, config.json implies "
+                f"{list(wanted)}"
+            )
+
     def _name(self, name: str) -> str:
         """The name with or without the family's prefix, as the files have it."""
         bare = name.removeprefix(self.table.prefix)
         return bare if name not in self._files and bare in self._files else name
 
-    def unused(self) -> list[str]:
-        """Names of tensors that nothing has read, buffers aside."""
-        return sorted(self._left)
-
     def texts(self) -> dict[str, str]:
-        """Files to keep beside the imported model, by name: what writing it back needs."""
-        texts = {SOURCE_CONFIG: (self.path / "config.json").read_text(encoding="utf-8")}
+        """Files to keep beside the imported model, by name: what writing it back needs.
+
+        Raises:
+            CheckpointError: one is larger than a server reads, or not UTF-8.
+        """
+        texts = {SOURCE_CONFIG: read_text(self.path / "config.json")}
         for name in KEPT_FILES:
-            file = self.path / name
-            if file.is_file() and file.stat().st_size <= _MAX_TEXT:
-                texts[name] = file.read_text(encoding="utf-8")
+            if (self.path / name).is_file():
+                texts[name] = read_text(self.path / name)
         return texts
 
     def _read(
@@ -175,11 +195,7 @@ class Source:
         self._left.remove(name)
         with _opened(self._files[name]) as file:
             tensor: Tensor = file.get_tensor(name)
-        if tuple(tensor.shape) != shape:
-            raise CheckpointError(
-                f"{self._files[name]}: tensor {name} has shape {list(tensor.shape)}, config.json "
-                f"implies {list(shape)}"
-            )
+        self._check_shape(name, tensor.shape, shape)
         return tensor
 
     def _check_tied_head(self, embedding: Tensor) -> None:

@@ -81,7 +81,7 @@ def _rows(config: ModelConfig, report: Mapping[str, Any]) -> list[list[str]]:
                 format_percent(point.share),
                 f"{point.perplexity:.3f}",
                 f"{point.relative:+.2%}",
-                f"{error:.2%}",
+                "" if error is None else f"{error:.2%}",
                 relative("oracle", k),
                 relative("random", k),
                 f"{inside:.1%}",
@@ -113,7 +113,8 @@ of weights runs dense (the function that was imported) or as a mixture of expert
 | versions | torch {report["versions"]["torch"]}, Python {report["versions"]["python"]} |
 
 Perplexity on {corpus["held_out_tokens"]:,} held-out tokens. ± is the standard error of the mean
-loss over the dense one's; oracle chooses by the true activation mass, by chance draws.
+loss over the dense one's, from the sequences' means; oracle chooses by
+the true activation mass, by chance draws.
 
 | {" | ".join(_HEAD)} |
 |{"---|" * len(_HEAD)}

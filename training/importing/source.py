@@ -91,7 +91,7 @@ def open_source(path: Path) -> ModelSource:
     if (path / MANIFEST).is_file():
         return AmbidexSource(path)
     source = Source.open(path)
-    source.check_names()
+    source.check_tensors()
     return source
 
 

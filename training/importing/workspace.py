@@ -90,9 +90,18 @@ class Workspace:
         (self.path / _IDENTITY).unlink(missing_ok=True)
 
     def _sweep(self) -> None:
-        for path in self.path.iterdir():
-            if _UNFINISHED.fullmatch(path.name):
-                shutil.rmtree(path)
+        """Remove what a kill left unfinished, and states that later ones have replaced.
+
+        In here and of the checkpoint beside it, which no other process writes: this one holds the
+        lock.
+        """
+        checkpoint = re.compile(rf"\.{re.escape(self._out.name)}\.\d+\.tmp")
+        for folder, unfinished in ((self.path, _UNFINISHED), (self.path.parent, checkpoint)):
+            for path in folder.iterdir():
+                if unfinished.fullmatch(path.name):
+                    shutil.rmtree(path)
+        for path in sorted(self.path.glob("states-*"))[:-1]:
+            shutil.rmtree(path)
 
     @property
     def layers_done(self) -> int:

@@ -387,26 +387,43 @@ class PackedExpertFFN:
 # --- the steps between ---------------------------------------------------------------------------
 
 
-def rms_norm(x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float) -> Tensor:
-    """RMSNorm (Zhang and Sennrich, 2019) of x + delta, [T, D]; the sum replaces x in place."""
+def add_scaled_(x_TD: Tensor, delta_TD: Tensor, multiplier: float) -> Tensor:
+    """x + multiplier * delta, [T, D], rounded once; replaces x in place."""
+    T, D = x_TD.shape
+    call(
+        "add_scaled", x_TD.dtype, _pointer(x_TD), _pointer(delta_TD), _LONG(T), _LONG(D),
+        _FLOAT(multiplier),
+    )  # fmt: skip
+    return x_TD
+
+
+def rms_norm(
+    x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float, multiplier: float = 1.0
+) -> Tensor:
+    """RMSNorm (Zhang and Sennrich, 2019) of `add_scaled_`, [T, D]; the sum replaces x in place."""
     T, D = x_TD.shape
     out_TD = torch.empty_like(x_TD)
     call(
         "rms_norm", x_TD.dtype, _pointer(x_TD), _pointer(delta_TD), _pointer(weight_D),
-        _pointer(out_TD), _LONG(T), _LONG(D), _FLOAT(1.0), _FLOAT(eps),
+        _pointer(out_TD), _LONG(T), _LONG(D), _FLOAT(multiplier), _FLOAT(eps),
     )  # fmt: skip
     return out_TD
 
 
 def layer_norm(
-    x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, bias_D: Tensor, eps: float
+    x_TD: Tensor,
+    delta_TD: Tensor | None,
+    weight_D: Tensor,
+    bias_D: Tensor,
+    eps: float,
+    multiplier: float = 1.0,
 ) -> Tensor:
-    """LayerNorm (Ba et al. 2016) of x + delta, [T, D]; the sum replaces x in place."""
+    """LayerNorm (Ba et al. 2016) of `add_scaled_`, [T, D]; the sum replaces x in place."""
     T, D = x_TD.shape
     out_TD = torch.empty_like(x_TD)
     call(
         "layer_norm", x_TD.dtype, _pointer(x_TD), _pointer(delta_TD), _pointer(weight_D),
-        _pointer(bias_D), _pointer(out_TD), _LONG(T), _LONG(D), _FLOAT(1.0), _FLOAT(eps),
+        _pointer(bias_D), _pointer(out_TD), _LONG(T), _LONG(D), _FLOAT(multiplier), _FLOAT(eps),
     )  # fmt: skip
     return out_TD
 

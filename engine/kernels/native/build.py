@@ -75,7 +75,7 @@ def _built() -> Path:
     version = subprocess.run(
         [*compiler, "--version"], check=True, capture_output=True, timeout=_SECONDS
     ).stdout
-    identity = repr((flags, libraries, version, _processor(), torch.__version__)).encode()
+    identity = repr((flags, libraries, version, processor(), torch.__version__)).encode()
     name = f"cpu-{hashlib.sha256(content + identity).hexdigest()[:32]}.so"
     target = _cache_directory() / name
     if not target.exists():
@@ -153,7 +153,7 @@ def _private_directory() -> Path:
     return Path(tempfile.mkdtemp(prefix="ambidex-"))
 
 
-def _processor() -> str:
+def processor() -> str:
     """What `-march=native` depends on."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

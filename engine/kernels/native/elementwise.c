@@ -60,6 +60,22 @@ INLINE void layer_norm(void *x, const void *delta, const void *weight, const voi
 NORMS(float, 0)
 NORMS(half, 1)
 
+/* x += multiplier * delta, as the norms add it. */
+INLINE void add_scaled(void *x, const void *delta, ix T, ix D, float multiplier, const int half,
+                       int threads) {
+#pragma omp parallel for schedule(static) num_threads(T * D > 1 << 15 ? threads : 1)
+    for (ix t = 0; t < T; t++)
+        add_row((void *)at(x, t * D, half), at(delta, t * D, half), D, multiplier, half);
+}
+
+void add_scaled_float(void *x, const void *delta, ix T, ix D, float multiplier, int threads) {
+    add_scaled(x, delta, T, D, multiplier, 0, threads);
+}
+
+void add_scaled_half(void *x, const void *delta, ix T, ix D, float multiplier, int threads) {
+    add_scaled(x, delta, T, D, multiplier, 1, threads);
+}
+
 /* Rotates the halves of `heads` heads of d elements, in place; rows `stride` elements apart. d is a
  * multiple of 32. */
 INLINE void rotate(void *x, const float *cos, const float *sin, ix T, ix heads, ix d, ix stride,

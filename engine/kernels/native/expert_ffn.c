@@ -74,7 +74,7 @@ INLINE void up_panel(const ffn_call *call, ix u, ix panel, const int half) {
 INLINE int mostly_silent(const void *h, ix row, const int half) {
     const uint32_t *word = h; /* a pair in bfloat16, one neuron in float32 */
     ix words = half ? row / 2 : row, fired = 0;
-    for (ix i = 0; i < words; i++) fired += word[i] != 0;
+    for (ix i = 0; i < words; i++) fired += !is_zero(word[i], half);
     return 2 * fired < words;
 }
 

@@ -126,6 +126,11 @@ INLINE void panels_product(int M, const int half, const void *const *x, const vo
     }
 }
 
+/* Whether a pair in bfloat16, or one float32 number, is zero; -0.0 is. */
+INLINE int is_zero(uint32_t word, const int half) {
+    return !(word & (half ? 0x7fff7fffu : 0x7fffffffu));
+}
+
 /* `packed_tile` of one token with many zeros among its inputs: their weights are not read. */
 INLINE void thin_product(const int N, const int half, const void *x, const void *panel, ix K, vec *sums) {
     vec sum[MOST_VECTORS];
@@ -133,7 +138,7 @@ INLINE void thin_product(const int N, const int half, const void *x, const void 
     for (int n = 0; n < N; n++) sum[n] = sums[n];
     for (ix k = 0; k < (half ? K / 2 : K); k++) {
         uint32_t value = ((const uint32_t *)x)[k]; /* a pair in bfloat16, one input in float32 */
-        if (!(value & (half ? 0x7fff7fffu : 0x7fffffffu))) continue;
+        if (is_zero(value, half)) continue;
 #pragma GCC unroll 4
         for (int n = 0; n < N; n++) {
             const uint32_t *w = (const uint32_t *)panel + (k * N + n) * LANES;

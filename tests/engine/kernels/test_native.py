@@ -251,6 +251,21 @@ def test_vanishing_activations_are_the_same_in_any_company(
 
 
 @DTYPES
+@pytest.mark.parametrize("gated", [False, True])
+def test_weights_of_silent_neurons_are_not_read(dtype: torch.dtype, gated: bool) -> None:
+    """Also where a closed gate times a negative number is -0.0: NaN there does not show."""
+    up_FD, down_FD = random(32, 64, dtype=dtype), random(32, 64, dtype=dtype)
+    first_FD = -torch.ones(32, 64, dtype=dtype)
+    first_FD[:4] = 1.0
+    down_FD[4:] = torch.nan
+    extras = native.FFNExtras(gate_FD=first_FD) if gated else None
+    ffn = native.PackedExpertFFN(up_FD if gated else first_FD, down_FD, 1, "relu", extras)
+    x_TD = torch.rand(1, 64).to(dtype)
+    assert ffn(x_TD, native.every_pair(1, 1)).isfinite().all()
+    assert ffn(x_TD.expand(2, -1), native.every_pair(2, 1)).isnan().all()  # read for two
+
+
+@DTYPES
 def test_no_tokens_and_no_experts(dtype: torch.dtype) -> None:
     ffn, *_ = make_ffn(32, 4, 8, dtype)
     nobody = torch.empty(0, 32, dtype=dtype)

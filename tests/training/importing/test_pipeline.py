@@ -76,7 +76,7 @@ def test_the_curve_is_what_the_whole_model_scores(
     assert curve.random[4].coverage == pytest.approx(0.5, abs=0.1)
     points = after.config.experts.quality
     assert [p.top_k for p in points] == [1, 2, 3, 4, 6]
-    assert all(error > 0 for error in quality.errors.values())
+    assert all(error is not None and error > 0 for error in quality.errors.values())
 
 
 def test_the_policy_is_the_sparsest_within_the_budget_or_dense(
@@ -138,6 +138,7 @@ def test_a_killed_import_goes_on_to_the_same_bytes(run: Run, tmp_path: Path) -> 
             run(out, monitor=KillAfter(layers))
     work = out.parent / ".out.import"
     (work / ".layer-00002.99.tmp").mkdir()  # what a kill within a layer leaves
+    (work / "states-00000").mkdir()  # or between new states and the removal of the old ones
     assert not out.exists()
     rest = KillAfter(9)
     run(out, monitor=rest)
@@ -145,6 +146,31 @@ def test_a_killed_import_goes_on_to_the_same_bytes(run: Run, tmp_path: Path) -> 
     assert len(rest.messages) == 2
     assert files(out) == files(tmp_path / "whole" / "out")
     assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+def test_what_a_kill_leaves_of_the_checkpoint_is_swept(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "x" / "out"
+    with pytest.raises(Killed):
+        run(out, monitor=KillAfter(1))
+    left = [out.parent / ".out.99.tmp", out.parent / ".outer.99.tmp"]
+    for path in left:
+        path.mkdir()
+        (path / "model.safetensors").write_bytes(b"")
+    run(out)
+    assert sorted(p.name for p in out.parent.iterdir()) == [".outer.99.tmp", "out"]
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("_kernels", "CPU kernels"), ("processor", "processor")]
+)
+def test_what_rounds_otherwise_does_not_go_on(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, what: str
+) -> None:
+    with pytest.raises(Killed):
+        run(tmp_path / "out", monitor=KillAfter(1))
+    monkeypatch.setattr(pipeline, name, lambda: "another")
+    with pytest.raises(TrainingError, match=f"half-done import with another {what}"):
+        run(tmp_path / "out")
 
 
 def test_another_command_does_not_go_on_unless_told_to(
@@ -252,6 +278,28 @@ def test_weights_that_are_not_finite_are_refused_in_the_end(
     with pytest.raises(TrainingError, match="dense loss on the held-out text is not finite"):
         run(tmp_path / "out", source=broken)
     assert not (tmp_path / "out").exists()
+
+
+def test_standard_errors_are_those_of_sequences_and_may_be_missing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens of a sequence go together; of a stream whose loss is not finite none is told."""
+    calls: list[int] = []
+
+    def losses(_: object, x_TD: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+        calls.append(len(targets_T) // 16)
+        by_sequence = torch.arange(calls[0]).repeat_interleave(16).double()
+        if len(calls) == 1:
+            return torch.ones_like(by_sequence)
+        return by_sequence if len(calls) > 2 else by_sequence / 0.0
+
+    monkeypatch.setattr("training.importing.quality.token_losses", losses)
+    first, *others = run(tmp_path / "out").errors.values()
+    sequences = torch.arange(calls[0]).double()
+    assert first is None
+    assert others == [pytest.approx(float(sequences.std()) / calls[0] ** 0.5)] * len(others)
+    report = json.loads((tmp_path / "out" / "training_report.json").read_text())
+    assert next(iter(report["standard_errors"].values())) is None
 
 
 @pytest.mark.parametrize("cluster", ["coactivation", "weights"])

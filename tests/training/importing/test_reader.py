@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.errors import AmbidexError
+from engine.chat_template import MAX_BYTES
+from engine.errors import AmbidexError, CheckpointError
 from tests.training.importing.models import change_config, make, state_of
 from training.importing.reader import INDEX, SINGLE, Source
 
@@ -58,10 +59,8 @@ def test_shards_are_read_layer_by_layer(saved: dict[str, Path]) -> None:
     assert len(list(saved["opt"].glob("*.safetensors"))) > 2
     source = Source.open(saved["opt"])
     assert source.family == "OPT"
-    everything = len(source.unused())
     layer = source.layer(1)
     assert set(layer) >= {"ffn.up", "ffn.down", "ffn.up_bias", "attention.qkv.bias"}
-    assert len(source.unused()) == everything - 16
     with pytest.raises(AmbidexError, match=r"layers\.1\..* was read twice"):
         source.layer(1)
 
@@ -129,14 +128,23 @@ def test_wrong_shapes_name_tensor_found_and_expected(copy: Callable[[str], Path]
     refused(path, rf"tensor {name} has shape \[\d+, \d+\], config\.json implies \[\d+, \d+\]")
 
 
+def test_a_wrong_shape_in_the_last_layer_is_seen_before_any_tensor_is_read(
+    copy: Callable[[str], Path],
+) -> None:
+    path = copy("gpt2-relu")
+    source = Source.open(path)
+    source.check_tensors()
+    name = f"transformer.h.{source.model_config.num_hidden_layers - 1}.mlp.c_fc.weight"
+    edit(path / SINGLE, lambda t: t.update({name: t[name][:-1].contiguous()}))
+    with pytest.raises(CheckpointError, match=rf"tensor {name} has shape .* config\.json implies"):
+        Source.open(path).check_tensors()
+
+
 def test_missing_and_unknown_tensors(copy: Callable[[str], Path]) -> None:
     path = copy("relu-llama")
     edit(path / SINGLE, lambda t: t.update({"model.layers.0.extra": torch.ones(2)}))
-    source = Source.open(path)
-    source.rest()
-    for i in range(source.model_config.num_hidden_layers):
-        source.layer(i)
-    assert source.unused() == ["model.layers.0.extra"]
+    with pytest.raises(CheckpointError, match=r"no Llama model has a tensor model\.layers\.0\.ext"):
+        Source.open(path).check_tensors()
     edit(path / SINGLE, lambda t: t.pop("model.layers.1.mlp.down_proj.weight"))
     refused(path, r"no file holds the tensor model\.layers\.1\.mlp\.down_proj\.weight")
 
@@ -178,7 +186,19 @@ def test_several_dtypes_are_refused(copy: Callable[[str], Path]) -> None:
         ),
         (
             "relu-llama",
-            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "nonsense": 2.0}},
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
+            "config.json: rope_scaling of rope_type linear needs a factor",
+        ),
+        (
+            "relu-llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "linear",
+                    "rope_theta": 1e4,
+                    "factor": 2.0,
+                    "nonsense": 2.0,
+                }
+            },
             "rope_scaling has unknown keys: nonsense",
         ),
     ],
@@ -189,6 +209,20 @@ def test_configurations_that_cannot_be_run(
     path = copy(kind)
     change_config(path, **changes)
     refused(path, sentence)
+
+
+def test_texts_that_could_not_be_served_are_refused(copy: Callable[[str], Path]) -> None:
+    path = copy("opt")
+    file = path / "tokenizer_config.json"
+    file.write_text("{}")
+    assert Source.open(path).texts()[file.name] == "{}"
+    for content, sentence in (
+        (b" " * (MAX_BYTES + 1), "tokenizer_config.json: larger than 1024 KiB"),
+        (b"\xff", "tokenizer_config.json: not readable as text"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=sentence):
+            Source.open(path).texts()
 
 
 def test_a_smooth_model_may_be_read_to_become_relu(copy: Callable[[str], Path]) -> None:
