@@ -13,11 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from engine.chat_template import read_text
 from engine.checkpoint import MANIFEST, read_json, verify_manifest
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
 from engine.tokenizer import Tokenizer
-from training.importing.reader import Source
+from training.importing.reader import KEPT_FILES, SOURCE_CONFIG, Source
 
 
 class ModelSource(Protocol):
@@ -54,6 +55,7 @@ class AmbidexSource:
             with _opened(path / name) as file:
                 self._files |= dict.fromkeys(file.keys(), path / name)
         self._routers = {n for n in self._files if n.endswith("ffn.router")}
+        self._kept = [path / name for name in (SOURCE_CONFIG, *KEPT_FILES) if name in entries]
 
     def layer(self, index: int) -> dict[str, Tensor]:
         prefix = f"layers.{index}."
@@ -65,7 +67,8 @@ class AmbidexSource:
         return {name: self._tensor(name) for name in sorted(names)}
 
     def texts(self) -> dict[str, str]:
-        return {}
+        """What an import, or somebody else, has put beside its weights."""
+        return {path.name: read_text(path) for path in self._kept}
 
     def _tensor(self, name: str) -> Tensor:
         with _opened(self._files[name]) as file:
