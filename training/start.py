@@ -18,8 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.checkpoint import load_tensors, read_json, verify_manifest
@@ -34,20 +32,10 @@ from training.errors import DataError
 from training.evaluation import Batches, evaluate
 from training.importing.options import choose_experts
 from training.importing.reader import Source
+from training.importing.smooth import SMOOTH
 from training.importing.source import fingerprint, open_source, read_tokenizer
 from training.shards import tokenizer_sha256
 
-SMOOTH: Final[dict[str, Callable[[Tensor], Tensor]]] = {
-    "gelu": F.gelu,
-    "gelu_python": F.gelu,
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu_fast": partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "silu": F.silu,
-    "swish": F.silu,
-    "mish": F.mish,
-}
 _LENGTH: Final = 512
 
 

@@ -14,13 +14,10 @@ from typing import Any, Final
 
 from engine.config import ExpertConfig, ModelConfig, RopeScaling, known_fields
 from engine.errors import ConfigError, require
+from training.importing.smooth import SMOOTH
 
 Values = Mapping[str, Any]
 
-SMOOTH: Final = (
-    *("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python", "quick_gelu"),
-    *("silu", "swish", "mish"),
-)
 DEFAULT_ACTIVATIONS: Final = {
     ("activation_function", "OPT"): "relu",
     ("activation_function", "GPT-2"): "gelu_new",

@@ -13,17 +13,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.checkpoint import atomic_directory, read_json, verify_manifest, write_json
 from engine.config import ModelConfig
-from engine.errors import CheckpointError, ConfigError, require
+from engine.errors import ConfigError, require
 from engine.tokenizer import Tokenizer
 from training.importing.configs import one_expert
 from training.importing.families import FAMILIES, Family, Weight, family_of
 from training.importing.reader import INDEX, KEPT_FILES, SINGLE, SOURCE_CONFIG
+from training.importing.stored import StoredTensors
 
 SHARD_BYTES: Final = 2 << 30
 _FOREIGN: Final = ("fatrelu", "drelu")  # activations that transformers does not have
@@ -44,7 +44,7 @@ def export(checkpoint: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> Famil
     family, values = _written_config(checkpoint, config)
     with atomic_directory(out, manifest=False) as directory:
         write_json(directory / "config.json", values)
-        _write_weights(_StoredTensors(checkpoint, entries), family, config, directory, shard_bytes)
+        _write_weights(StoredTensors(checkpoint, entries), family, config, directory, shard_bytes)
         _write_tokenizer(checkpoint, directory, config)
     return family
 
@@ -142,36 +142,8 @@ def _dtype(config: ModelConfig) -> dict[str, str]:
 # --- weights --------------------------------------------------------------------------------------
 
 
-class _StoredTensors:
-    """The tensors of a checkpoint, read when they are asked for."""
-
-    def __init__(self, path: Path, entries: Mapping[str, Any]) -> None:
-        self._files: dict[str, Path] = {}
-        for name in sorted(n for n in entries if n.endswith(".safetensors")):
-            with _opened(path / name) as file:
-                self._files |= dict.fromkeys(file.keys(), path / name)
-        self.path = path
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._files:
-            raise CheckpointError(f"{self.path}: has no tensor {name}")
-        with _opened(self._files[name]) as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
-
-    def nbytes(self, name: str) -> int:
-        return self[name].nbytes  # mapped: nothing is read
-
-
-def _opened(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
 def _write_weights(
-    tensors: _StoredTensors,
+    tensors: StoredTensors,
     family: Family,
     config: ModelConfig,
     directory: Path,
@@ -213,7 +185,7 @@ def _weights(family: Family, config: ModelConfig) -> Iterator[tuple[str, Weight,
 
 
 def _theirs(
-    tensors: _StoredTensors, shard: list[tuple[str, Weight, int]], config: ModelConfig
+    tensors: StoredTensors, shard: list[tuple[str, Weight, int]], config: ModelConfig
 ) -> Iterator[tuple[str, Tensor]]:
     for ours, weight, layer in shard:
         parts = weight.transform.give(tensors[ours], config)

@@ -15,6 +15,7 @@ from typing import Any, Final
 from engine.config import ModelConfig
 from engine.errors import ConfigError, require
 from training.importing import configs
+from training.importing.smooth import SMOOTH
 from training.importing.transforms import HEADS, SAME, TRANSPOSED, Transform
 
 
@@ -83,7 +84,7 @@ class Family:
                 f"config.json: {key} is {found!r}; {self.name} models are read only where it is "
                 f"{wanted!r}",
             )
-        if relufy and values.get(self.activation_key, self.default_activation) in configs.SMOOTH:
+        if relufy and values.get(self.activation_key, self.default_activation) in SMOOTH:
             values = {**values, self.activation_key: "relu"}
         try:
             return self.config(values)

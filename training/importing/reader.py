@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.chat_template import read_text
@@ -22,6 +21,7 @@ from engine.config import DTYPES, ModelConfig
 from engine.errors import CheckpointError, require
 from engine.model import Decoder
 from training.importing.families import Family, Weight, family_of
+from training.importing.stored import names_in, opened
 from training.importing.transforms import Shape
 
 INDEX: Final = "model.safetensors.index.json"
@@ -120,9 +120,9 @@ class Source:
             if name not in self._files:
                 raise CheckpointError(f"{self.path}: no file holds the tensor {name}")
         for file in sorted({self._files[name] for name in wanted}):
-            with _opened(file) as opened:
+            with opened(file) as found:
                 for name in (n for n in wanted if self._files[n] == file):
-                    self._check_shape(name, opened.get_slice(name).get_shape(), wanted[name])
+                    self._check_shape(name, found.get_slice(name).get_shape(), wanted[name])
         extra = self._left - wanted.keys()
         if self.model_config.tie_word_embeddings:
             extra.discard(_TIED_HEAD)
@@ -198,7 +198,7 @@ class Source:
         if name not in self._left:
             raise CheckpointError(f"{self.path}: the tensor {name} was read twice")
         self._left.remove(name)
-        with _opened(self._files[name]) as file:
+        with opened(self._files[name]) as file:
             tensor: Tensor = file.get_tensor(name)
         self._check_shape(name, tensor.shape, shape)
         return tensor
@@ -230,7 +230,7 @@ def _tensor_files(path: Path) -> dict[str, Path]:
     if (path / INDEX).is_file():
         return _indexed_files(path)
     if (path / SINGLE).is_file():
-        return dict.fromkeys(_names(path / SINGLE), path / SINGLE)
+        return dict.fromkeys(names_in(path / SINGLE), path / SINGLE)
     pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
     if pickles:
         raise CheckpointError(
@@ -252,24 +252,12 @@ def _indexed_files(path: Path) -> dict[str, Path]:
         if not (path / shard).is_file():
             raise CheckpointError(f"{path / shard}: missing, though {INDEX} names it")
         listed = {name for name, file in weight_map.items() if file == shard}
-        held = set(_names(path / shard))
+        held = set(names_in(path / shard))
         if held != listed:
             name = sorted(held ^ listed)[0]
             raise CheckpointError(f"{path / shard}: and {INDEX} disagree about the tensor {name}")
         files |= dict.fromkeys(held, path / shard)
     return files
-
-
-def _names(file: Path) -> list[str]:
-    with _opened(file) as opened:
-        return list(opened.keys())
-
-
-def _opened(file: Path) -> safe_open:
-    try:
-        return safe_open(file, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: damaged or not completely written ({error})") from error
 
 
 def _common_dtype(files: Mapping[str, Path]) -> str:
@@ -281,9 +269,9 @@ def _common_dtype(files: Mapping[str, Path]) -> str:
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
     found: dict[str, str] = {}
     for file in sorted(set(files.values())):
-        with _opened(file) as opened:
-            for name in opened.keys():  # noqa: SIM118  # no mapping
-                part = opened.get_slice(name)
+        with opened(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # no mapping
+                part = tensors.get_slice(name)
                 if len(part.get_shape()) == 2:
                     found.setdefault(part.get_dtype(), f"{file}: tensor {name}")
     if len(found) > 1 or not found.keys() <= names.keys():

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.chat_template import read_text
@@ -19,6 +18,7 @@ from engine.config import ModelConfig
 from engine.errors import CheckpointError
 from engine.tokenizer import Tokenizer
 from training.importing.reader import KEPT_FILES, SOURCE_CONFIG, Source
+from training.importing.stored import StoredTensors
 
 
 class ModelSource(Protocol):
@@ -50,37 +50,21 @@ class AmbidexSource:
     def __init__(self, path: Path) -> None:
         entries = verify_manifest(path)
         self.model_config = ModelConfig.from_dict(read_json(path / "config.json"))
-        self._files: dict[str, Path] = {}
-        for name in sorted(n for n in entries if n.endswith(".safetensors")):
-            with _opened(path / name) as file:
-                self._files |= dict.fromkeys(file.keys(), path / name)
-        self._routers = {n for n in self._files if n.endswith("ffn.router")}
+        self._tensors = StoredTensors(path, entries)
+        self._names = sorted(n for n in self._tensors.files if not n.endswith("ffn.router"))
         self._kept = [path / name for name in (SOURCE_CONFIG, *KEPT_FILES) if name in entries]
 
     def layer(self, index: int) -> dict[str, Tensor]:
         prefix = f"layers.{index}."
-        names = [n for n in self._files.keys() - self._routers if n.startswith(prefix)]
-        return {name.removeprefix(prefix): self._tensor(name) for name in sorted(names)}
+        names = [n for n in self._names if n.startswith(prefix)]
+        return {name.removeprefix(prefix): self._tensors[name] for name in names}
 
     def rest(self) -> dict[str, Tensor]:
-        names = [n for n in self._files if not n.startswith("layers.")]
-        return {name: self._tensor(name) for name in sorted(names)}
+        return {n: self._tensors[n] for n in self._names if not n.startswith("layers.")}
 
     def texts(self) -> dict[str, str]:
         """What an import, or somebody else, has put beside its weights."""
         return {path.name: read_text(path) for path in self._kept}
-
-    def _tensor(self, name: str) -> Tensor:
-        with _opened(self._files[name]) as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
-
-
-def _opened(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
 
 
 def open_source(path: Path) -> ModelSource:

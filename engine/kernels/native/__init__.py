@@ -388,7 +388,7 @@ class PackedExpertFFN:
 
 
 def add_scaled_(x_TD: Tensor, delta_TD: Tensor, multiplier: float) -> Tensor:
-    """x + multiplier * delta, [T, D], rounded once; replaces x in place."""
+    """x + multiplier * delta, [T, D], rounded to its type once; replaces x in place."""
     T, D = x_TD.shape
     call(
         "add_scaled", x_TD.dtype, _pointer(x_TD), _pointer(delta_TD), _LONG(T), _LONG(D),
