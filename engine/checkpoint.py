@@ -106,9 +106,10 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path, *, manifest: bool = True) -> Iterator[Path]:
     """Yield a temporary directory that becomes `path`, with a manifest, if the block succeeds.
 
+    `manifest` false leaves that out: what is written is no checkpoint.
     An existing `path` is replaced only after the new directory is safely on disk; if the block
     fails (a full disk, say), it stays as it was and nothing is left behind.
     """
@@ -119,10 +120,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        files = sorted(p for p in temporary.iterdir() if p.name != MANIFEST)
-        entries = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
-        write_json(temporary / MANIFEST, {"format": FORMAT, "files": entries})
-        for file in (*files, temporary / MANIFEST):
+        if manifest:
+            _write_manifest(temporary)
+        for file in temporary.iterdir():
             file.chmod(0o644)  # safetensors makes files that only their owner can read
             _sync(file)
         _sync(temporary)
@@ -136,6 +136,12 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             retired.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
+
+
+def _write_manifest(directory: Path) -> None:
+    files = sorted(p for p in directory.iterdir() if p.name != MANIFEST)
+    entries = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
+    write_json(directory / MANIFEST, {"format": FORMAT, "files": entries})
 
 
 def verify_manifest(path: Path) -> dict[str, dict[str, Any]]:
@@ -262,7 +268,9 @@ def load(path: Path | str, device: str = "cpu", dtype: str = "auto") -> Checkpoi
         config = ModelConfig.from_dict(read_json(path / "config.json"))
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    tokenizer = Tokenizer.from_file(path / "tokenizer.json", config.eos_token_id)
+    tokenizer = Tokenizer.from_file(
+        path / "tokenizer.json", config.eos_token_id, config.bos_token_id
+    )
     _check_tokenizer(path / "tokenizer.json", tokenizer, config)
     weights = [e["sha256"] for name, e in sorted(entries.items()) if name.endswith("safetensors")]
     loaded = Checkpoint(

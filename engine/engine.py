@@ -201,10 +201,13 @@ class Engine:
     def _prompt_ids(self, prompt: str | list[int], truncate: int | None) -> list[int]:
         if truncate is not None:
             require(truncate >= 1, f"truncate must be at least 1, got {truncate}", InvalidRequest)
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode_prompt(prompt, truncate)
+        else:
+            ids = prompt[-truncate:] if truncate else list(prompt)
         require(bool(ids), "inputs must have at least 1 token", InvalidRequest)
         self._check_ids("inputs", ids)
-        return ids[-truncate:] if truncate else ids
+        return ids
 
     def _check_ids(self, name: str, ids: Sequence[int]) -> None:
         top = self.model_config.vocab_size - 1

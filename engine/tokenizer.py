@@ -18,6 +18,8 @@ END_OF_TEXT: Final = "<|endoftext|>"
 _REPLACEMENT: Final = "\ufffd"  # what decoding an incomplete UTF-8 character yields
 _BYTE_TOKEN: Final = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's spelling of a single byte
 _SPACE: Final = "\u2581"  # and of a space
+_CONTEXT: Final = 4  # tokens of a prompt that its continuation is decoded behind
+_MOST_CONTEXT: Final = 16  # where these are no text, or begin inside a character
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -36,17 +38,23 @@ _BYTES: Final = _byte_alphabet()
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer, and which of its tokens ends a text.
+    """A Hugging Face tokenizer, and which of its tokens begins and ends a text.
 
     Args:
         backend: the library's object.
         eos_id: the token that ends a text; None: the one that is spelled END_OF_TEXT.
+        bos_id: the one that templates call `bos_token`; None: `eos_id`.
 
     Raises:
         CheckpointError: there is no such token.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, eos_id: int | None = None) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        eos_id: int | None = None,
+        bos_id: int | None = None,
+    ) -> None:
         if eos_id is None:
             eos_id = backend.token_to_id(END_OF_TEXT)
             if eos_id is None:
@@ -55,6 +63,7 @@ class Tokenizer:
             raise CheckpointError(f"tokenizer.json: has no token {eos_id}, which is to end a text")
         self.backend = backend
         self.eos_id: int = eos_id
+        self.bos_id: int = eos_id if bos_id is None else bos_id
         # At most one for each token of the vocabulary.
         self._token_texts: dict[int, str] = {}
         self._token_bytes: dict[int, bytes] = {}
@@ -62,15 +71,17 @@ class Tokenizer:
         backend.encode_special_tokens = True
 
     @classmethod
-    def from_file(cls, path: Path, eos_id: int | None = None) -> Tokenizer:
-        """Read a `tokenizer.json`; `eos_id` as above.
+    def from_file(
+        cls, path: Path, eos_id: int | None = None, bos_id: int | None = None
+    ) -> Tokenizer:
+        """Read a `tokenizer.json`; `eos_id` and `bos_id` as above.
 
         Raises:
             CheckpointError: if the file is missing or not a tokenizer.
         """
         try:
             source = path.read_text(encoding="utf-8")
-            found = cls(tokenizers.Tokenizer.from_str(source), eos_id)
+            found = cls(tokenizers.Tokenizer.from_str(source), eos_id, bos_id)
         except CheckpointError:
             raise
         except Exception as error:  # the library raises bare Exception
@@ -88,7 +99,51 @@ class Tokenizer:
         return self.backend.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
+        """Ids of the text alone."""
         return self.backend.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def start_ids(self) -> list[int]:
+        """What stands in front of every text, `<s>` for one; empty for models trained here.
+
+        As `tokenizer.json` has it in its post-processor, which is where transformers finds it. What
+        that may put behind a text is left out: a prompt goes on.
+        """
+        plain = self.encode("a")
+        whole = self.backend.encode("a", add_special_tokens=True).ids
+        places = range(len(whole) - len(plain) + 1)
+        at = next((i for i in places if whole[i : i + len(plain)] == plain), 0)
+        return whole[:at]
+
+    def started(self, ids: list[int]) -> list[int]:
+        """`ids` behind `start_ids`, unless they begin so themselves."""
+        start = self.start_ids
+        return ids if ids[: len(start)] == start else start + ids
+
+    def encode_prompt(self, text: str, truncate: int | None = None) -> list[int]:
+        """Ids of a text that the model is to continue: `start_ids`, then the text's own.
+
+        Args:
+            text: of the prompt.
+            truncate: tokens to keep, `start_ids` among them, and of the text the last ones.
+        """
+        ids = self.started(self.encode(text))
+        if truncate is None or len(ids) <= truncate:
+            return ids
+        start = self.start_ids[:truncate]
+        return start + ids[len(ids) - truncate + len(start) :]
+
+    @property
+    def eos_token(self) -> str:
+        """How the token that ends a text is spelled."""
+        token = self.backend.id_to_token(self.eos_id)
+        assert token is not None  # checked when it was made
+        return token
+
+    @property
+    def bos_token(self) -> str:
+        """How `bos_id` is spelled; empty if it is no token, as where a model has none."""
+        return self.backend.id_to_token(self.bos_id) or ""
 
     @cached_property
     def special_texts(self) -> tuple[str, ...]:
@@ -177,34 +232,72 @@ class IncrementalDecoder:
     """Turns a stream of token ids into text without ever emitting half a character.
 
     Decodes a short window whose start lies at a known text boundary; what the window's text gained
-    since the last call is final unless it ends inside a UTF-8 character.
+    since the last call is final unless it ends inside a UTF-8 character. The window keeps all
+    tokens of the last piece of text: a decoder with byte fallback makes text of a run of bytes only
+    as a whole, so a character is never to be cut from its left.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int]) -> None:
         self._tokenizer = tokenizer
-        self._window = list(prompt_ids[-4:])  # context, for tokenizers that join words with spaces
-        self._emitted = len(self._decode())
-
-    def _decode(self) -> str:
-        return self._tokenizer.decode(self._window)
+        self._window = prompt_ids[_context_start(tokenizer, prompt_ids) :]
+        raw = [tokenizer.token_bytes(token) for token in self._window]
+        begun = _begun_bytes(b"".join(raw))
+        # The first `_read` tokens are out, and so is `_known`, which the window's text begins with.
+        self._read = len(self._window)
+        tail = b""
+        while len(tail) < begun:
+            self._read -= 1
+            tail = raw[self._read] + tail
+        rest = tail[: len(tail) - begun].decode("utf-8", "replace")
+        self._known = tokenizer.decode(self._window[: self._read]) + rest
 
     def push(self, token_id: int) -> str:
         """The text that became final with this token; may be empty."""
         self._window.append(token_id)
-        text = self._decode()
-        if text.endswith(_REPLACEMENT):
-            return ""
-        new = text[self._emitted :]
-        self._window = self._window[-1:] if new else self._window
-        self._emitted = len(self._decode()) if new else self._emitted
-        return new
+        text = self._tokenizer.decode(self._window)
+        return "" if text.endswith(_REPLACEMENT) else self._emit(text)
 
     def flush(self) -> str:
         """What is left at the end; an incomplete character shows as U+FFFD."""
-        text = self._decode()
-        new = text[self._emitted :]
-        self._emitted = len(text)
+        return self._emit(self._tokenizer.decode(self._window))
+
+    def _emit(self, text: str) -> str:
+        if text.startswith(self._known):
+            new = text[len(self._known) :]
+        else:  # bytes that never became a character spoil those before them, which are out
+            new = self._tokenizer.decode(self._window[self._read :])
+        if new:
+            self._window = self._window[self._read :]
+            self._read = len(self._window)
+            self._known = self._tokenizer.decode(self._window)
         return new
+
+
+def _context_start(tokenizer: Tokenizer, ids: list[int]) -> int:
+    """Where the end of a prompt begins that shows how text goes on behind it.
+
+    At the beginning of a character, and so that it has text: some tokenizers drop a space in front
+    of everything.
+    """
+    start = max(0, len(ids) - _CONTEXT)
+    while start > 0 and len(ids) - start < _MOST_CONTEXT:
+        first = tokenizer.token_bytes(ids[start])[:1]
+        if not _is_inside(first) and tokenizer.decode(ids[start:]):
+            break
+        start -= 1
+    return start
+
+
+def _is_inside(byte: bytes) -> bool:
+    """Whether a UTF-8 character goes on with this byte."""
+    return b"\x80" <= byte <= b"\xbf"
+
+
+def _begun_bytes(raw: bytes) -> int:
+    """How many bytes at the end of `raw` begin a UTF-8 character that lacks others."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(raw)
+    return len(decoder.getstate()[0])
 
 
 def text_offsets(tokens: Sequence[bytes], text: str) -> list[int]:

@@ -98,6 +98,8 @@ def render(
     source: str | None,
     messages: Sequence[Mapping[str, Any]],
     *,
+    bos_token: str = END_OF_TEXT,
+    eos_token: str = END_OF_TEXT,
     seconds: float = MAX_SECONDS,
     max_chars: int = MAX_PROMPT_CHARS,
 ) -> str:
@@ -106,6 +108,7 @@ def render(
     Args:
         source: the template; None takes a plain one.
         messages: {"role", "content"} and what else a message may have.
+        bos_token, eos_token: how these are spelled.
         seconds: that rendering may take.
         max_chars: that the prompt may have.
 
@@ -119,8 +122,8 @@ def render(
             for part in template.generate(
                 messages=messages,
                 add_generation_prompt=True,
-                bos_token=END_OF_TEXT,
-                eos_token=END_OF_TEXT,
+                bos_token=bos_token,
+                eos_token=eos_token,
             ):
                 text.append(part)
                 size += len(part)
@@ -154,7 +157,11 @@ def _complaint(what: str) -> str:
 def prompt_ids(
     tokenizer: Tokenizer, source: str | None, messages: Sequence[Mapping[str, Any]]
 ) -> list[int]:
-    """The prompt of `messages` as token ids; see `render`."""
+    """The prompt of `messages` as token ids; see `render`.
+
+    A checkpoint's template writes itself what a prompt begins with; the plain one knows nothing of
+    that.
+    """
     mark = secrets.token_hex(8)  # not to be guessed, so no message can contain it
     specials = tokenizer.special_texts
     encoded = [tokenizer.encode(text) for text in specials]
@@ -166,10 +173,11 @@ def prompt_ids(
         return spelled.sub(lambda match: f"{mark}{specials.index(match.group()):06d}", value)
 
     hidden = [{key: hide(value) for key, value in message.items()} for message in messages]
+    prompt = render(source, hidden, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
     ids: list[int] = []
-    for position, part in enumerate(re.split(rf"{mark}(\d{{6}})", render(source, hidden))):
+    for position, part in enumerate(re.split(rf"{mark}(\d{{6}})", prompt)):
         if position % 2:
             ids += encoded[int(part)]
         elif part:
             ids += tokenizer.encode_parsing(part)
-    return ids
+    return tokenizer.started(ids) if source is None else ids

@@ -341,15 +341,14 @@ class Frontend:
             f"parameters.truncate must be from 1 to {limit}, got {truncate}",
             InvalidRequest,
         )
-        ids = engine.tokenizer.encode(inputs)
-        ids = ids[-truncate:] if truncate else ids
+        ids = engine.tokenizer.encode_prompt(inputs, truncate)
         self._check_length("inputs", ids, limit)
         return ids
 
     def _ids(self, engine: Engine, name: str, prompt: Prompt) -> list[int]:
         """The token ids of a prompt that complaints call `name`."""
         if isinstance(prompt, str):
-            ids = engine.tokenizer.encode(prompt)
+            ids = engine.tokenizer.encode_prompt(prompt)
         else:
             ids = prompt if isinstance(prompt, list) else prompt(engine)
         self._check_length(name, ids, self.settings.input_limit(total_limit(engine)))

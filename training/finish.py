@@ -37,6 +37,7 @@ def write_checkpoint(
     report: Callable[[str], None],
     *,
     learned_router: bool,
+    texts: Mapping[str, str],
 ) -> None:
     """Evaluate `model` dense and by share of experts, and write it with its report and card.
 
@@ -48,6 +49,7 @@ def write_checkpoint(
         history: what the run itself adds to `training_report.json`.
         report: hears which policy is being evaluated.
         learned_router: whether the routers have learned.
+        texts: files to keep beside the weights, by name.
 
     Raises:
         StorageError: if it cannot be written.
@@ -77,6 +79,6 @@ def write_checkpoint(
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         **history,
     }
-    card = {"README.md": model_card(model.config, content)}
+    extra = {**texts, "README.md": model_card(model.config, content)}
     with writing(path, "the training state is intact: free space and run the same command again"):
-        checkpoint.save(path, model, prepared.tokens.tokenizer, content, card)
+        checkpoint.save(path, model, prepared.tokens.tokenizer, content, extra)

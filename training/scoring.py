@@ -68,14 +68,14 @@ class Score:
 def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Continuation]:
     """Tokenise (context, continuation) texts; an empty context is the end-of-text token.
 
-    That token is what stood before every document in training.
+    That token is what stood before every document in training. Where the tokenizer itself puts
+    something in front of a text, that stands there instead, and in front of every other context.
     """
     moved = [_move_space(context, continuation) for context, continuation in pairs]
     contexts = tokenizer.encode_batch([context for context, _ in moved])
     wholes = tokenizer.encode_batch([context + rest for context, rest in moved])
     return [
-        _split(context, whole, tokenizer.eos_id)
-        for context, whole in zip(contexts, wholes, strict=True)
+        _split(context, whole, tokenizer) for context, whole in zip(contexts, wholes, strict=True)
     ]
 
 
@@ -85,7 +85,7 @@ def _move_space(context: str, continuation: str) -> tuple[str, str]:
     return kept, context[len(kept) :] + continuation
 
 
-def _split(context_ids: list[int], whole_ids: list[int], eos_id: int) -> Continuation:
+def _split(context_ids: list[int], whole_ids: list[int], tokenizer: Tokenizer) -> Continuation:
     """Cut the whole where it stops being the context's tokens."""
     common = 0
     for context_id, whole_id in zip(context_ids, whole_ids, strict=False):
@@ -94,7 +94,9 @@ def _split(context_ids: list[int], whole_ids: list[int], eos_id: int) -> Continu
         common += 1
     targets = len(whole_ids) - common
     # Something must stand before the first target, for the model to predict it from.
-    ids = whole_ids if common else [eos_id, *whole_ids]
+    ids = whole_ids if common else [tokenizer.eos_id, *whole_ids]
+    if tokenizer.start_ids:
+        ids = tokenizer.started(whole_ids)
     return Continuation(tuple(ids), targets)
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -50,6 +50,7 @@ class Start:
         tokenizer: its own; the run's text is encoded with it.
         identity: what tells it from others.
         smooth: the activation that ReLU replaces; "" if none is replaced.
+        texts: files to keep beside the model, by name: its chat template, what export needs.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class Start:
     tokenizer: Tokenizer
     identity: str
     smooth: str = ""
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     def base(self) -> TrainConfig:
         """What a run that goes on from it does, unless told otherwise: a short one.
@@ -189,7 +191,8 @@ def _read_checkpoint(path: Path) -> Start:
     kept = {n: t.float() for n, t in tensors.items() if not n.endswith("ffn.router")}
     hashes = sorted(e["sha256"] for n, e in entries.items() if n.endswith(".safetensors"))
     identity = hashlib.sha256("".join(hashes).encode()).hexdigest()
-    return Start(path, config, kept, read_tokenizer(path, config), identity)
+    tokenizer = read_tokenizer(path, config)
+    return Start(path, config, kept, tokenizer, identity, texts=source.texts())
 
 
 def _read_smooth(path: Path) -> Start:
@@ -211,4 +214,5 @@ def _read_smooth(path: Path) -> Start:
         for name, tensor in source.layer(index).items():
             tensors[f"layers.{index}.{name}"] = tensor.float()
     tokenizer = read_tokenizer(path, config)
-    return Start(path, config, tensors, tokenizer, f"relufied {fingerprint(path)}", found)
+    identity = f"relufied {fingerprint(path)}"
+    return Start(path, config, tensors, tokenizer, identity, found, source.texts())

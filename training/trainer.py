@@ -466,5 +466,6 @@ class Trainer:
             history,
             self.monitor.message,
             learned_router=self.routers.learning,
+            texts={} if self.start is None else self.start.texts,
         )
         return path

@@ -44,7 +44,7 @@ async def completions(body: CompletionRequest, request: Request, front: Front) -
     many = len(prompts) > 1
     names = {f"prompt[{i}]" if many else "prompt": prompt for i, prompt in enumerate(prompts)}
     texts = [await _text(front, prompt) for prompt in body.echoed]
-    writer = CompletionWriter(body, texts)
+    writer = CompletionWriter(body, texts, len(front.engine.tokenizer.start_ids))
     wants = body.logprobs is not None
     return await respond(front, request, writer, names, body.sampling, logprobs=wants)
 
@@ -62,15 +62,17 @@ class CompletionWriter:
     Args:
         body: the request.
         prompts: the texts to echo; none without echo.
+        start: tokens in front of a prompt that is text, which are no part of it.
     """
 
     prefix = "cmpl"
     kind = "text_completion"
     chunk_kind = "text_completion"
 
-    def __init__(self, body: CompletionRequest, prompts: Sequence[str]) -> None:
+    def __init__(self, body: CompletionRequest, prompts: Sequence[str], start: int) -> None:
         self.body = body
         self._prompts = prompts
+        self._start = start
         self._offsets: dict[int, int] = {}  # by choice: characters of the text so far
 
     def choice(self, index: int, output: Output) -> dict[str, Any]:
@@ -108,7 +110,10 @@ class CompletionWriter:
         if first.prompt:
             tokens += first.prompt
             tops += first.prompt_top or ((),) * len(first.prompt)
-            offsets += text_offsets([token.raw for token in first.prompt], echo)
+            is_text = isinstance(self.body.prompt[index // self.body.completions], str)
+            start = self._start if is_text else 0
+            raw = [token.raw for token in first.prompt[start:]]
+            offsets += [0] * start + text_offsets(raw, echo)
         at = self._offsets.get(index, len(echo))
         for event in shown:
             if event.token is not None:

@@ -11,7 +11,6 @@ from typing import Any, Final
 from fastapi import APIRouter
 
 from engine.errors import InvalidRequest, require
-from engine.tokenizer import END_OF_TEXT
 from server.chat import PLAIN
 from server.routes.dependencies import Front
 from server.schemas.tgi import ErrorResponse
@@ -38,11 +37,12 @@ ERRORS: Final[dict[int | str, dict[str, Any]]] = {
 
 @router.post("/tokenize", responses=ERRORS, summary="Text to token ids")
 async def tokenize(body: TokenizeRequest, front: Front) -> TokenizeResponse:
-    """The tokens of a text. Nothing is put in front of it."""
+    """The tokens of a text, as of a prompt: behind what the tokenizer puts in front of each."""
     front.check_model(body.model)
     tokenizer = front.engine.tokenizer
     encode = tokenizer.encode_parsing if body.parse_special_tokens else tokenizer.encode
     ids = await front.in_thread(partial(encode, body.prompt))
+    ids = tokenizer.started(ids) if body.add_special_tokens else ids
     return TokenizeResponse(count=len(ids), max_model_len=front.max_total_tokens, tokens=ids)
 
 
@@ -61,11 +61,12 @@ async def detokenize(body: DetokenizeRequest, front: Front) -> DetokenizeRespons
 async def tokenizer_info(front: Front) -> TokenizerInfo:
     """What a client needs to work with this tokenizer from afar."""
     template = front.engine.checkpoint.chat_template
+    tokenizer = front.engine.tokenizer
     return TokenizerInfo(
         tokenizer_class="PreTrainedTokenizerFast",
-        bos_token=None,
-        eos_token=END_OF_TEXT,
-        vocab_size=front.engine.tokenizer.vocab_size,
+        bos_token=tokenizer.spell(tokenizer.start_ids) or None,
+        eos_token=tokenizer.eos_token,
+        vocab_size=tokenizer.vocab_size,
         model_max_length=front.max_total_tokens,
         chat_template=PLAIN if template is None else template,
     )

@@ -6,9 +6,9 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models, normalizers, processors
 
-from engine.checkpoint import Checkpoint
+from engine.checkpoint import STARTER, Checkpoint
 from engine.errors import CheckpointError
 from engine.tokenizer import END_OF_TEXT, IncrementalDecoder, Tokenizer, text_offsets
 from tests.engine.conftest import tiny_tokenizer
@@ -92,7 +92,7 @@ def test_offsets_of_any_bytes_lead_into_the_text(raw: list[bytes]) -> None:
             assert text[at] == chr(token[0])
 
 
-def test_tokenizers_with_byte_fallback() -> None:
+def byte_fallback() -> Tokenizer:
     """As SentencePiece makes them: a mark for the space, one in front, `<0xE6>` for a byte."""
     words = [END_OF_TEXT, *(f"<0x{value:02X}>" for value in range(256)), "\u2581", "a", "é"]
     vocabulary = {word: i for i, word in enumerate(words)}
@@ -109,6 +109,77 @@ def test_tokenizers_with_byte_fallback() -> None:
             decoders.Strip(" ", 1, 0),
         ]
     )
-    raw = spelled(Tokenizer(backend), "é 東a")
+    return Tokenizer(backend)
+
+
+LLAMA = byte_fallback()
+
+
+def test_tokenizers_with_byte_fallback() -> None:
+    raw = spelled(LLAMA, "é 東a")
     assert raw == [b" ", "é".encode(), b" ", b"\xe6", b"\x9d", b"\xb1", b"a"]
     assert text_offsets(raw, "é 東a") == [0, 0, 1, 2, 2, 2, 3]
+
+
+TEXTS = st.text(st.sampled_from("a é東京😀🙂\u0301\n<") | st.characters(codec="utf-8"), max_size=20)
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, LLAMA], ids=["bytes", "fallback"])
+@given(TEXTS, st.integers(0, 80), st.integers(0, 6))
+def test_what_follows_any_prompt_loses_nothing(
+    tokenizer: Tokenizer, text: str, cut: int, ends: int
+) -> None:
+    """A character that the prompt only begins is the continuation's."""
+    ids = tokenizer.encode(text)
+    whole = cut = min(cut, len(ids))
+    while not is_whole(tokenizer, ids[:whole]):
+        whole -= 1
+    if whole == cut:
+        ids[cut:cut] = [tokenizer.eos_id] * ends
+        cut += ends
+    decoder = IncrementalDecoder(tokenizer, ids[:cut])
+    pieces = [*map(decoder.push, ids[cut:]), decoder.flush()]
+    assert "".join(pieces) == tokenizer.decode(ids)[len(tokenizer.decode(ids[:whole])) :]
+    if "\ufffd" not in text:
+        assert pieces[-1] == ""
+
+
+def is_whole(tokenizer: Tokenizer, ids: list[int]) -> bool:
+    """Whether these tokens end where a character does."""
+    try:
+        b"".join(map(tokenizer.token_bytes, ids)).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("template", "start"), [("<s> $A", [1]), ("<s> $A </s>", [1]), ("$A </s>", []), ("$A", [])]
+)
+def test_texts_begin_as_the_post_processor_has_it(template: str, start: list[int]) -> None:
+    words = {word: i for i, word in enumerate(["</s>", "<s>", "a", "b", "c"])}
+    backend = tokenizers.Tokenizer(models.BPE(words, []))
+    backend.add_special_tokens(["</s>", "<s>"])
+    backend.post_processor = processors.TemplateProcessing(
+        template, None, [("<s>", 1), ("</s>", 0)]
+    )
+    tokenizer = Tokenizer(backend, eos_id=0, bos_id=1)
+    assert tokenizer.start_ids == start
+    assert tokenizer.encode("abc") == [2, 3, 4]
+    assert tokenizer.encode_prompt("abc") == [*start, 2, 3, 4]
+    assert tokenizer.encode_prompt("abc", 3) == ([1, 3, 4] if start else [2, 3, 4])
+    assert tokenizer.encode_prompt("abc", 1) == (start or [4])
+    assert tokenizer.started([1, 2]) == [1, 2]
+
+
+def test_models_trained_here_begin_with_the_text() -> None:
+    starter = Tokenizer.from_file(STARTER / "tokenizer.json")
+    assert starter.start_ids == TOKENIZER.start_ids == []
+    assert starter.encode_prompt("a cat") == starter.encode("a cat")
+
+
+def test_bytes_that_become_no_character_spoil_none_before_them() -> None:
+    ids = LLAMA.encode("😀東a")
+    decoder = IncrementalDecoder(LLAMA, [])
+    broken = [*ids[:5], ids[5], ids[-1]]  # all of the first character, a byte of the second
+    assert [decoder.push(token) for token in broken] == [*[""] * 4, "😀", "", "\ufffda"]

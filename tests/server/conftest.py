@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import threading
@@ -18,7 +19,7 @@ import tokenizers
 import torch
 import uvicorn
 from fastapi import FastAPI
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from engine import checkpoint as checkpoints
 from engine.config import ExpertConfig, ModelConfig, QualityPoint
@@ -63,14 +64,26 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(backend)
 
 
-def random_model() -> Decoder:
+def foreign_tokenizer() -> Tokenizer:
+    """The same, with the special tokens of Llama's, which puts one of them in front of a text."""
+    words = ["<unk>", "<s>", "</s>"]
+    vocabulary = {word: i for i, word in enumerate([*words, *BYTES])}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    backend.add_special_tokens(words)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    return Tokenizer(backend, eos_id=2, bos_id=1)
+
+
+def random_model(config: ModelConfig = CONFIG) -> Decoder:
     """A model that never ends a text by itself when it is greedy: that logit is always 0."""
-    model = Decoder(CONFIG)
+    model = Decoder(config)
     model.initialize(torch.Generator().manual_seed(3))
     with torch.no_grad():
-        model.embedding.weight[CONFIG.eos_token_id] = 0.0
+        model.embedding.weight[config.eos_token_id] = 0.0
         for ffn in model.ffns():
-            ffn.router.copy_(centroid_router(ffn.up, CONFIG.experts.num_experts, norm=2.0))
+            ffn.router.copy_(centroid_router(ffn.up, config.experts.num_experts, norm=2.0))
     return model.eval()
 
 
@@ -186,6 +199,18 @@ def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(2)
     path = tmp_path_factory.mktemp("model") / "tiny"
     checkpoints.save(path, random_model(), byte_tokenizer(), {"steps": 0})
+    return path
+
+
+@pytest.fixture(scope="session")
+def foreign_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a tokenizer as imported ones have it."""
+    tokenizer = foreign_tokenizer()
+    config = dataclasses.replace(
+        CONFIG, vocab_size=tokenizer.vocab_size, bos_token_id=1, eos_token_id=2
+    )
+    path = tmp_path_factory.mktemp("model") / "foreign"
+    checkpoints.save(path, random_model(config), tokenizer, {"steps": 0})
     return path
 
 

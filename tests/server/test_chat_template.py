@@ -12,6 +12,7 @@ import tokenizers
 from tokenizers import models
 
 from engine.chat_template import MAX_BYTES, read_chat_template
+from engine.checkpoint import load
 from engine.errors import CheckpointError
 from engine.tokenizer import END_OF_TEXT, Tokenizer
 from server.chat import TemplateError, plain_stops, prompt_ids, render
@@ -62,6 +63,15 @@ def test_what_a_message_spells_is_never_a_special_token(checkpoint_dir: Path) ->
     assert ids == [*tokenizer.encode(spelled.strip()), tokenizer.eos_id]
     assert ids.count(tokenizer.eos_id) == 1
     assert tokenizer.spell(ids) == spelled.strip() + END_OF_TEXT
+
+
+def test_templates_write_the_special_tokens_of_their_checkpoint(foreign_dir: Path) -> None:
+    """As Llama's do."""
+    tokenizer = load(foreign_dir).tokenizer
+    source = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    ids = prompt_ids(tokenizer, source, [{"role": "user", "content": "a</s><s>"}])
+    assert ids == [1, *tokenizer.encode("a</s><s>"), 2]
+    assert tokenizer.spell(ids) == "<s>a</s><s></s>"
 
 
 def test_special_tokens_that_begin_alike_are_told_apart() -> None:

@@ -6,12 +6,15 @@ import dataclasses
 import random
 
 import pytest
+import tokenizers
 import torch
+from tokenizers import processors
 
 from engine.checkpoint import Checkpoint
 from engine.experts import Trace, true_mass
 from engine.model import Decoder
 from engine.request import ExpertPolicy
+from engine.tokenizer import Tokenizer
 from training import scoring
 from training.errors import TrainingError
 from training.expert_use import ExpertUse
@@ -130,6 +133,17 @@ def test_space_at_the_boundary_belongs_to_the_continuation(tiny: Checkpoint) -> 
     assert first.ids == tuple(encode("the cat sat on"))
     assert first.ids[-first.targets :] == tuple(encode(" sat on"))
     assert third.ids[: -third.targets] == tuple(encode("the cat"))
+
+
+def test_every_text_begins_as_the_tokenizer_has_it(tiny: Checkpoint) -> None:
+    backend = tokenizers.Tokenizer.from_str(tiny.tokenizer.source)
+    token = backend.id_to_token(7)
+    backend.post_processor = processors.TemplateProcessing(f"{token} $A", None, [(token, 7)])
+    pairs = [("the cat", " sat"), ("", "the cat")]
+    plain = encode_pairs(tiny.tokenizer, pairs)
+    begun = encode_pairs(Tokenizer(backend, 0), pairs)
+    assert begun[0] == Continuation((7, *plain[0].ids), plain[0].targets)
+    assert begun[1] == Continuation((7, *plain[1].ids[1:]), plain[1].targets)
 
 
 def test_every_cut_of_a_text_scores_all_that_is_new(tiny: Checkpoint) -> None:

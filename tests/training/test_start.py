@@ -68,6 +68,19 @@ def test_training_goes_on_from_a_checkpoint(saved: Path, corpus: Path, tmp_path:
     assert "Trained on from model: dense perplexity" in (trained.path / "README.md").read_text()
 
 
+def test_what_lay_beside_the_weights_stays_there(
+    tiny: Checkpoint, corpus: Path, tmp_path: Path
+) -> None:
+    """A chat template, and what an export needs."""
+    torch.set_num_threads(1)
+    kept = {"chat_template.jinja": "{{ messages }}", "source_config.json": "{}"}
+    checkpoint.save(tmp_path / "model", tiny.model, tiny.tokenizer, {}, kept)
+    start = read_start(tmp_path / "model")
+    trained = Trainer(short(start, steps=2), tmp_path / "run", [corpus], start=start).train()
+    assert {name: (trained / name).read_text() for name in kept} == kept
+    assert checkpoint.load(trained).chat_template == "{{ messages }}"
+
+
 def test_a_resumed_run_needs_the_same_start(saved: Path, corpus: Path, tmp_path: Path) -> None:
     start = read_start(saved)
     config, run = short(start), tmp_path / "run"
@@ -167,6 +180,8 @@ def test_a_smooth_model_becomes_relu_and_says_what_that_cost(
     if kind == "gelu":
         return  # the rest is alike
     trained = checkpoint.load(trainer.train())
+    source = checkpoint.read_json(trained.path / "source_config.json")
+    assert source == checkpoint.read_json(path / "config.json")
     told = trained.report["start"]
     assert told["activation"] == kind
     assert trained.report["evaluation"]["dense"]["perplexity"] < told["swapped"]

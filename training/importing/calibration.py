@@ -94,8 +94,9 @@ def read_calibration(
     wanted = {Part.TRAIN: calibration_tokens, Part.VALID: held_out_tokens}
     piece = _PIECE_SEQUENCES * length * 4
     sampled = sample_tokens(survey, tokenizer, wanted, seed, piece)
-    fit = _sequences(sampled[Part.TRAIN], length, 0, calibration_tokens, 2, f"{name}: gives")
-    held = _sequences(sampled[Part.VALID], length, 1, held_out_tokens, 1, f"{name}: holds out")
+    start, train, valid = tokenizer.start_ids, sampled[Part.TRAIN], sampled[Part.VALID]
+    fit = _sequences(start, train, length, 0, calibration_tokens, 2, f"{name}: gives")
+    held = _sequences(start, valid, length, 1, held_out_tokens, 1, f"{name}: holds out")
     is_check = torch.arange(fit.shape[0]) % _CHECK_SHARE == 1
     digest = hashlib.sha256(fit.numpy().tobytes() + b"held out" + held.numpy().tobytes())
     return CalibrationText(fit[~is_check], fit[is_check], held, name, digest.hexdigest())
@@ -162,13 +163,21 @@ def _encode(tokenizer: Tokenizer, pieces: list[list[str]], wanted: int) -> Token
     return np.array([token for row in rows for token in row], dtype=np.uint32)
 
 
-def _sequences(tokens: Tokens, length: int, more: int, most: int, least: int, name: str) -> Tensor:
-    """Whole sequences [B, L + more], int64, of `most` tokens together at most."""
-    count = min((tokens.size - more) // length, max(least, most // length))
+def _sequences(
+    start: list[int], tokens: Tokens, length: int, more: int, most: int, least: int, name: str
+) -> Tensor:
+    """Whole sequences [B, L + more], int64, of `most` tokens together at most.
+
+    Each begins with `start`, as prompts do when the model serves.
+    """
+    new = length - len(start)
+    count = min((tokens.size - more) // new, max(least, most // length))
     if count < least:
         raise DataError(
             f"{name} {tokens.size} tokens, fewer than {least} "
             f"sequence{'s' * (least > 1)} of {length + more}; give more text"
         )
-    rows = [tokens[i * length : (i + 1) * length + more] for i in range(count)]
-    return torch.from_numpy(np.stack(rows).astype(np.int64))
+    rows = [tokens[i * new : (i + 1) * new + more] for i in range(count)]
+    found = np.pad(np.stack(rows).astype(np.int64), ((0, 0), (len(start), 0)))
+    found[:, : len(start)] = start
+    return torch.from_numpy(found)

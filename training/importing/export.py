@@ -8,17 +8,15 @@ back; one that was trained here goes to the first family that can express it exa
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.checkpoint import read_json, verify_manifest, write_json
+from engine.checkpoint import atomic_directory, read_json, verify_manifest, write_json
 from engine.config import ModelConfig
 from engine.errors import ConfigError, require
 from engine.tokenizer import Tokenizer
@@ -28,6 +26,7 @@ from training.importing.reader import INDEX, KEPT_FILES, SINGLE, SOURCE_CONFIG
 from training.importing.stored import StoredTensors
 
 SHARD_BYTES: Final = 2 << 30
+_FOREIGN: Final = ("fatrelu", "drelu")  # activations that transformers does not have
 
 
 def export(checkpoint: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> Family:
@@ -43,7 +42,7 @@ def export(checkpoint: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> Famil
     config = ModelConfig.from_dict(read_json(checkpoint / "config.json"))
     require(not out.exists(), f"{out}: exists already; name a new directory")
     family, values = _written_config(checkpoint, config)
-    with _new_directory(out) as directory:
+    with atomic_directory(out, manifest=False) as directory:
         write_json(directory / "config.json", values)
         _write_weights(StoredTensors(checkpoint, entries), family, config, directory, shard_bytes)
         _write_tokenizer(checkpoint, directory, config)
@@ -61,7 +60,9 @@ def _written_config(checkpoint: Path, config: ModelConfig) -> tuple[Family, dict
         family = family_of(values)
         if not _differences(family.read_config(values, relufy=True), config):
             act = {} if _is_relu(family, values) else {family.activation_key: "relu"}
-            return family, {**values, **act, **_dtype(config)}
+            # transformers 5 writes `dtype`, which it prefers to the older name.
+            dtypes = {"dtype": config.torch_dtype} if "dtype" in values else {}
+            return family, {**values, **act, **_dtype(config), **dtypes}
     closest: tuple[int, str] | None = None
     for family in FAMILIES:
         values = _common(family, config) | family.write_config(config)
@@ -70,6 +71,7 @@ def _written_config(checkpoint: Path, config: ModelConfig) -> tuple[Family, dict
         except ConfigError as error:
             differences = [str(error).removeprefix("config.json: ")] * 9
         if not differences:
+            _check_in_transformers(checkpoint, family, config)
             return family, values
         reason = f"{family.name} models differ in {'; '.join(dict.fromkeys(differences))}"
         if closest is None or len(differences) < closest[0]:
@@ -78,6 +80,18 @@ def _written_config(checkpoint: Path, config: ModelConfig) -> tuple[Family, dict
     raise ConfigError(
         f"{checkpoint}: no family of transformers' can express this model; of the closest, "
         f"{closest[1]}"
+    )
+
+
+def _check_in_transformers(checkpoint: Path, family: Family, config: ModelConfig) -> None:
+    """Raise ConfigError unless transformers itself runs this model of the family."""
+    missing = f"the activation {config.hidden_act}" if config.hidden_act in _FOREIGN else ""
+    missing = missing if family.in_transformers else f"{family.name} models"
+    require(
+        not missing,
+        f"{checkpoint}: transformers does not have {missing}; their authors' code is named by the "
+        f"config.json of the model that was imported, and the checkpoint has no {SOURCE_CONFIG} "
+        f"that fits it",
     )
 
 
@@ -194,21 +208,7 @@ def _write_tokenizer(checkpoint: Path, directory: Path, config: ModelConfig) -> 
             "model_max_length": config.max_position_embeddings,
         }
         write_json(directory / "tokenizer_config.json", values)
+    # An imported model's own may have several ends of text, and how its authors sample.
+    generation = directory / "generation_config.json"
     ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    write_json(directory / "generation_config.json", ends)
-
-
-@contextmanager
-def _new_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory that becomes `path` if the block succeeds, and else disappears."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            file.chmod(0o644)  # safetensors makes files that only their owner can read
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    write_json(generation, ends | (read_json(generation) if generation.exists() else {}))

@@ -51,6 +51,7 @@ class Family:
         fixed: settings that must have this value where they occur.
         buffers: regular expressions of tensors that are derived and so left out.
         prefix: what names begin with, unless the file holds the bare model.
+        in_transformers: whether the class is; else its authors' `config.json` names their code.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     buffers: tuple[str, ...] = ()
     prefix: str = "model."
+    in_transformers: bool = True
 
     def read_config(self, values: Mapping[str, Any], *, relufy: bool = False) -> ModelConfig:
         """The model that a `config.json` describes, with all neurons in one expert.
@@ -236,6 +238,7 @@ BAMBOO: Final = dataclasses.replace(
     architecture="BambooForCausalLM",
     config=configs.read_bamboo,
     write_config=configs.write_bamboo,
+    in_transformers=False,
 )
 
 MINICPM: Final = dataclasses.replace(
@@ -246,6 +249,7 @@ MINICPM: Final = dataclasses.replace(
     config=configs.read_minicpm,
     write_config=configs.write_minicpm,
     fixed={"mlp_bias": False, "num_experts": 0},
+    in_transformers=False,
 )
 
 _PLAIN_MLP: Final = (

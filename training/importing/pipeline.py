@@ -286,7 +286,8 @@ def _write_files(
     directory: Path, config: ModelConfig, tokenizer: Tokenizer, content: Mapping[str, Any]
 ) -> None:
     write_json(directory / "config.json", config.to_dict())
-    write_json(directory / "generation_config.json", {"eos_token_id": config.eos_token_id})
+    if not (directory / "generation_config.json").exists():  # the source's own is kept
+        write_json(directory / "generation_config.json", {"eos_token_id": config.eos_token_id})
     write_json(directory / "training_report.json", dict(content))
     text = tokenizer.backend.to_str(pretty=True)
     (directory / "tokenizer.json").write_text(text, encoding="utf-8")

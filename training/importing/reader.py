@@ -29,7 +29,12 @@ SINGLE: Final = "model.safetensors"
 PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Kept beside an imported model, so that it can be written back as it was.
 SOURCE_CONFIG: Final = "source_config.json"
-KEPT_FILES: Final = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+KEPT_FILES: Final = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 _TIED_HEAD: Final = "lm_head.weight"
 
 

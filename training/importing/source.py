@@ -12,11 +12,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engine.chat_template import read_text
 from engine.checkpoint import MANIFEST, read_json, verify_manifest
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
 from engine.tokenizer import Tokenizer
-from training.importing.reader import Source
+from training.importing.reader import KEPT_FILES, SOURCE_CONFIG, Source
 from training.importing.stored import StoredTensors
 
 
@@ -51,6 +52,7 @@ class AmbidexSource:
         self.model_config = ModelConfig.from_dict(read_json(path / "config.json"))
         self._tensors = StoredTensors(path, entries)
         self._names = sorted(n for n in self._tensors.files if not n.endswith("ffn.router"))
+        self._kept = [path / name for name in (SOURCE_CONFIG, *KEPT_FILES) if name in entries]
 
     def layer(self, index: int) -> dict[str, Tensor]:
         prefix = f"layers.{index}."
@@ -61,7 +63,8 @@ class AmbidexSource:
         return {n: self._tensors[n] for n in self._names if not n.startswith("layers.")}
 
     def texts(self) -> dict[str, str]:
-        return {}
+        """What an import, or somebody else, has put beside its weights."""
+        return {path.name: read_text(path) for path in self._kept}
 
 
 def open_source(path: Path) -> ModelSource:
@@ -90,7 +93,9 @@ def read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
             f"{path / 'tokenizer.json'}: missing; transformers' "
             f"AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) makes it from older files"
         )
-    tokenizer = Tokenizer.from_file(path / "tokenizer.json", config.eos_token_id)
+    tokenizer = Tokenizer.from_file(
+        path / "tokenizer.json", config.eos_token_id, config.bos_token_id
+    )
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{path / 'tokenizer.json'}: has {tokenizer.vocab_size} tokens, the model only "

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
+from tokenizers import processors
 
 from engine.tokenizer import Tokenizer
 from training.data import train_tokenizer
@@ -72,6 +74,20 @@ def test_a_large_document_is_sampled_all_over(tmp_path: Path, tokenizer: Tokeniz
     assert max(numbers) - min(numbers) > 10_000
     assert len({number // 1000 for number in numbers}) >= 3
     assert set(tokenizer.decode(text.held_BL.flatten().tolist())) == {"x"}
+
+
+def test_sequences_begin_as_prompts_do(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    letters = "abcdefghijklmnopqrst"
+    path = write(tmp_path / "text.txt", [letter * 90 + "\n" for letter in letters])
+    backend = tokenizers.Tokenizer.from_str(tokenizer.source)
+    start = tokenizer.backend.id_to_token(7)
+    backend.post_processor = processors.TemplateProcessing(f"{start} $A", None, [(start, 7)])
+    text, other = read(Tokenizer(backend), [path]), read(tokenizer, [path])
+    assert text.held_BL.shape == other.held_BL.shape == (10, 17)
+    for sequences in (text.fit_BL, text.check_BL, text.held_BL):
+        assert sequences[:, 0].tolist() == [7] * len(sequences)
+    assert text.held_BL[0, 1:].tolist() == other.held_BL[0, :16].tolist()
+    assert text.held_BL[1, 1:].tolist() == [*other.held_BL[0, 15:17], *other.held_BL[1, 1:15]]
 
 
 def test_too_little_text_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:

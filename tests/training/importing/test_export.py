@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from engine.checkpoint import STARTER, load, save
+from engine.checkpoint import MANIFEST, STARTER, load, read_json, save, write_json
 from engine.errors import ConfigError
 from engine.experts import ExpertLayout
 from engine.model import Decoder
@@ -38,8 +39,16 @@ def files_of(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["its own config", "a written config"])
-@pytest.mark.parametrize("kind", list(MAKERS))
+FOREIGN = ("prosparse", "turbosparse", "minicpm-s")  # transformers does not have their code
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"),
+    [
+        *((kind, True) for kind in MAKERS),
+        *((kind, False) for kind in MAKERS if kind not in FOREIGN),
+    ],
+)
 def test_a_round_trip_changes_no_bit(kind: str, kept: bool, tmp_path: Path) -> None:
     make(kind, 3, tmp_path / "theirs")
     source = Source.open(tmp_path / "theirs")
@@ -117,6 +126,62 @@ def test_a_model_that_became_relu_is_written_as_relu(tmp_path: Path) -> None:
     again = Source.open(tmp_path / "back")
     assert again.config_json["hidden_act"] == "relu"
     assert again.config_json["num_attention_heads"] == source.config_json["num_attention_heads"]
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_transformers_does_not_have_needs_its_own_config(kind: str, tmp_path: Path) -> None:
+    make(kind, 3, tmp_path / "theirs")
+    model = read(tmp_path / "theirs")
+    save(tmp_path / "ours", model, tiny_tokenizer(), {})
+    with pytest.raises(ConfigError, match=r"transformers does not have .* no source_config\.json"):
+        export(tmp_path / "ours", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_the_dtype_is_that_of_the_weights(key: str, tmp_path: Path) -> None:
+    make("relu-llama", 3, tmp_path / "theirs")
+    values = read_json(tmp_path / "theirs" / "config.json")
+    written = {name: value for name, value in values.items() if "dtype" not in name}
+    write_json(tmp_path / "theirs" / "config.json", {**written, key: "float32"})
+    model, texts = read(tmp_path / "theirs"), Source.open(tmp_path / "theirs").texts()
+    model.config = dataclasses.replace(model.config, torch_dtype="bfloat16")
+    save(tmp_path / "ours", model, tiny_tokenizer(), {}, texts)
+    export(tmp_path / "ours", tmp_path / "back")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto")
+    assert loaded.dtype == torch.bfloat16
+
+
+def test_how_its_authors_generate_comes_back(tmp_path: Path) -> None:
+    make("relu-llama", 3, tmp_path / "theirs")
+    theirs = {"eos_token_id": [2, 7], "temperature": 0.6, "do_sample": True}
+    write_json(tmp_path / "theirs" / "generation_config.json", theirs)
+    model, texts = read(tmp_path / "theirs"), Source.open(tmp_path / "theirs").texts()
+    save(tmp_path / "ours", model, tiny_tokenizer(), {}, texts)
+    export(tmp_path / "ours", tmp_path / "back")
+    assert read_json(tmp_path / "back" / "generation_config.json") == {
+        "bos_token_id": model.config.bos_token_id,
+        **theirs,
+    }
+
+
+def test_what_is_written_is_on_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[str, bool]] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        file = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append((file.name, (tmp_path / "back").exists()))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    export(STARTER, tmp_path / "back")
+    files = {(file.name, False) for file in (tmp_path / "back").iterdir()}
+    assert files < set(synced)
+    assert synced[-1] == (tmp_path.name, True)
+    assert not (tmp_path / "back" / MANIFEST).exists()  # it is no checkpoint of ours
 
 
 def test_an_existing_directory_is_not_overwritten(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from training.errors import DataError, StorageError, TrainingError
 from training.evaluation import evaluate
 from training.importing import pipeline, workspace
 from training.importing.options import ImportOptions
+from training.importing.reader import KEPT_FILES, SOURCE_CONFIG
 
 if TYPE_CHECKING:
     from conftest import Run
@@ -146,6 +147,20 @@ def test_a_killed_import_goes_on_to_the_same_bytes(run: Run, tmp_path: Path) -> 
     assert len(rest.messages) == 2
     assert files(out) == files(tmp_path / "whole" / "out")
     assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+def test_what_lay_beside_the_weights_stays_there(run: Run, model_dir: Path, tmp_path: Path) -> None:
+    """A chat template for one, when a checkpoint is imported once more."""
+    kept = {name: f'{{"kept": "{name}"}}' for name in (SOURCE_CONFIG, *KEPT_FILES)}
+    loaded = checkpoint.load(model_dir)
+    checkpoint.save(tmp_path / "first", loaded.model, loaded.tokenizer, {}, kept)
+    run(tmp_path / "again", source=tmp_path / "first")
+    for name, text in kept.items():
+        assert (tmp_path / "again" / name).read_text() == text
+    assert checkpoint.load(tmp_path / "again").chat_template == kept["chat_template.jinja"]
+    run(tmp_path / "bare")
+    written = checkpoint.read_json(tmp_path / "bare" / "generation_config.json")
+    assert written == {"eos_token_id": loaded.config.eos_token_id}
 
 
 def test_what_a_kill_leaves_of_the_checkpoint_is_swept(run: Run, tmp_path: Path) -> None:
