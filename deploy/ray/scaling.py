@@ -32,7 +32,7 @@ def demand(running: int, waiting: int, max_running: int, kv_used: float) -> floa
     full = max(running / max_running, kv_used)
     if not waiting:
         return full
-    return max(full, 1.0) * (1 + waiting / max(running, 1))
+    return max(full, 1.0) * (running + waiting) / max(running, 1)
 
 
 class ScalingPolicy:
