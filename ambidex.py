@@ -26,7 +26,9 @@ from benchmarks.result_file import JsonFile, check_writable, write_result
 if TYPE_CHECKING:
     from engine.checkpoint import Checkpoint
     from engine.request import ExpertPolicy
+    from training.config import TrainConfig
     from training.correspondence import LayerComparison
+    from training.start import Start
     from training.study import ActivationStudy
 
 
@@ -171,26 +173,16 @@ def train(
     from engine.errors import require
     from training.distributed import Team
     from training.interrupt import stop_on_signals
-    from training.presets import preset as preset_named
-    from training.presets import read_config, with_settings
+    from training.presets import with_settings
     from training.progress import ProgressMonitor
     from training.publish import check_target, publish
+    from training.start import read_start
     from training.trainer import Trainer
 
     require(preset is None or config_file is None, "give --preset or --config, not both")
     require(start is not None or not relufy, "--relufy needs --from DIR, the model to change")
-    model = None
-    if start is None:
-        named = preset_named(preset or "starter")
-        base = named if config_file is None else read_config(config_file)
-    else:
-        from training.start import read_start
-
-        model = read_start(start, relufy=relufy)
-        base = model.base()
-        if preset is not None or config_file is not None:
-            named = preset_named(preset or "starter")
-            base = model.fitted(named if config_file is None else read_config(config_file))
+    model = None if start is None else read_start(start, relufy=relufy)
+    base = _base_config(preset, config_file, model)
     shortcuts = [f"{k}={v}" for k, v in (("steps", steps), ("seed", seed)) if v is not None]
     config = with_settings(base, [*(settings or []), *shortcuts])
     command = shlex.join(["ambidex", *sys.argv[1:]])
@@ -687,6 +679,17 @@ def _print_comparison(layers: tuple[LayerComparison, ...], against: Path | None)
             "meaning there, and only the shares of active neurons are compared.",
             highlight=False,
         )
+
+
+def _base_config(preset: str | None, file: Path | None, model: Start | None) -> TrainConfig:
+    """The configuration that --set changes: as named, in the shape of `model` if there is one."""
+    from training.presets import preset as preset_named
+    from training.presets import read_config
+
+    if model is not None and preset is None and file is None:
+        return model.base()
+    named = preset_named(preset or "starter") if file is None else read_config(file)
+    return named if model is None else model.fitted(named)
 
 
 def _model_path(model: Path | None) -> Path:

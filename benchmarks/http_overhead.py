@@ -1,6 +1,6 @@
 """What HTTP costs: tokens a second of streamed requests, against the engine alone.
 
-    python -m benchmarks.http_overhead [--model starter] [--json FILE]
+    python -m benchmarks.http_overhead [--model starter] [--stream-interval 0] [--json FILE]
 
 A server and an engine, each in a process of its own, with the same checkpoint and settings, take
 turns at the same load: 32 requests at once, 64 prompt tokens and 128 output tokens each, greedy, on
@@ -39,6 +39,7 @@ from engine.checkpoint import STARTER, load, save
 from engine.config import EngineConfig, ModelConfig, check_range
 from engine.engine import Engine
 from engine.request import ExpertPolicy
+from server.settings import Settings
 
 REQUESTS: Final = 32
 PROMPT_TOKENS: Final = 64
@@ -132,9 +133,13 @@ async def streamed(url: str, case: Case, arrivals: Sequence[Arrival]) -> float:
     return sum(counts) / seconds
 
 
-def measure(case: Case, rounds: int) -> Record:
+def measure(case: Case, rounds: int, stream_interval: float) -> Record:
     """Both sides in turn; one load before, which is not counted."""
-    settings = {"AMBIDEX_KV_CACHE_BYTES": str(KV_BYTES), "AMBIDEX_SAMPLE_EVERY": "0"}
+    settings = {
+        "AMBIDEX_KV_CACHE_BYTES": str(KV_BYTES),
+        "AMBIDEX_SAMPLE_EVERY": "0",
+        "AMBIDEX_STREAM_INTERVAL": str(stream_interval),
+    }
     command = [sys.executable, "-m", "benchmarks.http_overhead", "--worker"]
     about = {"path": str(case.path), "top_k": case.top_k}
     lengths = (PROMPT_TOKENS, PROMPT_TOKENS)
@@ -150,6 +155,7 @@ def measure(case: Case, rounds: int) -> Record:
         "requests": REQUESTS,
         "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": NEW_TOKENS,
+        "stream_interval": stream_interval,
         "values": http,
         "peer_values": peer_values,
     }
@@ -164,6 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", nargs="+", default=["starter", "opt-125m"], metavar="NAME")
     parser.add_argument("--top-k", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=5)
+    usual = Settings.model_fields["stream_interval"].default
+    parser.add_argument("--stream-interval", type=float, default=usual, help="of the server")
     parser.add_argument("--json", type=Path, help="write the records to this file")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
@@ -176,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     records = []
     for name in given.model:
         with case_of(name, given.top_k) as case:
-            record = measure(case, given.rounds)
+            record = measure(case, given.rounds, given.stream_interval)
         records.append(record)
         print(f"{name:>10}  streamed {record.value:8.0f}  engine {record.peer_value:8.0f}", end="")
         print(f"  {record.ratio:.2f}", flush=True)

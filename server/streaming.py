@@ -29,7 +29,7 @@ def sse_event(payload: Any) -> bytes:
 
     JSON text has no raw newlines, so the payload is always a single `data:` line.
     """
-    return b"data: " + to_json(payload) + b"\n\n"
+    return b"data: " + to_json(payload, inf_nan_mode="null") + b"\n\n"
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -1,4 +1,4 @@
-"""Progress bars: of training (phase, loss, speed, time left) and of an evaluation."""
+"""Progress bars: of training (phase, loss, speed, time left), an evaluation, an import."""
 
 from __future__ import annotations
 
@@ -66,51 +66,22 @@ class ProgressMonitor:
             )
 
 
-class EvaluationProgress:
-    """How far an evaluation is, on a terminal; elsewhere a line for each policy it comes to."""
+class _TokenProgress:
+    """A bar of tokens that vanishes in the end, and lines where there is no terminal.
 
-    def __init__(self, total_tokens: int, console: Console) -> None:
-        self._console = console
-        self._progress = Progress(
-            TextColumn("{task.description:>10}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task("", total=total_tokens)
-        self._policy = ""
+    Args:
+        total_tokens: of the whole.
+        console: where to draw.
+        width: of what stands before the bar.
+        period: seconds that the speed is averaged over.
+    """
 
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
+    def __init__(
+        self, total_tokens: int, console: Console, width: int, period: float = 30.0
     ) -> None:
-        self._progress.stop()
-
-    def advance(self, policy: str, tokens: int) -> None:
-        """`tokens` more have been run, under `policy`."""
-        self._progress.update(self._task, advance=tokens, description=policy)
-        if policy != self._policy and not self._console.is_terminal:
-            self._console.print(policy, highlight=False)
-        self._policy = policy
-
-
-class ImportProgress:
-    """How far an import is, on a terminal; elsewhere a line for each layer and message."""
-
-    def __init__(self, total_tokens: int, console: Console) -> None:
         self._console = console
         self._progress = Progress(
-            TextColumn("{task.description:>24}"),
+            TextColumn(f"{{task.description:>{width}}}"),
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
@@ -118,7 +89,7 @@ class ImportProgress:
             console=console,
             transient=True,
             disable=not console.is_terminal,
-            speed_estimate_period=300,  # clustering makes no progress for a while in each layer
+            speed_estimate_period=period,
         )
         self._task = self._progress.add_task("", total=total_tokens)
 
@@ -139,5 +110,28 @@ class ImportProgress:
         self._console.print(text, highlight=False, markup=False)
 
     def advance(self, stage: str, tokens: int) -> None:
-        """`tokens` more have passed a layer, at `stage`."""
+        """`tokens` more are done, at `stage`."""
         self._progress.update(self._task, advance=tokens, description=stage)
+
+
+class EvaluationProgress(_TokenProgress):
+    """How far an evaluation is, on a terminal; elsewhere a line for each policy it comes to."""
+
+    def __init__(self, total_tokens: int, console: Console) -> None:
+        super().__init__(total_tokens, console, width=10)
+        self._policy = ""
+
+    def advance(self, policy: str, tokens: int) -> None:
+        """`tokens` more have been run, under `policy`."""
+        super().advance(policy, tokens)
+        if policy != self._policy and not self._console.is_terminal:
+            self.message(policy)
+        self._policy = policy
+
+
+class ImportProgress(_TokenProgress):
+    """How far an import is: tokens that have passed a layer; a line for each layer behind it."""
+
+    def __init__(self, total_tokens: int, console: Console) -> None:
+        # Clustering makes no progress for a while in each layer.
+        super().__init__(total_tokens, console, width=24, period=300)

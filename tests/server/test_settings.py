@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from pydantic import ValidationError
 from engine.checkpoint import STARTER
 from engine.config import EngineConfig
 from server.serve import listen
-from server.settings import Settings, explain, unknown_variables
+from server.settings import ENGINE_VARIABLES, Settings, explain, unknown_variables
 
 
 def test_defaults_are_the_engine_s_and_stay_on_this_machine() -> None:
@@ -108,3 +110,13 @@ def test_variables_that_are_no_settings_are_named() -> None:
         "AMBIDEX_MAX_NUM_SEQ is no setting and is not looked at; did you mean AMBIDEX_MAX_NUM_SEQS?"
     )
     assert second.startswith("AMBIDEX_NONSENSE_123 is no setting")
+
+
+def test_what_the_engine_reads_by_itself_is_known() -> None:
+    root = Path(__file__).parents[2] / "engine"
+    texts = (path.read_text(encoding="utf-8") for path in root.rglob("*.py"))
+    read = {
+        name for text in texts for name in re.findall(r'environ[^\n]*"(AMBIDEX_[A-Z_]+)"', text)
+    }
+    assert read
+    assert read <= ENGINE_VARIABLES

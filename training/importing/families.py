@@ -130,21 +130,22 @@ def _with_bias(ours: str, *theirs: str, transform: Transform = SAME) -> tuple[We
 
 _HEAD: Final = Weight("head.weight", ("lm_head.weight",), when=_untied)
 
-_LLAMA_ATTENTION: Final = (
-    Weight(
-        "attention.qkv.weight",
-        tuple(f"model.layers.{{i}}.self_attn.{p}_proj.weight" for p in "qkv"),
-        HEADS,
-    ),
-    Weight(
-        "attention.qkv.bias",
-        tuple(f"model.layers.{{i}}.self_attn.{p}_proj.bias" for p in "qkv"),
-        HEADS,
-        _biased,
-    ),
-    Weight("attention.out.weight", ("model.layers.{i}.self_attn.o_proj.weight",)),
-    Weight("attention.out.bias", ("model.layers.{i}.self_attn.o_proj.bias",), when=_biased),
-)
+
+def _attention(prefix: str, out: str) -> tuple[Weight, ...]:
+    """Queries, keys and values by themselves, and `out` behind them, with or without biases."""
+
+    def each(kind: str) -> tuple[str, ...]:
+        return tuple(f"{prefix}.{p}_proj.{kind}" for p in "qkv")
+
+    return (
+        Weight("attention.qkv.weight", each("weight"), HEADS),
+        Weight("attention.qkv.bias", each("bias"), HEADS, _biased),
+        Weight("attention.out.weight", (f"{prefix}.{out}.weight",)),
+        Weight("attention.out.bias", (f"{prefix}.{out}.bias",), when=_biased),
+    )
+
+
+_LLAMA_ATTENTION: Final = _attention("model.layers.{i}.self_attn", "o_proj")
 
 _LLAMA_LAYER: Final = (
     Weight("attention_norm.weight", ("model.layers.{i}.input_layernorm.weight",)),
@@ -171,23 +172,7 @@ OPT: Final = Family(
     write_config=configs.write_opt,
     layer=(
         *_with_bias("attention_norm", "model.decoder.layers.{i}.self_attn_layer_norm"),
-        Weight(
-            "attention.qkv.weight",
-            tuple(f"model.decoder.layers.{{i}}.self_attn.{p}_proj.weight" for p in "qkv"),
-            HEADS,
-        ),
-        Weight(
-            "attention.qkv.bias",
-            tuple(f"model.decoder.layers.{{i}}.self_attn.{p}_proj.bias" for p in "qkv"),
-            HEADS,
-            _biased,
-        ),
-        Weight("attention.out.weight", ("model.decoder.layers.{i}.self_attn.out_proj.weight",)),
-        Weight(
-            "attention.out.bias",
-            ("model.decoder.layers.{i}.self_attn.out_proj.bias",),
-            when=_biased,
-        ),
+        *_attention("model.decoder.layers.{i}.self_attn", "out_proj"),
         *_with_bias("ffn_norm", "model.decoder.layers.{i}.final_layer_norm"),
         Weight("ffn.up", ("model.decoder.layers.{i}.fc1.weight",)),
         Weight("ffn.up_bias", ("model.decoder.layers.{i}.fc1.bias",), when=_mlp_biased),
