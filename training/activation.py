@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.experts import ExpertFFN, ExpertLayout, Trace
-from engine.kernels.expert_ffn import activate_reference, gated_reference
-from engine.model import Decoder
-from engine.request import ExpertPolicy
+from engine.gpu.ffn.expert_ffn import activate_reference, gated_reference
+from engine.model.decoder import Decoder
+from engine.model.experts import ExpertFFN, ExpertLayout, Trace
+from engine.serving.request import ExpertPolicy
 from training.sharding import whole
 
 

@@ -21,8 +21,7 @@ from pydantic import (
 from pydantic.config import JsonDict
 
 from engine.errors import InvalidRequest
-from engine.grammar import MAX_GRAMMAR_BYTES, Grammar
-from engine.request import (
+from engine.serving.request import (
     MAX_SEED,
     MAX_STOP_LENGTH,
     MAX_STOPS,
@@ -30,6 +29,7 @@ from engine.request import (
     ExpertPolicy,
     SamplingParams,
 )
+from engine.text.grammar import MAX_GRAMMAR_BYTES, Grammar
 from server.schemas.fields import (
     MAX_TOKENS,
     Factor,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from engine.request import ExpertPolicy, SamplingParams
+from engine.serving.request import ExpertPolicy, SamplingParams
 
 if TYPE_CHECKING:
     from conftest import Live, Serve

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine.checkpoint import Checkpoint
-from engine.model import Decoder
+from engine.model.decoder import Decoder
 from training import data
 from training.config import ModelShape, SwitchConfig, TrainConfig
 from training.conversion import refresh_router

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from engine.checkpoint import Checkpoint
-from engine.model import Decoder
-from engine.request import ExpertPolicy
+from engine.model.decoder import Decoder
+from engine.serving.request import ExpertPolicy
 from training import data
 from training.config import TrainConfig
 from training.conversion import refresh_router

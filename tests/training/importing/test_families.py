@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.attention import causal_attend
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
-from engine.engine import Engine
-from engine.experts import PolicyBatch, Trace
-from engine.kernels import native
-from engine.model import Decoder
-from engine.request import NO_MASS_LIMIT, ExpertPolicy, SamplingParams
+from engine.cpu import native
+from engine.model.attention import causal_attend
+from engine.model.decoder import Decoder
+from engine.model.experts import PolicyBatch, Trace
+from engine.serving.engine import Engine
+from engine.serving.request import NO_MASS_LIMIT, ExpertPolicy, SamplingParams
 from tests.engine.conftest import tiny_tokenizer
 from tests.training.importing.models import (
     MAKERS,
