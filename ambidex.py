@@ -25,7 +25,7 @@ from benchmarks.result_file import JsonFile, check_writable, write_result
 
 if TYPE_CHECKING:
     from engine.checkpoint import Checkpoint
-    from engine.serving.request import ExpertPolicy
+    from engine.policy import ExpertPolicy
     from training.config import TrainConfig
     from training.correspondence import LayerComparison
     from training.start import Start
@@ -705,7 +705,7 @@ def _load(model: Path | None) -> Checkpoint:
 
 
 def _policy(text: str) -> ExpertPolicy:
-    from engine.serving.request import ExpertPolicy
+    from engine.policy import ExpertPolicy
 
     return ExpertPolicy.parse(text)
 

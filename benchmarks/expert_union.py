@@ -41,9 +41,11 @@ from engine.checkpoint import STARTER, Checkpoint
 from engine.gpu.ffn.gpu_ways import expected_union
 from engine.gpu.routing.sharing import kept, share_reference
 from engine.model.decoder import Decoder, Layer
-from engine.model.experts import ExpertFFN, PolicyBatch, Trace
+from engine.model.ffn import ExpertFFN
+from engine.model.policy_batch import PolicyBatch
 from engine.model.sliced_ffn import sparse_ffn_reference
-from engine.serving.request import ExpertPolicy
+from engine.model.trace import Trace
+from engine.policy import ExpertPolicy
 from training.errors import DataError
 from training.evaluation import read_text
 

@@ -37,8 +37,9 @@ from engine.gpu.forward import fused_forward
 from engine.gpu.prompt_graphs import PromptGraphs, PromptKey
 from engine.model.attention import KVCache, SequenceSpan
 from engine.model.decoder import Decoder
-from engine.model.experts import PolicyBatch
-from engine.serving.request import ExpertPolicy, Request, SamplingParams
+from engine.model.policy_batch import PolicyBatch
+from engine.policy import ExpertPolicy
+from engine.serving.request import Request, SamplingParams
 from engine.serving.scheduler import Plan, Scheduled
 
 BLOCK = 16

@@ -46,7 +46,8 @@ from engine.gpu.attention.paged_kv import rotate_and_store
 from engine.gpu.ffn import grouped_ffn, grouped_tma
 from engine.gpu.routing import routing
 from engine.model.attention import KVCache, SequenceSpan, rotate
-from engine.serving.request import ExpertPolicy, Request, SamplingParams
+from engine.policy import ExpertPolicy
+from engine.serving.request import Request, SamplingParams
 from engine.serving.scheduler import Plan, Scheduled
 
 # (computed before, to compute now) of each sequence

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
 from engine.errors import ConfigError, InvalidRequest, require
-from engine.serving.request import ExpertPolicy
+from engine.policy import ExpertPolicy
 
 MODEL_TYPE: Final = "ambidex"
 DTYPES: Final = ("float32", "bfloat16", "float16")
@@ -356,7 +356,6 @@ class EngineConfig:
         max_waiting: requests that may wait; beyond that `Overloaded`.
         max_waiting_tokens: prompt tokens that may wait; beyond that `Overloaded`.
         prefix_caching: take keys and values of known prefixes from the cache.
-        priority_age_seconds: waiting time that counts as much as one step of priority.
         num_threads: CPU threads of one step; 0 leaves torch's choice.
         cuda_graphs: on CUDA, replay decoding steps from captured graphs, which costs some memory
             and a pause whenever a new batch size is first seen.
@@ -374,7 +373,6 @@ class EngineConfig:
     max_waiting: int = 256
     max_waiting_tokens: int = 1 << 18
     prefix_caching: bool = True
-    priority_age_seconds: float = 10.0
     num_threads: int = 0
     cuda_graphs: bool = True
     sample_every: int = 0
@@ -391,7 +389,6 @@ class EngineConfig:
         check_range("max_waiting_tokens", self.max_waiting_tokens, 1, 1 << 30)
         flag = isinstance(self.prefix_caching, bool)
         require(flag, f"prefix_caching must be true or false, got {self.prefix_caching!r}")
-        check_range("priority_age_seconds", self.priority_age_seconds, 1e-3, 86_400.0)
         check_range("sample_every", self.sample_every, 0, 1 << 20)
         check_range("num_threads", self.num_threads, 0, 1024)
         require(

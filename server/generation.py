@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 from engine.errors import EngineStopped, InvalidRequest, Overloaded, require
+from engine.policy import ExpertPolicy
 from engine.serving.engine import Engine
 from engine.serving.event_stream import EventStream
-from engine.serving.request import ExpertPolicy, Request, SamplingParams, TokenEvent
+from engine.serving.request import Request, SamplingParams, TokenEvent
 from engine.serving.stats import Numbers
 from engine.serving.worker import Worker
 from engine.text.grammar import Grammar

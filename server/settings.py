@@ -39,7 +39,6 @@ GROUPS: Final[dict[str, tuple[str, ...]]] = {
     ),
     "Scheduling": (
         *("max_num_seqs", "max_num_batched_tokens", "max_waiting", "max_waiting_tokens"),
-        "priority_age_seconds",
     ),
     "Limits of a request": (
         *("max_concurrent_requests", "max_input_tokens", "max_total_tokens", "max_body_bytes"),
@@ -114,12 +113,6 @@ class Settings(BaseSettings):
     )
     prefix_caching: bool = Field(
         default=True, description="take keys and values of known prefixes from the cache"
-    )
-    priority_age_seconds: float = Field(
-        default=10.0,
-        ge=1e-3,
-        le=86_400.0,
-        description="waiting time that counts as much as one step of priority",
     )
 
     max_concurrent_requests: int = Field(
@@ -316,7 +309,6 @@ class Settings(BaseSettings):
             max_waiting=self.max_waiting,
             max_waiting_tokens=self.max_waiting_tokens,
             prefix_caching=self.prefix_caching,
-            priority_age_seconds=self.priority_age_seconds,
             num_threads=self.num_threads,
             cuda_graphs=self.cuda_graphs,
             sample_every=self.sample_every,

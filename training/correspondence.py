@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine.errors import require
 from engine.model.decoder import Decoder
-from engine.model.experts import ExpertFFN
+from engine.model.ffn import ExpertFFN
 from training.activation import ActivationPattern, observe, similarity
 from training.study import adjusted_rand_index
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from engine.model.decoder import Decoder
-from engine.model.experts import Trace
+from engine.model.trace import Trace
 from training.activation import hidden
 
 

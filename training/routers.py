@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.model.decoder import Decoder
-from engine.model.experts import Trace
+from engine.model.trace import Trace
 from training.conversion import refresh_router
 from training.router import OnlineRouter
 

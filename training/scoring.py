@@ -22,8 +22,9 @@ from torch import Tensor
 from engine.errors import require
 from engine.model.attention import causal_attend
 from engine.model.decoder import Decoder
-from engine.model.experts import PolicyBatch, Trace
-from engine.serving.request import ExpertPolicy
+from engine.model.policy_batch import PolicyBatch
+from engine.model.trace import Trace
+from engine.policy import ExpertPolicy
 from engine.text.tokenizer import Tokenizer
 from training.errors import TrainingError
 from training.expert_use import ExpertUse

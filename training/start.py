@@ -24,8 +24,8 @@ from engine.checkpoint import load_tensors, read_json, verify_manifest
 from engine.config import ExpertConfig, ModelConfig
 from engine.errors import require
 from engine.model.decoder import Decoder
-from engine.model.experts import ExpertFFN
-from engine.serving.request import ExpertPolicy
+from engine.model.ffn import ExpertFFN
+from engine.policy import ExpertPolicy
 from engine.text.tokenizer import Tokenizer
 from training.config import ModelShape, OptimizerConfig, SwitchConfig, TrainConfig
 from training.errors import DataError

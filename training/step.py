@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.model.decoder import Decoder
-from engine.model.experts import Trace
-from engine.serving.request import ExpertPolicy
+from engine.model.trace import Trace
+from engine.policy import ExpertPolicy
 from training.config import SwitchConfig, TrainConfig
 
 # Hears of each forward pass what its FFNs saw and the true mass of their experts.

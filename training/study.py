@@ -26,7 +26,7 @@ from torch import Tensor
 from engine.config import check_range, known_fields
 from engine.errors import ConfigError, require
 from engine.model.decoder import Decoder
-from engine.model.experts import ExpertFFN
+from engine.model.ffn import ExpertFFN
 from engine.text.tokenizer import Tokenizer
 from training import data
 from training.activation import ffn_inputs, hidden

@@ -30,7 +30,7 @@ from typing import Any, Final, Literal
 
 from engine.checkpoint import file_sha256
 from engine.model.decoder import Decoder
-from engine.serving.request import ExpertPolicy
+from engine.policy import ExpertPolicy
 from engine.text.tokenizer import Tokenizer
 from training.data import is_unicode
 from training.errors import DataError

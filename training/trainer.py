@@ -23,7 +23,7 @@ import torch
 
 from engine.checkpoint import check_device
 from engine.model.decoder import Decoder
-from engine.serving.request import ExpertPolicy
+from engine.policy import ExpertPolicy
 from engine.text.tokenizer import Tokenizer
 from training import data, run_state
 from training.activation import ActivationPattern, observe, similarity

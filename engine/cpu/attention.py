@@ -1,4 +1,4 @@
-"""Attention of one flat batch on the CPU's kernels: an `Attend` over `native.PagedCache`.
+"""Attention of one flat batch on the CPU's kernels: an `Attend` over `PagedCache`.
 
 Decoding rows and chunks of prompts go through one kernel, and a row's result does not depend on how
 its prompt was cut into chunks.
@@ -6,10 +6,12 @@ its prompt was cut into chunks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from engine.cpu import native
+from engine.cpu.cache import KV_BLOCK, PagedCache
 from engine.cpu.layers import CachedSequences
 from engine.model.attention import SequenceSpan
 
@@ -19,15 +21,13 @@ class NativeAttend:
 
     Args:
         cache: keys and values of all layers.
-        block_size: tokens of one of the scheduler's blocks; a multiple of native.KV_BLOCK.
+        block_size: tokens of one of the scheduler's blocks; a multiple of KV_BLOCK.
         spans: where each sequence's rows and blocks are.
     """
 
-    def __init__(
-        self, cache: native.PagedCache, block_size: int, spans: list[SequenceSpan]
-    ) -> None:
+    def __init__(self, cache: PagedCache, block_size: int, spans: Sequence[SequenceSpan]) -> None:
         self._cache = cache
-        each = block_size // native.KV_BLOCK
+        each = block_size // KV_BLOCK
         most = max(len(span.blocks) for span in spans)
         padded = [span.blocks + [0] * (most - len(span.blocks)) for span in spans]
         blocks_BM = torch.tensor(padded, dtype=torch.int32)

@@ -10,45 +10,16 @@ E experts, S neurons per expert, L layers, M blocks per sequence at most.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from engine.cpu import native
-
-NormWeights = tuple[Tensor, Tensor | None]  # weight and, of a LayerNorm, bias, [D] each
-
-
-class LayerParts(NamedTuple):
-    """One layer's weights."""
-
-    attention_norm: NormWeights
-    qkv: native.PackedLinear
-    out: native.PackedLinear
-    ffn_norm: NormWeights
-    ffn: native.PackedExpertFFN
-
-
-class LayerShape(NamedTuple):
-    """What the weights do not say.
-
-    Attributes:
-        heads, kv_heads, head_dim: of attention.
-        epsilon: of the norms.
-        multiplier: of what attention and FFN add to x.
-        window: last tokens that a token sees, itself included; 0: all.
-        norm_first: norms come before attention and FFN; else after each sum.
-    """
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    epsilon: float
-    multiplier: float = 1.0
-    window: int = 0
-    norm_first: bool = True
+from engine.cpu import native, pack
+from engine.cpu.cache import PagedCache
+from engine.cpu.experts import PackedExpertFFN, every_pair
+from engine.cpu.linear import PackedLinear
+from engine.model.decoder import Decoder, Layer
 
 
 class CachedSequences(NamedTuple):
@@ -57,10 +28,10 @@ class CachedSequences(NamedTuple):
     Attributes:
         cache: of all layers.
         slot_T: int64, where each token's keys and values go.
-        table_BM, first_B, rows_B, context_B: as for `native.PagedCache.attend`.
+        table_BM, first_B, rows_B, context_B: as for `PagedCache.attend`.
     """
 
-    cache: native.PagedCache
+    cache: PagedCache
     slot_T: Tensor
     table_BM: Tensor
     first_B: Tensor
@@ -69,7 +40,7 @@ class CachedSequences(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """How many experts the tokens may use; arguments as for `native.choose`.
+    """How many experts the tokens may use; arguments as for `engine.cpu.experts.choose`.
 
     Attributes:
         most: of one token.
@@ -77,7 +48,6 @@ class Limits(NamedTuple):
 
     k_T: Tensor
     mass_T: Tensor
-    shared_T: Tensor | None
     most: int
 
 
@@ -106,8 +76,8 @@ class _ModelShape(ctypes.Structure):
 
 _POINTERS = (
     *("cos", "sin", "slot", "table", "first", "rows", "context", "keys", "values"),
-    *("k", "shared", "mass", "expert", "offsets", "token", "chosen"),
-    *("x", "normed", "heads", "attended", "delta", "h", "scores", "y"),
+    *("k", "mass", "expert", "offsets", "token", "chosen"),
+    *("x", "normed", "heads", "attended", "delta", "h", "y"),
 )
 
 
@@ -119,65 +89,47 @@ class _BatchMemory(ctypes.Structure):
 
 
 class PackedLayers:
-    """The layers of a decoder whose every part is packed.
+    """The layers of a decoder that `engine.cpu.pack` has packed."""
 
-    Args:
-        layers: in order.
-        shape: of all of them.
-    """
-
-    def __init__(self, layers: Sequence[LayerParts], shape: LayerShape) -> None:
-        self._parts = list(layers)  # keeps the weights that the pointers point to
-        first, lanes = layers[0], native.lanes()
-        self.dtype, self.num_experts = first.qkv.dtype, first.ffn.num_experts
-        self._width, self._size = first.ffn.model, first.ffn.expert_size
-        self._heads, self._kv_heads, self._head_dim = shape.heads, shape.kv_heads, shape.head_dim
-        self._shape = _ModelShape(
-            len(layers),
-            self._width,
-            shape.heads,
-            shape.kv_heads,
-            shape.head_dim,
-            self.num_experts,
-            self._size,
-            first.qkv.width // lanes,
-            first.out.width // lanes,
-            first.ffn.width // lanes,
-            first.ffn.down_width // lanes,
-            first.ffn.code,
-            shape.window,
-            shape.norm_first,
-            shape.epsilon,
-            shape.multiplier,
-            first.ffn.threshold,
-        )
-        self._weights = (_LayerWeights * len(layers))()
-        for weights, parts in zip(self._weights, layers, strict=True):
-            ffn = parts.ffn
-            found = {
-                "attention_norm": parts.attention_norm[0],
-                "attention_norm_bias": parts.attention_norm[1],
-                "qkv": parts.qkv.packed,
-                "qkv_bias": parts.qkv.bias,
-                "out": parts.out.packed,
-                "out_bias": parts.out.bias,
-                "ffn_norm": parts.ffn_norm[0],
-                "ffn_norm_bias": parts.ffn_norm[1],
-                "up": ffn.up,
-                "up_bias": ffn.up_bias,
-                "gate": ffn.gate,
-                "down": ffn.down,
-                "down_bias": ffn.down_bias,
-            }
-            for name, tensor in found.items():
+    def __init__(self, model: Decoder) -> None:
+        config = model.config
+        self._layers = [layer for layer in model.layers if isinstance(layer, Layer)]
+        self._ffns = [layer.get_submodule("ffn") for layer in self._layers]
+        self._weights = (_LayerWeights * len(self._layers))()
+        for weights, layer in zip(self._weights, self._layers, strict=True):
+            for name, tensor in _weights_of(layer).items():
                 setattr(weights, name, None if tensor is None else tensor.data_ptr())
+        attention, ffn, lanes = self._layers[0].attention, _packed(self._ffns[0]), native.lanes()
+        qkv, out = _linear(attention.qkv), _linear(attention.out)
+        self.dtype, self.num_experts = qkv.dtype, ffn.num_experts
+        self._width, self._size = ffn.model, ffn.expert_size
+        self._heads, self._kv_heads = attention.heads, attention.kv_heads
+        self._head_dim = attention.head_dim
+        self._shape = _ModelShape(
+            layers=len(self._layers),
+            D=self._width,
+            H=self._heads,
+            G=self._kv_heads,
+            d=self._head_dim,
+            E=self.num_experts,
+            S=self._size,
+            qkv_vectors=qkv.width // lanes,
+            out_vectors=out.width // lanes,
+            up_vectors=ffn.width // lanes,
+            down_vectors=ffn.down_width // lanes,
+            activation=ffn.code,
+            window=config.window,
+            norm_first=config.do_layer_norm_before,
+            epsilon=config.rms_norm_eps,
+            multiplier=config.residual_multiplier,
+            threshold=ffn.threshold,
+        )
 
     def __call__(
         self,
         x_TD: Tensor,
         turns: tuple[Tensor, Tensor] | None,
         sequences: CachedSequences,
-        routers: Sequence[Tensor],
         limits: Limits | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Run all layers.
@@ -188,7 +140,6 @@ class PackedLayers:
             x_TD: contiguous, the embedded tokens; overwritten.
             turns: cosines and sines of each token's position, float32 [T, d / 2]; None: none.
             sequences: which tokens belong together.
-            routers: float32 [E, D], one a layer.
             limits: None: all tokens use all experts.
 
         Returns:
@@ -198,8 +149,8 @@ class PackedLayers:
         T = x_TD.shape[0]
         assert x_TD.dtype == self.dtype
         assert x_TD.is_contiguous()
-        for weights, router_ED in zip(self._weights, routers, strict=True):
-            weights.router = router_ED.data_ptr()
+        for weights, ffn in zip(self._weights, self._ffns, strict=True):
+            weights.router = ffn.router.data_ptr()
         held, chosen_LTE = self._experts(T, limits)
         cache = sequences.cache
         if turns is not None:
@@ -234,10 +185,10 @@ class PackedLayers:
         """Memory for choices and pairs, or all pairs; and for the activations of the pairs."""
         E, row = self.num_experts, self._size + self._size % 2
         if limits is None:
-            pairs = native.every_pair(T, E)
+            pairs = every_pair(T, E)
             held = {"expert": pairs.expert_U, "offsets": pairs.offsets, "token": pairs.token_P}
             return held | {"h": native.scratch("h", T * E * row, self.dtype)}, None
-        chosen_LTE = torch.empty(len(self._parts), T, E, dtype=torch.bool)
+        chosen_LTE = torch.empty(len(self._layers), T, E, dtype=torch.bool)
         numbers = native.scratch("pairs", 2 * E + 1 + T * E, torch.int32)
         held = {
             "k": limits.k_T,
@@ -248,9 +199,6 @@ class PackedLayers:
             "token": numbers[2 * E + 1 :],
             "h": native.scratch("h", T * limits.most * row, self.dtype),
         }
-        if limits.shared_T is not None:
-            held["shared"] = limits.shared_T
-            held["scores"] = native.scratch("scores", T * E, torch.float32)
         return held, chosen_LTE
 
     def _between(self, T: int) -> dict[str, Tensor]:
@@ -264,3 +212,36 @@ class PackedLayers:
         }
         found = {name: native.scratch(name, T * n, self.dtype) for name, n in sizes.items()}
         return found | {"y": native.scratch("y", T * self._width, torch.float32)}
+
+
+def _linear(layer: nn.Module) -> PackedLinear:
+    """The weights of a packed linear layer."""
+    assert isinstance(layer, pack.PackedLinear)
+    return layer.packed
+
+
+def _packed(ffn: nn.Module) -> PackedExpertFFN:
+    """The weights of a packed FFN."""
+    assert isinstance(ffn, pack.PackedFFN)
+    return ffn.packed
+
+
+def _weights_of(layer: Layer) -> dict[str, Tensor | None]:
+    """What each field of `_LayerWeights` points to, but for the router."""
+    qkv, out = _linear(layer.attention.qkv), _linear(layer.attention.out)
+    ffn = _packed(layer.get_submodule("ffn"))
+    return {
+        "attention_norm": layer.attention_norm.weight,
+        "attention_norm_bias": layer.attention_norm.bias,
+        "qkv": qkv.packed,
+        "qkv_bias": qkv.bias,
+        "out": out.packed,
+        "out_bias": out.bias,
+        "ffn_norm": layer.ffn_norm.weight,
+        "ffn_norm_bias": layer.ffn_norm.bias,
+        "up": ffn.up,
+        "up_bias": ffn.up_bias,
+        "gate": ffn.gate,
+        "down": ffn.down,
+        "down_bias": ffn.down_bias,
+    }

@@ -25,23 +25,38 @@ from torch import Tensor
 
 from engine.gpu.arrivals import Arrivals
 from engine.gpu.attention.batches import DecodeBatch, StepAttend
+from engine.gpu.decoder import KernelDecoder
 from engine.gpu.ffn.gpu_ways import expected_union
-from engine.gpu.forward import fused_forward, thin_forward
 from engine.gpu.graph_capture import capture
-from engine.gpu.routing import sharing
 from engine.gpu.routing.count_chosen import count_chosen
 from engine.model.attention import KVCache
-from engine.model.decoder import Decoder
-from engine.model.experts import PolicyBatch, Trace
-from engine.serving.request import NO_MASS_LIMIT, ExpertPolicy, Request
+from engine.model.policy_batch import PolicyBatch
+from engine.model.trace import Trace
+from engine.policy import NO_MASS_LIMIT, ExpertPolicy
 
 # Larger batches keep the device busy longer than Python needs to launch them.
 MAX_BATCH = 256
 # What does not get a graph any more runs without one.
 MAX_GRAPHS = 96
 FIRST_CONTEXT = 512
-# Of a step's union of experts in what the next steps expect.
+# How much the experts that a step really used weigh in what is expected of the next steps.
 UNION_WEIGHT = 0.1
+
+
+class DecodingRequest(Protocol):
+    """What a step reads of a request that decodes; the engine's requests are such.
+
+    Attributes:
+        token_ids: prompt and output so far.
+        num_computed: how many of them have keys and values in the cache.
+        blocks: of the cache, which hold these.
+        policy: which experts its tokens use.
+    """
+
+    token_ids: list[int]
+    num_computed: int
+    blocks: list[int]
+    policy: ExpertPolicy
 
 
 class GraphKey(NamedTuple):
@@ -51,14 +66,12 @@ class GraphKey(NamedTuple):
         batch: rows.
         max_k: most experts of a row; 0: every row is dense.
         longest: most tokens of a context.
-        shares: whether rows may share experts, which takes launches of its own.
         quarters: of the experts that such batches used of late, rounded up; 0: does not matter.
     """
 
     batch: int
     max_k: int
     longest: int
-    shares: bool = False
     quarters: int = 0
 
 
@@ -91,41 +104,24 @@ def graph_key(
     most_tokens: int,
 ) -> GraphKey:
     """The shape in which these requests decode."""
-    bounds = [_most_experts(policy, num_experts) for policy in policies]
-    max_k = k_bucket(max(bounds), num_experts)
+    max_k = k_bucket(max(policy.limits(num_experts)[0] for policy in policies), num_experts)
     return GraphKey(
         batch_bucket(len(policies), most_rows),
-        0 if all(policy_is_dense(p, num_experts) for p in policies) else max_k,
+        0 if all(policy.uses_all(num_experts) for policy in policies) else max_k,
         context_bucket(max(contexts), most_tokens),
-        any(policy.kind == "shared" for policy in policies),
     )
-
-
-def policy_is_dense(policy: ExpertPolicy, num_experts: int) -> bool:
-    """Whether the policy uses every expert of every token, by whatever name."""
-    return policy.kind == "dense" or (policy.kind == "top_k" and policy.value == num_experts)
-
-
-def _most_experts(policy: ExpertPolicy, num_experts: int) -> int:
-    k = policy.limits(num_experts)[0]
-    return sharing.most(k, num_experts) if policy.kind == "shared" else k
-
-
-def _policy_among(request: Request, requests: Sequence[Request]) -> ExpertPolicy:
-    """The policy of its next token; a lone request has nobody to share with."""
-    return request.alone_policy if len(requests) == 1 else request.next_policy
 
 
 class StaticBatch:
     """What a step feeds to the graphs of one batch size: tensors that stay where they are.
 
     Attributes:
-        ids_B, slots_B, contexts_B, k_B, shared_B: int32.
+        ids_B, slots_B, contexts_B, k_B: int32.
         mass_B: float32.
         table_BM: int32.
     """
 
-    ROWS = 6
+    ROWS = 5
 
     def __init__(self, batch: int, most_blocks: int, device: torch.device) -> None:
         numbers = batch * (self.ROWS + most_blocks)
@@ -134,16 +130,16 @@ class StaticBatch:
         self._device = torch.zeros(numbers, dtype=torch.int32, device=device)
         split = self.ROWS * batch
         rows = self._device[:split].view(self.ROWS, batch)
-        self.ids_B, self.slots_B, self.contexts_B, self.k_B, self.shared_B = rows[:5]
-        self.mass_B = rows[5].view(torch.float32)
+        self.ids_B, self.slots_B, self.contexts_B, self.k_B = rows[:4]
+        self.mass_B = rows[4].view(torch.float32)
         self.table_BM = self._device[split:].view(batch, most_blocks)
         host_rows = self._host[:split].view(self.ROWS, batch)
-        self._numbers = host_rows[:5].numpy()
-        self._mass = host_rows[5].view(torch.float32).numpy()
+        self._numbers = host_rows[:4].numpy()
+        self._mass = host_rows[4].view(torch.float32).numpy()
         self._table = self._host[split:].view(batch, most_blocks).numpy()
         self._blocks: list[list[int]] = [[] for _ in range(batch)]
 
-    def fill(self, requests: Sequence[Request], num_experts: int, block_size: int) -> None:
+    def fill(self, requests: Sequence[DecodingRequest], num_experts: int, block_size: int) -> None:
         """The next token of each request, and padding behind. Does not wait for the device.
 
         The step before must have ended: the host's side of the copy is written anew.
@@ -152,11 +148,9 @@ class StaticBatch:
         for row, request in enumerate(requests):
             position = request.num_computed
             block, offset = divmod(position, block_size)
-            policy = _policy_among(request, requests)
-            k, self._mass[row] = policy.limits(num_experts)
-            k, shared = (sharing.kept(k), k) if policy.kind == "shared" else (k, 0)
+            k, self._mass[row] = request.policy.limits(num_experts)
             slot = request.blocks[block] * block_size + offset
-            self._numbers[:, row] = (request.token_ids[position], slot, position + 1, k, shared)
+            self._numbers[:, row] = (request.token_ids[position], slot, position + 1, k)
             if self._blocks[row] != request.blocks:
                 self._blocks[row] = list(request.blocks)
                 self._table[row, : len(request.blocks)] = request.blocks
@@ -193,18 +187,21 @@ class DecodeGraphs:
     """The captured decoding steps of one model and cache.
 
     Args:
-        model: prepared for inference, on CUDA.
+        decoder: the model, on CUDA.
         cache: its keys and values.
         most_rows: requests that may run at the same time.
         most_tokens: the longest request.
     """
 
-    def __init__(self, model: Decoder, cache: KVCache, most_rows: int, most_tokens: int) -> None:
-        self.model = model
+    def __init__(
+        self, decoder: KernelDecoder, cache: KVCache, most_rows: int, most_tokens: int
+    ) -> None:
+        self.decoder = decoder
+        self.model = decoder.model
         self.cache = cache
         self.most_rows = min(most_rows, MAX_BATCH)
         self.most_tokens = most_tokens
-        self.num_experts = model.config.experts.num_experts
+        self.num_experts = self.model.config.experts.num_experts
         self._batches: dict[int, StaticBatch] = {}
         self._graphs: dict[GraphKey, DecodeGraph] = {}
         self._pool: Any = None
@@ -216,11 +213,11 @@ class DecodeGraphs:
         """The shapes that have a graph, in the order in which they were needed."""
         return list(self._graphs)
 
-    def key(self, requests: Sequence[Request]) -> GraphKey | None:
+    def key(self, requests: Sequence[DecodingRequest]) -> GraphKey | None:
         """The shape for one token of each request; None if these must run without a graph."""
         if not 1 <= len(requests) <= self.most_rows:
             return None
-        policies = [_policy_among(request, requests) for request in requests]
+        policies = [request.policy for request in requests]
         if any(policy.kind == "oracle" for policy in policies):
             return None
         contexts = [request.num_computed + 1 for request in requests]
@@ -228,7 +225,7 @@ class DecodeGraphs:
         key = key._replace(quarters=math.ceil(4 * self._share_used(key)))
         return key if key in self._graphs or len(self._graphs) < MAX_GRAPHS else None
 
-    def run(self, requests: Sequence[Request], key: GraphKey) -> tuple[Tensor, list[int]]:
+    def run(self, requests: Sequence[DecodingRequest], key: GraphKey) -> tuple[Tensor, list[int]]:
         """Compute one token of each request.
 
         Returns:
@@ -291,29 +288,20 @@ class DecodeGraphs:
         decode = DecodeBatch(batch.table_BM, batch.contexts_B, key.longest)
         tables = model.cos, model.sin
         attend = StepAttend(self.cache, tables, batch.slots_B, decode, arrivals)
-        shared_B = batch.shared_B if key.shares else None
-        policy = PolicyBatch(
-            batch.k_B,
-            batch.mass_B,
-            key.max_k,
-            None,
-            None,
-            shared_T=shared_B,
-            quarters=key.quarters,
-        )
+        policy = PolicyBatch(batch.k_B, batch.mass_B, key.max_k, quarters=key.quarters)
         chosen_LBE: Tensor | None = None
-        if key.batch == 1 and model.is_plain:
+        if key.batch == 1 and self.decoder.is_plain:
             if key.max_k:
                 shape = len(model.layers), 1, self.num_experts
                 chosen_LBE = batch.ids_B.new_empty(shape, dtype=torch.bool)
-            logits_BV = thin_forward(model, batch.ids_B, attend, policy, arrivals, chosen_LBE)
+            logits_BV = self.decoder.next_token(batch.ids_B, attend, policy, arrivals, chosen_LBE)
         else:
             trace = Trace()
             positions_B = None
             if not model.config.is_rotary:  # a padding row's context is empty
                 positions_B = (batch.contexts_B - 1).clamp_min(0)
-            logits_BV = fused_forward(
-                model, batch.ids_B, attend, policy, trace, positions_T=positions_B
+            logits_BV = self.decoder.forward(
+                batch.ids_B, attend, policy, trace, positions_T=positions_B
             )
             if key.max_k:
                 chosen_LBE = torch.stack(trace.choices())

@@ -17,7 +17,8 @@ V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,16 +26,15 @@ from torch import Tensor
 
 from engine.gpu.attention.batches import KernelAttend, PromptBatch
 from engine.gpu.attention.paged_prefill import cut, most_pieces, prefill_blocks
-from engine.gpu.decode_graphs import Replay, k_bucket, policy_is_dense
+from engine.gpu.decode_graphs import DecodingRequest, Replay, k_bucket
+from engine.gpu.decoder import KernelDecoder
 from engine.gpu.ffn.gpu_ways import Layer, mixed_is_masked
-from engine.gpu.forward import fused_forward
 from engine.gpu.graph_capture import capture
 from engine.gpu.routing.count_chosen import count_chosen
 from engine.model.attention import KVCache
-from engine.model.decoder import Decoder
-from engine.model.experts import PolicyBatch, Trace
-from engine.serving.request import NO_MASS_LIMIT, Request
-from engine.serving.scheduler import Plan
+from engine.model.policy_batch import PolicyBatch
+from engine.model.trace import Trace
+from engine.policy import NO_MASS_LIMIT
 
 # Larger steps keep the device busy longer than Python needs to launch them.
 MAX_TOKENS = 2048
@@ -43,6 +43,19 @@ MAX_GRAPHS = 96
 # Beside prompts, a decoding request's context is not split among programs. One that is longer
 # leaves the step to the kernel that does.
 LONGEST_DECODED = 4096
+
+
+class PromptRequest(DecodingRequest, Protocol):
+    """What a step reads of a request; the engine's requests are such."""
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Known tokens that are not in the cache yet."""
+        ...
+
+
+# Requests in batch order, and how many tokens of each are computed.
+Plan = Sequence[tuple[PromptRequest, int]]
 
 
 class PromptKey(NamedTuple):
@@ -147,7 +160,13 @@ class StaticPrompt:
             self._copied.record()
 
     def _fill_request(
-        self, row: int, request: Request, start: int, count: int, num_experts: int, block_size: int
+        self,
+        row: int,
+        request: PromptRequest,
+        start: int,
+        count: int,
+        num_experts: int,
+        block_size: int,
     ) -> None:
         rows, first = slice(start, start + count), request.num_computed
         ids, positions, slots, k = (column[rows] for column in self._numbers)
@@ -162,7 +181,7 @@ class PromptGraphs:
     """The captured prompt steps of one model and cache.
 
     Args:
-        model: prepared for inference, on CUDA.
+        decoder: the model, on CUDA.
         cache: its keys and values.
         most_requests: requests that may run at the same time.
         most_tokens: tokens of one step.
@@ -170,9 +189,15 @@ class PromptGraphs:
     """
 
     def __init__(
-        self, model: Decoder, cache: KVCache, most_requests: int, most_tokens: int, longest: int
+        self,
+        decoder: KernelDecoder,
+        cache: KVCache,
+        most_requests: int,
+        most_tokens: int,
+        longest: int,
     ) -> None:
-        self.model = model
+        self.decoder = decoder
+        self.model = model = decoder.model
         self.cache = cache
         self.most_tokens = min(most_tokens, MAX_TOKENS)
         self.most_requests = min(most_requests, self.most_tokens)
@@ -193,7 +218,11 @@ class PromptGraphs:
         return list(self._graphs)
 
     def key(self, plan: Plan) -> PromptKey | None:
-        """The shape of a step; None if it must run without a graph."""
+        """The shape of a step; None if it must run without a graph.
+
+        A graph gives logits of requests whose known tokens are then all computed, and numbers of
+        experts: the caller asks for no more.
+        """
         tokens = sum(count for _, count in plan)
         if tokens > self.most_tokens or len(plan) > self.most_requests:
             return None
@@ -216,26 +245,22 @@ class PromptGraphs:
         self._seen.add(key)
         return again and len(self._graphs) < MAX_GRAPHS
 
-    def _takes(self, request: Request, count: int) -> bool:
-        if request.next_policy.kind in ("oracle", "shared"):
-            return False  # neither is a bound on experts and mass
-        if request.sampling.prompt_logprobs and not request.num_output:
-            return False  # logits of any number of rows
-        if request.sampling.token_experts and count == request.num_uncomputed:
-            return False  # choices are not kept
+    def _takes(self, request: PromptRequest, count: int) -> bool:
+        if request.policy.kind == "oracle":  # it is no bound on experts and mass
+            return False
         return count > 1 or request.num_computed < LONGEST_DECODED
 
     def _max_k(self, plan: Plan) -> int | None:
         """The bound of a graph; None where dense and sparse tokens are cheaper apart."""
         experts, config = self.num_experts, self.model.config
-        dense = sum(n for r, n in plan if policy_is_dense(r.policy, experts))
-        sparse = [(r, n) for r, n in plan if not policy_is_dense(r.policy, experts)]
+        dense = sum(n for r, n in plan if r.policy.uses_all(experts))
+        sparse = [(r, n) for r, n in plan if not r.policy.uses_all(experts)]
         if not sparse:
             return 0
         max_k = k_bucket(max(r.policy.limits(experts)[0] for r, _ in sparse), experts)
         if not dense:
             return max_k
-        if not self.model.is_plain:  # their dense and sparse tokens take paths of their own
+        if not self.decoder.is_plain:  # their dense and sparse tokens take paths of their own
             return None
         size = config.intermediate_size // experts
         itemsize = self.model.embedding.weight.element_size()
@@ -286,12 +311,12 @@ class PromptGraphs:
         prompt = PromptBatch(static.table_RM[: key.requests], static.pieces_N4[:pieces])
         turns = self.model.turns(static.positions_T[rows])
         attend = KernelAttend(self.cache, turns, static.slots_T[rows], None, prompt=prompt)
-        policy = PolicyBatch(static.k_T[rows], static.mass_T[rows], key.max_k, None, None)
+        policy = PolicyBatch(static.k_T[rows], static.mass_T[rows], key.max_k)
         trace = Trace()
         wanted = static.rows_R[: key.requests]
         ids_T, positions_T = static.ids_T[rows], static.positions_T[rows]
-        logits_RV = fused_forward(
-            self.model, ids_T, attend, policy, trace, wanted, positions_T=positions_T
+        logits_RV = self.decoder.forward(
+            ids_T, attend, policy, trace, wanted, positions_T=positions_T
         )
         self._logits_RV[: key.requests].copy_(logits_RV)
         if key.max_k:

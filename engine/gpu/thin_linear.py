@@ -14,7 +14,8 @@ from torch import Tensor
 
 from engine.gpu._triton import cdiv, chain, gdc_launch_dependents, gdc_wait, jit, tl
 from engine.gpu.add_norm import Norm, normed_reference
-from engine.gpu.ffn.expert_ffn import ACTIVATIONS, activate, activate_reference, up_blocks
+from engine.gpu.ffn.expert_ffn import activate, up_blocks
+from engine.model.activations import ACTIVATIONS, activate_reference
 
 
 def thin_linear_reference(

@@ -10,7 +10,7 @@ Shapes: T tokens, H query heads, G key-value heads, d head dimension, B sequence
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,7 +111,7 @@ class PagedAttend:
     padded call, each prompt chunk in one of its own.
     """
 
-    def __init__(self, cache: KVCache, spans: list[SequenceSpan]) -> None:
+    def __init__(self, cache: KVCache, spans: Sequence[SequenceSpan]) -> None:
         self.cache = cache
         device, size = cache.slots.device, cache.block_size
         most = max(len(s.blocks) for s in spans)

@@ -19,30 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import ModelConfig
-from engine.cpu import native
-from engine.cpu.attention import NativeAttend
-from engine.cpu.layers import LayerParts, LayerShape, Limits, PackedLayers
 from engine.model.attention import Attend, causal_attend, rotate
-from engine.model.experts import ExpertFFN, PolicyBatch, Trace, released
-from engine.model.norms import Norm, add_scaled, norm_of
+from engine.model.ffn import ExpertFFN
+from engine.model.norms import add_scaled, norm_of
+from engine.model.policy_batch import PolicyBatch
 from engine.model.rotary import rotary_tables
-from engine.serving.request import ExpertPolicy
-
-
-class Linear(nn.Linear):
-    """A linear layer that `prepare` packs for inference on the CPU."""
-
-    def __init__(self, inputs: int, outputs: int, *, bias: bool = False) -> None:
-        super().__init__(inputs, outputs, bias=bias)
-        self.packed: native.PackedLinear | None = None
-
-    def prepare(self) -> None:
-        if self.packed is None:
-            self.packed = native.PackedLinear(self.weight, self.bias)
-            self.weight = released(self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.packed(x) if self.packed is not None else super().forward(x)
+from engine.model.trace import Trace
+from engine.policy import ExpertPolicy
 
 
 class Attention(nn.Module):
@@ -54,21 +37,16 @@ class Attention(nn.Module):
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
-        self.rotary = config.is_rotary
+        self.turn = rotate if config.is_rotary else None
         all_heads, bias = (self.heads + 2 * self.kv_heads) * self.head_dim, config.attention_bias
-        self.qkv = Linear(config.hidden_size, all_heads, bias=bias)
-        self.out = Linear(self.heads * self.head_dim, config.hidden_size, bias=bias)
-        self._prepared = False
-
-    def prepare(self) -> None:
-        self._prepared = True
+        self.qkv = nn.Linear(config.hidden_size, all_heads, bias=bias)
+        self.out = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=bias)
 
     def forward(self, x_TD: Tensor, cos_Td: Tensor, sin_Td: Tensor, attend: Attend) -> Tensor:
         heads = self.qkv(x_TD).view(x_TD.shape[0], -1, self.head_dim)
         qk_THd, v_TGd = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
-        if self.rotary:
-            turn = native.rotate_ if self._prepared else rotate
-            qk_THd = turn(qk_THd, cos_Td, sin_Td)
+        if self.turn is not None:
+            qk_THd = self.turn(qk_THd, cos_Td, sin_Td)
         q_THd, k_TGd = torch.split(qk_THd, [self.heads, self.kv_heads], dim=1)
         out: Tensor = self.out(attend(self.layer, q_THd, k_TGd, v_TGd).flatten(1))
         return out
@@ -88,6 +66,7 @@ class Layer(nn.Module):
         self.ffn = ExpertFFN(config)
         self.norm_first = config.do_layer_norm_before
         self.multiplier = config.residual_multiplier
+        self.sum = add_scaled  # x, what is added to it, and the multiplier of that
 
     def forward(
         self,
@@ -98,26 +77,25 @@ class Layer(nn.Module):
         policy: PolicyBatch,
         trace: Trace | None,
     ) -> Tensor:
-        return self.around(x_TD, lambda x: self.attention(x, cos_Td, sin_Td, attend), policy, trace)
+        return self.around(
+            x_TD,
+            lambda x: self.attention(x, cos_Td, sin_Td, attend),
+            lambda x: self.ffn(x, policy, trace),
+        )
 
     def around(
         self,
         x_TD: Tensor,
         attention: Callable[[Tensor], Tensor],
-        policy: PolicyBatch,
-        trace: Trace | None,
+        ffn: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """The layer around its attention."""
+        """The layer around its attention and its FFN."""
         if not self.norm_first:
             _, x_TD = self.attention_norm.add(x_TD, attention(x_TD), self.multiplier)
-            return self.ffn_norm.add(x_TD, self.ffn(x_TD, policy, trace), self.multiplier)[1]
+            return self.ffn_norm.add(x_TD, ffn(x_TD), self.multiplier)[1]
         attended_TD = attention(self.attention_norm(x_TD))
         x_TD, normed_TD = self.ffn_norm.add(x_TD, attended_TD, self.multiplier)
-        delta_TD = self.ffn(normed_TD, policy, trace)
-        if self.multiplier != 1.0 and self.ffn.packed is not None:
-            # As the next norm adds it where one call runs all layers: rounded once.
-            return native.add_scaled_(x_TD, delta_TD, self.multiplier)
-        return add_scaled(x_TD, delta_TD, self.multiplier)
+        return self.sum(x_TD, ffn(normed_TD), self.multiplier)
 
 
 class Decoder(nn.Module):
@@ -135,15 +113,13 @@ class Decoder(nn.Module):
         if not config.is_rotary:
             rows = config.max_position_embeddings + config.position_offset
             self.positions = nn.Embedding(rows, inner)
-        self.project_in = Linear(width, inner) if width != inner else None
+        self.project_in = nn.Linear(width, inner, bias=False) if width != inner else None
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = norm_of(config) if config.do_layer_norm_before else None
-        self.project_out = Linear(inner, width) if width != inner else None
-        self.head = None if config.tie_word_embeddings else Linear(width, config.vocab_size)
-        # As those that are trained here, which have GPU kernels for whole steps.
-        self.is_plain = self._plain()
-        self._packed_embedding: native.PackedLinear | None = None
-        self._packed_layers: PackedLayers | None = None
+        self.project_out = nn.Linear(inner, width, bias=False) if width != inner else None
+        self.head: nn.Linear | None = None
+        if not config.tie_word_embeddings:
+            self.head = nn.Linear(width, config.vocab_size, bias=False)
         self.materialize_tables(self.embedding.weight.device)
 
     def materialize_tables(self, device: torch.device | str) -> None:
@@ -174,51 +150,6 @@ class Decoder(nn.Module):
         """The expert FFN of each layer, in order."""
         return [layer.ffn for layer in self.layers if isinstance(layer, Layer)]
 
-    def prepare(self) -> None:
-        """Switch to the inference form: packed weights on the CPU, Triton kernels on CUDA.
-
-        On the CPU the packed weights replace the parameters, which are released: the model can
-        neither be trained nor saved afterwards. Where the kernels do not support its type or shape,
-        it stays as it is and runs on torch's operators. Preparing again changes nothing.
-        """
-        if self.embedding.weight.is_cuda:
-            for ffn in self.ffns():
-                ffn.prepare()
-        elif self._packed_layers is None and self.runs_natively:
-            if self.head is None:
-                self._packed_embedding = native.PackedLinear(self.embedding.weight)
-                self.embedding.weight = released(self.embedding.weight)
-            for table in (self.embedding, self.positions):
-                if table is not None:  # what stays in a mapped file keeps all of it resident
-                    table.weight = nn.Parameter(table.weight.clone(), requires_grad=False)
-            for module in self.modules():
-                if isinstance(module, Linear | Norm | Attention | ExpertFFN):
-                    module.prepare()
-            self._packed_layers = self._pack_layers()
-
-    @property
-    def runs_natively(self) -> bool:
-        """Whether the CPU's kernels support this model, here."""
-        weight, config = self.embedding.weight, self.config
-        if weight.device.type != "cpu":  # asked first: the answer below may compile them
-            return False
-        even = config.word_embed_proj_dim % 2 == 0  # inputs come in pairs
-        return even and native.supports(weight.dtype, config.hidden_size, config.head_dim)
-
-    def _plain(self) -> bool:
-        config = self.config
-        scales = config.embedding_multiplier, config.residual_multiplier, config.logits_scaling
-        return (
-            config.norm == "rmsnorm"
-            and config.do_layer_norm_before
-            and config.is_rotary
-            and not config.attention_bias
-            and self.head is None
-            and self.project_in is None
-            and scales == (1.0, 1.0, 1.0)
-            and all(ffn.is_plain for ffn in self.ffns())
-        )
-
     def forward(
         self,
         ids_T: Tensor,
@@ -230,19 +161,15 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Logits [T, V] in float32, or [len(rows), V] of the given rows of the batch alone."""
         x_TD = self.embed(ids_T, positions_T)
-        if isinstance(attend, NativeAttend) and self._runs_whole(policy, trace):
-            x_TD = self._run_whole(x_TD, positions_T, attend, policy, trace, rows)
-        else:
-            cos_Td, sin_Td = self.turns(positions_T)
-            for layer in self.layers:
-                x_TD = layer(x_TD, cos_Td, sin_Td, attend, policy, trace)
-            x_TD = self.last_norm(x_TD if rows is None else x_TD[rows])
-        return self.logits_of(x_TD)
+        cos_Td, sin_Td = self.turns(positions_T)
+        for layer in self.layers:
+            x_TD = layer(x_TD, cos_Td, sin_Td, attend, policy, trace)
+        return self.logits_of(self.last_norm(x_TD if rows is None else x_TD[rows]))
 
     def embed(self, ids_T: Tensor, positions_T: Tensor | None) -> Tensor:
         """What the first layer takes, [T, D]; rotary models need no positions here."""
-        packed, config = self._packed_embedding, self.config
-        x_TD: Tensor = self.embedding(ids_T) if packed is None else packed.rows(ids_T)
+        config = self.config
+        x_TD: Tensor = self.embedding(ids_T)
         if config.embedding_multiplier != 1.0:
             x_TD = x_TD * config.embedding_multiplier
         if self.project_in is not None:
@@ -261,72 +188,10 @@ class Decoder(nn.Module):
             x_TD = self.project_out(x_TD)
         if self.config.logits_scaling != 1.0:
             x_TD = x_TD / self.config.logits_scaling
-        logits_TV: Tensor
-        if self.head is not None:
-            logits_TV = self.head(x_TD)
-        elif self._packed_embedding is not None:
-            logits_TV = self._packed_embedding(x_TD)
-        else:
-            logits_TV = F.linear(x_TD, self.embedding.weight)
+        if self.head is None:
+            return F.linear(x_TD, self.embedding.weight).float()
+        logits_TV: Tensor = self.head(x_TD)
         return logits_TV.float()
-
-    def _pack_layers(self) -> PackedLayers:
-        config = self.config
-        parts = []
-        for layer in self.layers:
-            assert isinstance(layer, Layer)
-            qkv, out, ffn = layer.attention.qkv.packed, layer.attention.out.packed, layer.ffn.packed
-            assert qkv is not None
-            assert out is not None
-            assert ffn is not None
-            first, second = layer.attention_norm, layer.ffn_norm
-            norms = (first.weight, first.bias), (second.weight, second.bias)
-            parts.append(LayerParts(norms[0], qkv, out, norms[1], ffn))
-        shape = LayerShape(
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            config.rms_norm_eps,
-            config.residual_multiplier,
-            config.window,
-            config.do_layer_norm_before,
-        )
-        return PackedLayers(parts, shape)
-
-    def _runs_whole(self, policy: PolicyBatch, trace: Trace | None) -> bool:
-        """Whether one call may run all layers: it chooses by the router and keeps choices alone."""
-        kept = trace is not None and (trace.keep_inputs or trace.mass_every)
-        return self._packed_layers is not None and not policy.oracle and not kept
-
-    def _run_whole(
-        self,
-        x_TD: Tensor,
-        positions_T: Tensor,
-        attend: NativeAttend,
-        policy: PolicyBatch,
-        trace: Trace | None,
-        rows: Tensor | None,
-    ) -> Tensor:
-        """All layers and the last norm, on the CPU's kernels."""
-        assert self._packed_layers is not None
-        limits = None
-        if not policy.all_dense:
-            experts = self.config.experts.num_experts
-            most = policy.max_k if policy.dense_rows is None else experts
-            limits = Limits(policy.k_T, policy.mass_T, policy.shared_T, most)
-        routers = [ffn.router for ffn in self.ffns()]
-        x_TD = x_TD.contiguous()
-        turns = self.turns(positions_T) if self.config.is_rotary else None
-        delta_TD, chosen_LTE = self._packed_layers(x_TD, turns, attend.sequences, routers, limits)
-        if trace is not None:
-            for layer in range(len(routers)):
-                chosen_TE = None if chosen_LTE is None else chosen_LTE[layer]
-                trace.add(x_TD, chosen_TE, self.config.experts.num_experts)
-        if rows is not None:
-            x_TD, delta_TD = x_TD[rows], delta_TD[rows]
-        if self.norm is None:
-            return x_TD
-        return self.norm.add(x_TD, delta_TD, self.config.residual_multiplier)[1]
 
     def logits(self, ids_BL: Tensor, policy: ExpertPolicy, trace: Trace | None = None) -> Tensor:
         """Logits [B, L, V] of whole sequences under one policy."""

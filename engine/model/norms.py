@@ -1,4 +1,4 @@
-"""The norms of a decoder, which the CPU's kernels run once prepared."""
+"""The norms of a decoder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import ModelConfig
-from engine.cpu import native
 
 
 def add_scaled(x_TD: Tensor, delta_TD: Tensor, multiplier: float) -> Tensor:
@@ -21,22 +20,9 @@ class RMSNorm(nn.RMSNorm):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.hidden_size, config.rms_norm_eps)
-        self._epsilon = config.rms_norm_eps
-        self._prepared = False
-
-    def prepare(self) -> None:
-        self._prepared = True
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        if self._prepared:
-            return native.rms_norm(x_TD, None, self.weight, self._epsilon)
-        return super().forward(x_TD)
 
     def add(self, x_TD: Tensor, delta_TD: Tensor, multiplier: float = 1.0) -> tuple[Tensor, Tensor]:
-        """x + multiplier * delta, and its norm. A prepared norm adds in place."""
-        if self._prepared:
-            out_TD = native.rms_norm(x_TD, delta_TD, self.weight, self._epsilon, multiplier)
-            return x_TD, out_TD
+        """x + multiplier * delta, and its norm."""
         x_TD = add_scaled(x_TD, delta_TD, multiplier)
         return x_TD, self(x_TD)
 
@@ -47,26 +33,17 @@ class LayerNorm(nn.LayerNorm):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.hidden_size, config.rms_norm_eps)
         self.less_one = config.norm == "layernorm1p"
-        self._prepared = False
 
-    def prepare(self) -> None:
-        if not self._prepared and self.less_one:
-            self.weight = nn.Parameter(self.weight + 1.0, requires_grad=False)
-            self.less_one = False
-        self._prepared = True
+    @property
+    def full_weight(self) -> Tensor:
+        """What the normed input is multiplied by, [D]."""
+        return self.weight + 1.0 if self.less_one else self.weight
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        if self._prepared:
-            return native.layer_norm(x_TD, None, self.weight, self.bias, self.eps)
-        weight = self.weight + 1.0 if self.less_one else self.weight
-        return F.layer_norm(x_TD, self.normalized_shape, weight, self.bias, self.eps)
+        return F.layer_norm(x_TD, self.normalized_shape, self.full_weight, self.bias, self.eps)
 
     def add(self, x_TD: Tensor, delta_TD: Tensor, multiplier: float = 1.0) -> tuple[Tensor, Tensor]:
         """As `RMSNorm.add`."""
-        if self._prepared:
-            weight_D, bias_D = self.weight, self.bias
-            out_TD = native.layer_norm(x_TD, delta_TD, weight_D, bias_D, self.eps, multiplier)
-            return x_TD, out_TD
         x_TD = add_scaled(x_TD, delta_TD, multiplier)
         return x_TD, self(x_TD)
 

@@ -26,10 +26,10 @@ from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import InvalidRequest, Overloaded, require
 from engine.model.decoder import Decoder
+from engine.policy import ExpertPolicy
 from engine.serving.kv_blocks import BlockAllocator
 from engine.serving.request import (
     MAX_COMPLETIONS,
-    ExpertPolicy,
     FinishReason,
     Request,
     SamplingParams,
@@ -122,7 +122,6 @@ class Engine:
         *,
         request_id: str | None = None,
         truncate: int | None = None,
-        priority: int = 0,
     ) -> Request:
         """Tokenise and validate a request, and compile its grammar, which may take seconds.
 
@@ -134,14 +133,13 @@ class Engine:
             policy: which experts its tokens use; `auto` becomes what the checkpoint recommends.
             request_id: its name; None makes one.
             truncate: keep only the last so many tokens of the prompt.
-            priority: from -128 to 127; lower values are served first.
 
         Raises:
             InvalidRequest: if it can never be served as asked.
             Overloaded: if its grammar has to wait too long for others to be compiled.
         """
         request_id = request_id or uuid.uuid4().hex
-        return self._make([request_id], prompt, sampling, policy, truncate, priority)[0]
+        return self._make([request_id], prompt, sampling, policy, truncate)[0]
 
     def make_requests(
         self,
@@ -152,7 +150,6 @@ class Engine:
         *,
         request_id: str | None = None,
         truncate: int | None = None,
-        priority: int = 0,
     ) -> list[Request]:
         """`n` requests that complete one prompt differently: as `make_request`, but for
 
@@ -168,7 +165,7 @@ class Engine:
             require(1 <= n <= MAX_COMPLETIONS, message, InvalidRequest)
         name = request_id or uuid.uuid4().hex
         names = [f"{name}-{i}" for i in range(n)]
-        return self._make(names, prompt, sampling, policy, truncate, priority)
+        return self._make(names, prompt, sampling, policy, truncate)
 
     def _make(
         self,
@@ -177,7 +174,6 @@ class Engine:
         sampling: SamplingParams,
         policy: ExpertPolicy,
         truncate: int | None,
-        priority: int,
     ) -> list[Request]:
         """One request per name, with different seeds; the prompt is tokenised once."""
         with self.stats.counting_rejections():
@@ -188,9 +184,7 @@ class Engine:
             resolved = self._resolve(policy)
             seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
             requests = [
-                Request(
-                    name, prompt_ids, sampling, resolved, completion_seed(seed, index), priority
-                )
+                Request(name, prompt_ids, sampling, resolved, completion_seed(seed, index))
                 for index, name in enumerate(request_ids)
             ]
             self.scheduler.check_fits(requests[0])
@@ -219,7 +213,7 @@ class Engine:
         resolved = policy.resolve(self.model_config.experts.default_policy)
         require(
             resolved.kind != "oracle",
-            "experts must be dense, auto, top_k, mass or shared; oracle is for evaluation only",
+            "experts must be dense, auto, top_k or mass; oracle is for evaluation only",
             InvalidRequest,
         )
         resolved.validate(self.num_experts)

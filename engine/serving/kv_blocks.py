@@ -82,11 +82,6 @@ class BlockAllocator:
     def is_free(self, block: int) -> bool:
         return not self._num_owners[block]
 
-    def num_free_without(self, owners: Iterable[Sequence[int]]) -> int:
-        """Blocks that would be free if these owners gave theirs up."""
-        leaving = Counter(chain.from_iterable(owners))
-        return self.num_free + sum(self._num_owners[b] == n for b, n in leaving.items())
-
     def allocate(self, count: int) -> list[int]:
         """Take `count` free blocks; the caller has made sure that there are so many."""
         assert 0 <= count <= self.num_free, f"{count} blocks asked, {self.num_free} free"

@@ -1,8 +1,8 @@
-"""The engine's vocabulary: expert policies, sampling parameters, requests, token events.
+"""The engine's vocabulary: sampling parameters, requests, token events.
 
-Who sets which field of a `Request`: the caller at construction (id, prompt, sampling, policy,
-priority), the scheduler (status, place in line, blocks, what is computed and what came from the
-prefix cache), the sampler (counts), the engine (everything about output and time).
+Who sets which field of a `Request`: the caller at construction (id, prompt, sampling, policy), the
+scheduler (status, place in line, blocks, what is computed and what came from the prefix cache), the
+sampler (counts), the engine (everything about output and time).
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, Self, cast
+from typing import Final, Literal
 
 from engine.errors import InvalidRequest, require
+from engine.policy import ExpertPolicy
 from engine.text.grammar import Grammar, Matcher
 
-PolicyKind = Literal["dense", "top_k", "mass", "shared", "auto", "oracle"]
 FinishReason = Literal["length", "eos_token", "stop_sequence", "abort", "error"]
 
-NO_MASS_LIMIT: Final = 2.0  # predicted shares sum to 1, so a limit of 2 never binds
 MAX_STOPS: Final = 16
 MAX_STOP_LENGTH: Final = 256
 MAX_BIASES: Final = 300
@@ -29,113 +28,10 @@ MAX_BIAS: Final = 100.0
 MAX_TOP_N: Final = 20
 MAX_COMPLETIONS: Final = 128
 MAX_SEED: Final = (1 << 63) - 1
-FIRST_PRIORITY: Final = -128
-LAST_PRIORITY: Final = 127
 
 
 def _check(condition: bool, message: str) -> None:
     require(condition, message, InvalidRequest)
-
-
-@dataclass(frozen=True)
-class ExpertPolicy:
-    """How many experts a token of this request may use.
-
-    - `dense`: all of them; the dense FFN.
-    - `top_k`: the `value` experts with the highest router score.
-    - `mass`: as few as the router predicts to hold the share `value` of the activation mass.
-    - `shared`: meant to be as good as `top_k` of `value`, with fewer experts read: while a token
-      is decoded, it gives up some of these for others that its batch reads anyway
-      (`engine.gpu.routing.sharing`). So its result depends on the company; alone, it is `top_k`'s.
-    - `auto`: what the checkpoint recommends; resolved by `resolve` before it runs.
-    - `oracle`: the `value` experts with the most *true* activation mass. It computes every neuron
-      to choose, so it saves nothing: it is the upper bound of any router, for evaluation.
-    """
-
-    kind: PolicyKind
-    value: float = 0.0
-
-    @classmethod
-    def dense(cls) -> Self:
-        return cls("dense")
-
-    @classmethod
-    def top_k(cls, k: int) -> Self:
-        return cls("top_k", k)
-
-    @classmethod
-    def mass(cls, share: float) -> Self:
-        return cls("mass", share)
-
-    @classmethod
-    def shared(cls, k: int) -> Self:
-        return cls("shared", k)
-
-    @classmethod
-    def auto(cls) -> Self:
-        return cls("auto")
-
-    @classmethod
-    def oracle(cls, k: int) -> Self:
-        return cls("oracle", k)
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read "dense", "auto", "top_k:8", "mass:0.95", "shared:8" or "oracle:8".
-
-        The inverse of `str`.
-
-        Raises:
-            InvalidRequest: if `text` is none of these.
-        """
-        kind, _, value = text[:40].strip().partition(":")
-        if kind in ("dense", "auto") and not value:
-            return cls("dense" if kind == "dense" else "auto")
-        try:
-            if kind == "mass":
-                return cls("mass", float(value))
-            if kind in ("top_k", "shared", "oracle"):
-                return cls(cast(PolicyKind, kind), int(value))
-        except ValueError:
-            pass
-        raise InvalidRequest(
-            f"experts must be dense, auto, top_k:N, mass:SHARE or shared:N; got {text[:40]!r}"
-        )
-
-    def __str__(self) -> str:
-        if self.kind in ("dense", "auto"):
-            return self.kind
-        value = self.value if isinstance(self.value, int) else f"{self.value:.12g}"
-        return f"{self.kind}:{value}"
-
-    def resolve(self, default: str) -> ExpertPolicy:
-        """Replace `auto` by the checkpoint's `default` policy."""
-        return ExpertPolicy.parse(default) if self.kind == "auto" else self
-
-    def validate(self, num_experts: int) -> None:
-        """Raise InvalidRequest unless the value fits a model of `num_experts` experts."""
-        if self.kind in ("top_k", "shared", "oracle"):
-            _check(
-                1 <= self.value <= num_experts,
-                f"experts.{self.kind} must be between 1 and {num_experts}, got {self.value}",
-            )
-        if self.kind == "mass":
-            _check(
-                math.isfinite(self.value) and 0.0 < self.value <= 1.0,
-                f"experts.mass must be above 0 and at most 1, got {self.value}",
-            )
-
-    def limits(self, num_experts: int) -> tuple[int, float]:
-        """(most experts, predicted mass that suffices): the two numbers that routing needs.
-
-        Of a `shared` policy they are those of the top k that it stands for.
-        """
-        if self.kind == "mass":
-            return num_experts, self.value
-        if self.kind == "dense":
-            return num_experts, NO_MASS_LIMIT
-        assert self.kind != "auto", "auto is resolved before routing"
-        return int(self.value), NO_MASS_LIMIT
 
 
 @dataclass(frozen=True)
@@ -293,10 +189,7 @@ class Request:
 
     `token_ids` is the prompt followed by the output; `num_computed` of them have keys and values in
     the cache. A preempted request loses its blocks, and `num_computed` falls to 0 until it is
-    admitted again. `priority` is from -128 to 127; lower values come first.
-
-    Raises:
-        InvalidRequest: if the priority is out of range.
+    admitted again.
     """
 
     request_id: str
@@ -304,11 +197,10 @@ class Request:
     sampling: SamplingParams
     policy: ExpertPolicy  # resolved: never `auto`
     seed: int = 0
-    priority: int = 0
 
     # the scheduler's
     status: Status = Status.WAITING
-    rank: tuple[float, int] = (0.0, 0)  # its place in line: lower comes first
+    rank: int = 0  # its place in line: lower comes first
     blocks: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as needed
     num_computed: int = 0
@@ -331,10 +223,6 @@ class Request:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)
-        _check(
-            FIRST_PRIORITY <= self.priority <= LAST_PRIORITY,
-            f"priority must be from {FIRST_PRIORITY} to {LAST_PRIORITY}, got {self.priority}",
-        )
 
     @property
     def prompt_len(self) -> int:
@@ -356,24 +244,6 @@ class Request:
     @property
     def num_uncomputed(self) -> int:
         return len(self.token_ids) - self.num_computed
-
-    @property
-    def next_policy(self) -> ExpertPolicy:
-        """The policy of the tokens that are computed next.
-
-        `shared` is `top_k` for all but the newest token of the output: prompts, and what is
-        recomputed after a preemption, take each token's own experts, whatever the company.
-        """
-        if self.policy.kind != "shared":
-            return self.policy
-        decodes = self.num_uncomputed == 1 and self.num_computed >= self.prompt_len
-        return self.policy if decodes else self.alone_policy
-
-    @property
-    def alone_policy(self) -> ExpertPolicy:
-        """The policy without the part that looks at the batch."""
-        shared = self.policy.kind == "shared"
-        return ExpertPolicy("top_k", self.policy.value) if shared else self.policy
 
     @property
     def max_len(self) -> int:

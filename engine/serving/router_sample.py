@@ -14,7 +14,7 @@ from typing import Final
 
 import torch
 
-from engine.model.experts import Trace
+from engine.model.trace import Trace
 from engine.serving.stats import RouterSample
 
 SAMPLED_TOKENS: Final = 8  # of a step, at most

@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig, ModelConfig
-from engine.cpu import native
-from engine.cpu.attention import NativeAttend
 from engine.errors import ConfigError
-from engine.gpu.attention.batches import KernelAttend, supports
+from engine.gpu.backend import GpuBackend
 from engine.gpu.decode_graphs import DecodeGraphs, GraphKey
-from engine.gpu.forward import fused_forward
 from engine.gpu.prompt_graphs import PromptGraphs, PromptKey
-from engine.model.attention import Attend, KVCache, PagedAttend, SequenceSpan
+from engine.model.attention import KVCache, SequenceSpan
 from engine.model.decoder import Decoder
-from engine.model.experts import PolicyBatch, Trace
+from engine.model.policy_batch import PolicyBatch
+from engine.model.trace import Trace
 from engine.serving import token_experts
+from engine.serving.backend import make_backend
 from engine.serving.request import Request
 from engine.serving.router_sample import read_sample, sampling_trace
 from engine.serving.sampler import Sampled, token_logprobs
@@ -101,45 +100,24 @@ def plan_cache(model: ModelConfig, engine: EngineConfig, dtype: torch.dtype) -> 
 
 
 class Runner:
-    """Owns the KV cache and is the only caller of the model."""
+    """Turns plans into batches, and is the only caller of the model.
+
+    Attributes:
+        backend: the model and its KV cache.
+        graphs, prompt_graphs: captured steps of decoding, and of any kind; None without graphs.
+    """
 
     def __init__(self, model: Decoder, config: EngineConfig, num_blocks: int) -> None:
         self.model = model
         self.num_experts = model.config.experts.num_experts
         self.num_neurons = model.config.intermediate_size
-        weight = model.embedding.weight
-        self.device = weight.device
-        self.block_size = config.block_size
-        self.cache = self._make_cache(num_blocks)
-        model.prepare()
-        self.graphs = self._make_graphs(config, num_blocks)
-        self.prompt_graphs: PromptGraphs | None = None
-        if self.graphs is not None:
-            self.prompt_graphs = PromptGraphs(
-                model,
-                self.graphs.cache,
-                config.max_num_seqs,
-                config.max_num_batched_tokens,
-                self.graphs.most_tokens,
-            )
+        self.device = model.embedding.weight.device
+        self.backend = make_backend(model, config, num_blocks)
+        on_gpu = self.backend if isinstance(self.backend, GpuBackend) else None
+        self.graphs = on_gpu.graphs if on_gpu else None
+        self.prompt_graphs = on_gpu.prompt_graphs if on_gpu else None
         self.sample_every = config.sample_every
         self._steps = 0
-
-    def _make_cache(self, num_blocks: int) -> KVCache | native.PagedCache:
-        shape, size, dtype = self.model.config, self.block_size, self.model.embedding.weight.dtype
-        layers, heads, dim = shape.num_hidden_layers, shape.num_key_value_heads, shape.head_dim
-        if self.model.runs_natively and size % native.KV_BLOCK == 0:
-            return native.PagedCache(layers, num_blocks * size, heads, dim, dtype, shape.window)
-        return KVCache(layers, num_blocks, size, heads, dim, dtype, self.device, shape.window)
-
-    def _make_graphs(self, config: EngineConfig, num_blocks: int) -> DecodeGraphs | None:
-        if not config.cuda_graphs or isinstance(self.cache, native.PagedCache):
-            return None
-        if not supports(self.cache):
-            return None
-        longest = config.max_model_len or self.model.config.max_position_embeddings
-        longest = min(longest, num_blocks * config.block_size)
-        return DecodeGraphs(self.model, self.cache, config.max_num_seqs, longest)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> StepResult:
@@ -151,7 +129,7 @@ class Runner:
             key = self.graphs.key(requests)
             if key is not None:
                 return self._replay(self.graphs, requests, key)
-        if self.prompt_graphs is not None:
+        if self.prompt_graphs is not None and not any(_wants_more(r, n) for r, n in plan):
             shape = self.prompt_graphs.key(plan)
             if shape is not None and self.prompt_graphs.worth(shape):
                 return self._replay_prompts(self.prompt_graphs, plan, shape)
@@ -185,11 +163,11 @@ class Runner:
         spans = _spans(plan)
         ready_rows, prompt_rows = _rows(plan, spans)
         trace = sampling_trace(sum(n for _, n in plan)) if sampled else Trace()
-        logits = self._forward(
+        logits = self.backend.forward(
             spans,
             self._tensor([i for r, n in plan for i in _tokens(r, n)]),
             self._tensor([i for s in spans for i in range(s.context - s.length, s.context)]),
-            PolicyBatch.build([(r.next_policy, n) for r, n in plan], self.num_experts, self.device),
+            PolicyBatch.build([(r.policy, n) for r, n in plan], self.num_experts, self.device),
             trace,
             self._tensor(ready_rows + [row for rows in prompt_rows for row in rows]),
         )
@@ -206,29 +184,16 @@ class Runner:
         chosen_LTE = torch.stack(choices) if choices else None
         return token_experts.read(ready, rows, chosen_LTE, self.model.config)
 
-    def _forward(
-        self,
-        spans: list[SequenceSpan],
-        ids_T: Tensor,
-        positions_T: Tensor,
-        policy: PolicyBatch,
-        trace: Trace,
-        rows: Tensor,
-    ) -> Tensor:
-        """The model over the cache; arguments as for `Decoder.forward`."""
-        attend: Attend
-        if isinstance(self.cache, native.PagedCache):
-            attend = NativeAttend(self.cache, self.block_size, spans)
-        elif supports(self.cache):
-            kernels = KernelAttend.of_spans(self.cache, spans, self.model.turns(positions_T))
-            return fused_forward(self.model, ids_T, kernels, policy, trace, rows, positions_T)
-        else:
-            attend = PagedAttend(self.cache, spans)
-        logits: Tensor = self.model(ids_T, positions_T, attend, policy, trace, rows)
-        return logits
-
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
+
+
+def _wants_more(request: Request, num_tokens: int) -> bool:
+    """Whether a step must leave more of the request than its last logits and numbers of experts."""
+    sampling = request.sampling
+    if sampling.prompt_logprobs and not request.num_output:
+        return True
+    return sampling.token_experts and num_tokens == request.num_uncomputed
 
 
 def _tokens(request: Request, num_tokens: int) -> list[int]:

@@ -8,15 +8,11 @@ own blocks, `waiting` the others. A step takes
 3. then newly admitted requests, first in line first, while blocks, seats and token budget last;
    nobody overtakes a request that does not fit yet.
 
-**The line.** A request's place is its time of arrival plus `priority_age_seconds` for each step of
-its priority: lower values come first, and having waited so long outweighs one step. Thus waiting
-requests rise in priority, yet no two of them ever change places, and a request is overtaken only by
-those that arrive within a bounded time after it.
+**The line.** Requests stand in the order in which they arrived, and no two ever change places.
 
 **Preemption.** A request gets the blocks of all its known tokens when it is admitted, so only
 decoding can find the cache full. Then the last running request is *preempted*: it gives its blocks
-up, returns to its place in `waiting` and later recomputes what is no longer cached. The same makes
-way for a waiting request that comes before running ones, if that lets it in.
+up, returns to the head of `waiting` and later recomputes what is no longer cached.
 
 **The invariant.** Only requests later in line yield, so the first in line always advances: every
 plan has a token of it, and it keeps its blocks. It ends after so many steps, then the next is
@@ -31,9 +27,7 @@ whose logits the next token is drawn from.
 from __future__ import annotations
 
 import itertools
-import time
-from bisect import bisect_left, insort
-from collections.abc import Callable
+from bisect import bisect_left
 from typing import NamedTuple
 
 from engine.config import EngineConfig
@@ -52,7 +46,7 @@ class Scheduled(NamedTuple):
 Plan = list[Scheduled]
 
 
-def _rank(request: Request) -> tuple[float, int]:
+def _rank(request: Request) -> int:
     return request.rank
 
 
@@ -69,13 +63,7 @@ class Scheduler:
         prefix_hit_tokens: those of them that were found.
     """
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        allocator: BlockAllocator,
-        max_model_len: int,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, config: EngineConfig, allocator: BlockAllocator, max_model_len: int) -> None:
         self.config = config
         self.allocator = allocator
         self.max_model_len = max_model_len
@@ -86,7 +74,6 @@ class Scheduler:
         self.preemptions = 0
         self.prefix_queried_tokens = 0
         self.prefix_hit_tokens = 0
-        self._clock = clock
         self._arrivals = itertools.count()
         self._by_id: dict[str, Request] = {}
 
@@ -143,9 +130,8 @@ class Scheduler:
         self.check_fits(request)
         self.check_room(request.prompt_len)
         self._by_id[request.request_id] = request
-        handicap = request.priority * self.config.priority_age_seconds
-        request.rank = (self._clock() + handicap, next(self._arrivals))
-        insort(self.waiting, request, key=_rank)
+        request.rank = next(self._arrivals)
+        self.waiting.append(request)
         self._count_queued(request, 1)
 
     def abort(self, request_id: str) -> Request | None:
@@ -168,7 +154,6 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """Plan the next step; it may admit and preempt. Empty if nothing can run."""
-        self._make_way()
         plan = self._plan_decodes()
         budget = self.config.max_num_batched_tokens - len(plan)
         budget = self._plan_chunks(plan, budget)
@@ -181,7 +166,7 @@ class Scheduler:
             first = request.num_computed // self.allocator.block_size
             request.num_computed += num_tokens
             if self.config.prefix_caching:
-                for index in range(first, self._cacheable(request) // self.allocator.block_size):
+                for index in range(first, request.num_computed // self.allocator.block_size):
                     self.allocator.publish(request.blocks[index], self._key(request, index))
 
     def check_integrity(self) -> None:
@@ -192,27 +177,11 @@ class Scheduler:
             assert request.status is Status.RUNNING
         fresh = [request for request in self.waiting if not request.preemptions]
         assert not any(request.blocks or request.num_computed for request in self.waiting)
-        for line in (self.running, self.waiting):
-            assert line == sorted(line, key=_rank), "the line is out of order"
+        line = self.running + self.waiting
+        assert line == sorted(line, key=_rank), "the line is out of order"
         assert self.num_queued == len(fresh)
         assert self.queued_tokens == sum(request.prompt_len for request in fresh)
         assert len(self._by_id) == len(self.running) + len(self.waiting)
-
-    def _make_way(self) -> None:
-        """Admit waiting requests that come before running ones, preempting the last if need be."""
-        while self.waiting and self.running and self.waiting[0].rank < self.running[-1].rank:
-            request = self.waiting[0]
-            if not self._fits_among_earlier(request):
-                break  # who comes later in line would yield in vain
-            while not self._admit(request):
-                self._preempt(self.running[-1])
-
-    def _fits_among_earlier(self, request: Request) -> bool:
-        """Whether `_admit` would surely succeed once the running requests after it have yielded."""
-        kept = bisect_left(self.running, request.rank, key=_rank)
-        needed = self.allocator.blocks_for(len(request.token_ids))
-        free = self.allocator.num_free_without(later.blocks for later in self.running[kept:])
-        return needed + kept <= free
 
     def _plan_decodes(self) -> Plan:
         """One token of every decoding request, first in line first; makes room by preemption."""
@@ -233,14 +202,14 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Back to its place in the waiting line; what is no longer cached is computed again."""
+        """Back to the head of the waiting line; what is no longer cached is computed again."""
         _leave(self.running, request)
         self._release(request)
         request.status = Status.WAITING
         request.num_computed = 0
         request.preemptions += 1
         self.preemptions += 1
-        insort(self.waiting, request, key=_rank)
+        self.waiting.insert(0, request)
 
     def _plan_chunks(self, plan: Plan, budget: int) -> int:
         """Chunks of running prompts, first in line first; returns what is left of the budget."""
@@ -281,22 +250,13 @@ class Scheduler:
         self._count_queued(request, -1)
         request.status = Status.RUNNING
         _leave(self.waiting, request)
-        insort(self.running, request, key=_rank)
+        self.running.append(request)
         return True
 
     def _may_use_cache(self, request: Request) -> bool:
         """Not if its whole prompt must be computed, because the logits of all of it are wanted."""
         wants_prompt = request.sampling.prompt_logprobs and not request.num_output
         return self.config.prefix_caching and not wants_prompt
-
-    def _cacheable(self, request: Request) -> int:
-        """How many of its computed tokens have keys and values that its policy alone decides.
-
-        Those of an output under a `shared` policy came from a batch that is gone.
-        """
-        if request.policy != request.alone_policy:
-            return min(request.num_computed, request.prompt_len)
-        return request.num_computed
 
     def _cached_blocks(self, request: Request) -> list[int]:
         """The findable blocks of the longest prefix, without the last known token."""
@@ -313,7 +273,7 @@ class Scheduler:
         """The key of its full block `index`; each is computed once, in order."""
         keys, size = request.block_keys, self.allocator.block_size
         for start in range(len(keys) * size, (index + 1) * size, size):
-            policy = request.alone_policy
+            policy = request.policy
             # Not str(policy), which rounds.
             parent = keys[-1] if keys else root_key(f"{policy.kind}:{policy.value!r}")
             keys.append(child_key(parent, request.token_ids[start : start + size]))

@@ -13,13 +13,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, model_validator
 
 from engine.errors import InvalidRequest, require
-from engine.serving.request import (
-    MAX_COMPLETIONS,
-    MAX_SEED,
-    MAX_STOPS,
-    ExpertPolicy,
-    SamplingParams,
-)
+from engine.policy import ExpertPolicy
+from engine.serving.request import MAX_COMPLETIONS, MAX_SEED, MAX_STOPS, SamplingParams
 from engine.text.grammar import Grammar
 from server.errors import ContextTooLong
 from server.schemas.fields import (

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.model.decoder import Decoder
 from engine.model.experts import ExpertLayout, centroid_router, true_mass
-from engine.serving.request import ExpertPolicy
+from engine.policy import ExpertPolicy
 from training.config import TrainConfig
 from training.conversion import build_experts, calibrate_router
 from training.optimizer import build_optimizer

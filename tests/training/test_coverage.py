@@ -9,7 +9,7 @@ import torch
 
 from engine.errors import ConfigError
 from engine.model.decoder import Decoder
-from engine.serving.request import ExpertPolicy
+from engine.policy import ExpertPolicy
 from training.config import TrainConfig
 from training.conversion import build_experts, cluster_neurons, refresh_router
 from training.coverage import compare

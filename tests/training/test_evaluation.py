@@ -12,7 +12,7 @@ import torch
 
 from engine.checkpoint import Checkpoint
 from engine.model.decoder import Decoder
-from engine.serving.request import ExpertPolicy
+from engine.policy import ExpertPolicy
 from training import data
 from training.config import TrainConfig
 from training.conversion import refresh_router

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from engine.model.decoder import Decoder
 from engine.model.experts import ExpertLayout
-from engine.serving.request import ExpertPolicy
+from engine.policy import ExpertPolicy
 from training.config import TrainConfig
 from training.conversion import permute_neurons
 from training.optimizer import ExpertAdamW, build_optimizer

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from engine.model.decoder import Decoder
-from engine.model.experts import Trace, centroid_router
-from engine.serving.request import ExpertPolicy
+from engine.model.experts import centroid_router
+from engine.model.trace import Trace
+from engine.policy import ExpertPolicy
 from training.config import TrainConfig
 from training.conversion import build_experts
 from training.router import share_loss, true_shares

@@ -12,8 +12,9 @@ from tokenizers import processors
 
 from engine.checkpoint import Checkpoint
 from engine.model.decoder import Decoder
-from engine.model.experts import Trace, true_mass
-from engine.serving.request import ExpertPolicy
+from engine.model.experts import true_mass
+from engine.model.trace import Trace
+from engine.policy import ExpertPolicy
 from engine.text.tokenizer import Tokenizer
 from training import scoring
 from training.errors import TrainingError

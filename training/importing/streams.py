@@ -22,8 +22,10 @@ from engine.config import ModelConfig
 from engine.cpu import native
 from engine.model.attention import causal_attend
 from engine.model.decoder import Attention, Decoder, Layer, Linear
-from engine.model.experts import ExpertFFN, PolicyBatch, Trace
+from engine.model.ffn import ExpertFFN
 from engine.model.norms import Norm
+from engine.model.policy_batch import PolicyBatch
+from engine.model.trace import Trace
 from training.expert_use import ExpertUse
 from training.importing.plan import Stream
 

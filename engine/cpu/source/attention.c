@@ -1,4 +1,4 @@
-/* Attention of a flat batch over the paged cache. Contract: native/__init__.py.
+/* Attention of a flat batch over the paged cache. Its Python face says what the arguments are.
  *
  * A block holds BLOCK tokens of every key-value head: keys packed as `packed_product` wants its
  * weights, values row by row. So scores and values are the two products of products.h, and a query's

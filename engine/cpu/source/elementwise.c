@@ -1,4 +1,4 @@
-/* The small steps between the products. Contract: native/__init__.py. */
+/* The small steps between the products. Its Python face says what the arguments are. */
 #include "vectors.h"
 
 /* One row of x += multiplier * delta, unless that is NULL. */

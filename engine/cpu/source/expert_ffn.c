@@ -1,4 +1,4 @@
-/* y = sum over a token's experts of h_e @ down_e. Contract: native/__init__.py.
+/* y = sum over a token's experts of h_e @ down_e. Its Python face says what the arguments are.
  *
  * h_e = act(x @ up_e.T + up_bias), or act(x @ gate_e.T) * (x @ up_e.T + up_bias). What points to
  * nothing is absent. down_bias is added once a token.

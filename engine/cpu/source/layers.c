@@ -1,5 +1,5 @@
 /* All layers of the decoder in one call: for small models and few tokens, going back to Python between
- * the steps of a layer costs as much as the steps. Nothing is computed here. Contract: __init__.py.
+ * the steps of a layer costs as much as the steps. Nothing is computed here. engine/cpu/layers.py says what the arguments are.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -31,16 +31,15 @@ typedef struct {
     const int64_t *slot;                /* [T] */
     const int32_t *table, *first, *rows, *context;
     char *keys, *values;
-    const int32_t *k, *shared; /* [T]; without k all tokens use all experts, whose pairs are given */
+    const int32_t *k; /* [T]; without k all tokens use all experts, whose pairs are given */
     const float *mass;
     int32_t *expert, *offsets, *token; /* [E], [E + 1], [T * E] */
     uint8_t *chosen;                   /* [layers, T, E] */
     void *x, *normed, *heads, *attended, *delta, *h;
-    float *scores, *y;
+    float *y;
 } batch_memory;
 
 int sort_pairs(const uint8_t *chosen, int32_t *expert, int32_t *offsets, int32_t *token, ix T, ix E);
-void share(const float *scores, const int32_t *k, uint8_t *chosen, ix T, ix E, int threads);
 
 #define LAYERS(TYPE, SIZE)                                                                            \
     void rms_norm_##TYPE(void *, const void *, const void *, void *, ix, ix, float, float, int);      \
@@ -53,8 +52,8 @@ void share(const float *scores, const int32_t *k, uint8_t *chosen, ix T, ix E, i
     void attend_##TYPE(const void *, const void *, const void *, const int32_t *, const int32_t *,    \
                        const int32_t *, const int32_t *, void *, ix, ix, ix, ix, ix, ix, ix, float,   \
                        int);                                                                          \
-    void choose_##TYPE(const void *, const float *, const int32_t *, const float *, float *,          \
-                       uint8_t *, ix, ix, ix, int);                                                   \
+    void choose_##TYPE(const void *, const float *, const int32_t *, const float *, uint8_t *, ix,    \
+                       ix, ix, int);                                                                  \
     void expert_ffn_##TYPE(const void *, const void *, const void *, const void *, const float *,     \
                            const float *, const int32_t *, const int32_t *, const int32_t *, ix, ix,  \
                            ix, ix, int, int, int, float, void *, float *, void *, int);               \
@@ -93,8 +92,7 @@ void share(const float *scores, const int32_t *k, uint8_t *chosen, ix T, ix E, i
             ix used = E;                                                                              \
             if (b->k) {                                                                               \
                 uint8_t *chosen = b->chosen + l * T * E;                                              \
-                choose_##TYPE(in, w->router, b->k, b->mass, b->scores, chosen, T, E, D, threads);     \
-                if (b->shared) share(b->scores, b->shared, chosen, T, E, threads);                    \
+                choose_##TYPE(in, w->router, b->k, b->mass, chosen, T, E, D, threads);                \
                 used = sort_pairs(chosen, b->expert, b->offsets, b->token, T, E);                     \
             }                                                                                         \
             expert_ffn_##TYPE(in, w->up, w->down, w->gate, w->up_bias, w->down_bias, b->expert,       \

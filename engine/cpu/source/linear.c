@@ -1,4 +1,4 @@
-/* y = x @ W.T + bias from packed weights; without a bias, NULL. Contract: native/__init__.py. */
+/* y = x @ W.T + bias from packed weights; without a bias, NULL. Its Python face says what the arguments are. */
 #include "products.h"
 
 /* Tokens x[0 .. T) times one panel of N vectors, `real` of its columns, to y + m * y_stride. */

@@ -12,7 +12,7 @@ heads of all kinds, H query heads, G key-value heads, d head dimension, c = d / 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -146,7 +146,7 @@ class KernelAttend:
 
     @classmethod
     def of_spans(
-        cls, cache: KVCache, spans: list[SequenceSpan], turns: tuple[Tensor, Tensor]
+        cls, cache: KVCache, spans: Sequence[SequenceSpan], turns: tuple[Tensor, Tensor]
     ) -> KernelAttend:
         """Tables and slots on the cache's device, for any batch."""
         device, size = cache.slots.device, cache.block_size

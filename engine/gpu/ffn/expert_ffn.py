@@ -35,50 +35,13 @@ from engine.gpu._triton import (
 )
 from engine.gpu.add_norm import Norm, normed_reference
 from engine.gpu.arrivals import Arrivals
-
-ACTIVATIONS = ("relu", "relu2")
-# What `expert_ffn` and `grouped_ffn` take as well: zero up to a threshold, and, in gated models,
-# ReLU of the gate and of what it multiplies.
-MORE_ACTIVATIONS = (*ACTIVATIONS, "fatrelu", "drelu")
+from engine.model.activations import MORE_ACTIVATIONS, hidden_reference
 
 # Elements of a program's tile: in bfloat16, 16 KB on the way to each of several programs a core.
 TILE_ELEMENTS = 8192
 
 # Pieces of a sum that the last program adds side by side; fixes the order of the sum.
 PIECES_AT_ONCE = 64
-
-
-def activate_reference(x: Tensor, activation: str, threshold: float = 0.0) -> Tensor:
-    """ReLU, its square, or zero up to a threshold; NaN stays NaN."""
-    assert activation in MORE_ACTIVATIONS
-    if activation == "fatrelu":
-        return torch.nn.functional.threshold(x, threshold, 0.0)
-    positive = x.relu()
-    return positive.square() if activation == "relu2" else positive
-
-
-def gated_reference(gate: Tensor, up: Tensor, activation: str, threshold: float = 0.0) -> Tensor:
-    """act(gate) * up, with "drelu" act(gate) * relu(up)."""
-    return activate_reference(gate, activation, threshold) * (
-        up.relu() if activation == "drelu" else up
-    )
-
-
-def hidden_reference(
-    x_TD: Tensor,
-    up_ND: Tensor,
-    activation: str,
-    gate_ND: Tensor | None = None,
-    up_bias_N: Tensor | None = None,
-    threshold: float = 0.0,
-) -> Tensor:
-    """Activations [T, N] of N neurons, in the dtype of x."""
-    up_TN = x_TD @ up_ND.to(x_TD.dtype).T
-    if up_bias_N is not None:
-        up_TN = up_TN + up_bias_N.to(x_TD.dtype)
-    if gate_ND is None:
-        return activate_reference(up_TN, activation, threshold)
-    return gated_reference(x_TD @ gate_ND.to(x_TD.dtype).T, up_TN, activation, threshold)
 
 
 def expert_ffn_reference(

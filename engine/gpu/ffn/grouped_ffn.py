@@ -19,14 +19,9 @@ from torch import Tensor
 
 from engine.gpu._triton import INTERPRETED, cdiv, jit, next_power_of_2, tl
 from engine.gpu.ffn import grouped_tma
-from engine.gpu.ffn.expert_ffn import (
-    ACTIVATIONS,
-    activate_more,
-    activation_flags,
-    gated,
-    hidden_reference,
-)
+from engine.gpu.ffn.expert_ffn import activate_more, activation_flags, gated
 from engine.gpu.routing.routing import Routing
+from engine.model.activations import ACTIVATIONS, hidden_reference
 
 
 def grouped_ffn_reference(

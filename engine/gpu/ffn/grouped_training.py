@@ -27,10 +27,10 @@ from torch import Tensor
 
 from engine.gpu._triton import AVAILABLE
 from engine.gpu.ffn import grouped_pairs
-from engine.gpu.ffn.expert_ffn import ACTIVATIONS
 from engine.gpu.ffn.grouped_pairs import Pairs
 from engine.gpu.routing import top_k
 from engine.gpu.routing.routing import MAX_EXPERTS, Routing
+from engine.model.activations import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from engine.gpu._triton import cdiv, jit, tl
-from engine.gpu.ffn.expert_ffn import ACTIVATIONS, activate, activate_reference
+from engine.gpu.ffn.expert_ffn import activate
+from engine.model.activations import ACTIVATIONS, activate_reference
 
 
 def activate_chosen_reference(h_TF: Tensor, chosen_TE: Tensor, activation: str) -> Tensor:

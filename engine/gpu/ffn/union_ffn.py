@@ -28,7 +28,8 @@ from engine.gpu._triton import (
     next_power_of_2,
     tl,
 )
-from engine.gpu.ffn.expert_ffn import ACTIVATIONS, activate, activate_reference
+from engine.gpu.ffn.expert_ffn import activate
+from engine.model.activations import ACTIVATIONS, activate_reference
 
 MOST_TOKENS = 64
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from engine.gpu._triton import cdiv, jit, next_power_of_2, tl
+from engine.model.routing import choose_reference
 
 # A token's scores are sums of pieces over this many elements of D, computed side by side: with few
 # tokens, what takes time is the length of one program's loop.
@@ -70,19 +71,6 @@ class Routing(NamedTuple):
 
 
 # --- references ----------------------------------------------------------------------------------
-
-
-def choose_reference(scores_TE: Tensor, k_T: Tensor, mass_T: Tensor) -> Tensor:
-    """The rule itself: scores [T, E], k int32 [T], mass float32 [T] -> chosen, bool [T, E]."""
-    scores_TE = scores_TE.float()
-    scores_TE = scores_TE.masked_fill(scores_TE.isnan(), -torch.inf)
-    order_TE = scores_TE.sort(dim=1, descending=True, stable=True).indices
-    shares_TE = scores_TE.softmax(dim=1).gather(1, order_TE)
-    before_TE = shares_TE.cumsum(dim=1).roll(1, dims=1)
-    rank_E = torch.arange(scores_TE.shape[1], device=scores_TE.device)
-    in_order_TE = (rank_E < k_T[:, None]) & (before_TE < mass_T[:, None])
-    in_order_TE[:, 0] = k_T > 0
-    return torch.zeros_like(in_order_TE).scatter(1, order_TE, in_order_TE)
 
 
 def select_scores_reference(scores_TE: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int) -> Choice:

@@ -17,9 +17,11 @@ from engine.cpu import build, native
 from engine.cpu.attention import NativeAttend
 from engine.model.attention import SequenceSpan
 from engine.model.decoder import Decoder, generate
-from engine.model.experts import PolicyBatch, Trace
+from engine.model.policy_batch import PolicyBatch
+from engine.model.trace import Trace
+from engine.policy import ExpertPolicy
 from engine.serving.engine import Engine
-from engine.serving.request import ExpertPolicy, Request, SamplingParams
+from engine.serving.request import Request, SamplingParams
 from tests.engine.conftest import tiny_config, tiny_model, tiny_tokenizer
 
 POLICIES = [

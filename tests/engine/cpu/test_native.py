@@ -11,8 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.cpu import native
-from engine.gpu.ffn.expert_ffn import hidden_reference
+from engine.cpu.cache import KV_BLOCK, PagedCache
+from engine.cpu.elementwise import layer_norm, rms_norm, rotate_
+from engine.cpu.experts import FFNExtras, PackedExpertFFN, choose, every_pair, sort_pairs
+from engine.cpu.linear import PackedLinear, unpack
 from engine.gpu.routing import routing
+from engine.model.activations import hidden_reference
 from engine.model.attention import rotate
 from engine.model.rotary import rope_table
 from engine.model.sliced_ffn import sparse_ffn_reference
@@ -59,7 +63,7 @@ def random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
 )
 def test_linear_is_the_product_whatever_the_company(dtype: torch.dtype, N: int, K: int) -> None:
     weight_NK = random(N, K, dtype=dtype, scale=K**-0.5)
-    linear = native.PackedLinear(weight_NK)
+    linear = PackedLinear(weight_NK)
     for T in (1, 2, 7, 100, 200):
         x_TK = random(T, K, dtype=dtype)
         y_TN = same_bits(lambda x_TK=x_TK: linear(x_TK))  # type: ignore[misc]
@@ -73,7 +77,7 @@ def test_linear_is_the_product_whatever_the_company(dtype: torch.dtype, N: int, 
 @pytest.mark.parametrize(("N", "K"), [(64, 32), (50, 64), (3, 2), (65, 34)])
 def test_linear_adds_its_bias(dtype: torch.dtype, N: int, K: int) -> None:
     weight_NK, bias_N = random(N, K, dtype=dtype, scale=K**-0.5), random(N, dtype=dtype, scale=3)
-    linear = native.PackedLinear(weight_NK, bias_N)
+    linear = PackedLinear(weight_NK, bias_N)
     for T in (1, 7, 100):
         x_TK = random(T, K, dtype=dtype)
         y_TN = same_bits(lambda x_TK=x_TK: linear(x_TK))  # type: ignore[misc]
@@ -86,8 +90,8 @@ def test_linear_adds_its_bias(dtype: torch.dtype, N: int, K: int) -> None:
 def test_a_packed_weight_gives_back_what_was_packed(dtype: torch.dtype) -> None:
     for N, K in ((64, 32), (50, 64), (3, 2), (97, 10)):
         weight_NK = random(N, K, dtype=dtype)
-        linear = native.PackedLinear(weight_NK)
-        assert torch.equal(native.unpack(linear.packed, N), weight_NK)
+        linear = PackedLinear(weight_NK)
+        assert torch.equal(unpack(linear.packed, N), weight_NK)
         ids_T = torch.randint(0, N, (9,))
         assert torch.equal(linear.rows(ids_T), weight_NK[ids_T])
         assert linear.rows(ids_T[:0]).shape == (0, K)
@@ -95,7 +99,7 @@ def test_a_packed_weight_gives_back_what_was_packed(dtype: torch.dtype) -> None:
 
 @DTYPES
 def test_linear_takes_no_tokens_and_rows_far_apart(dtype: torch.dtype) -> None:
-    linear = native.PackedLinear(weight_NK := random(40, 16, dtype=dtype))
+    linear = PackedLinear(weight_NK := random(40, 16, dtype=dtype))
     assert linear(torch.empty(0, 16, dtype=dtype)).shape == (0, 40)
     apart_TK = random(16, 5, dtype=dtype).T
     assert torch.equal(linear(apart_TK), linear(apart_TK.contiguous()))
@@ -104,7 +108,7 @@ def test_linear_takes_no_tokens_and_rows_far_apart(dtype: torch.dtype) -> None:
 
 @DTYPES
 def test_linear_keeps_a_damaged_token_to_itself(dtype: torch.dtype) -> None:
-    linear = native.PackedLinear(random(50, 64, dtype=dtype))
+    linear = PackedLinear(random(50, 64, dtype=dtype))
     x_TK = random(13, 64, dtype=dtype)
     good_TN = linear(x_TK)
     x_TK[4, 63] = torch.nan
@@ -123,10 +127,10 @@ SHAPES = [(64, 8, 24), (32, 5, 7), (96, 4, 130), (64, 16, 8), (32, 6, 1), (160, 
 
 def make_ffn(
     D: int, E: int, S: int, dtype: torch.dtype, activation: str = "relu"
-) -> tuple[native.PackedExpertFFN, Tensor, Tensor]:
+) -> tuple[PackedExpertFFN, Tensor, Tensor]:
     up_FD = random(E * S, D, dtype=dtype, scale=D**-0.5)
     down_FD = random(E * S, D, dtype=dtype, scale=(E * S) ** -0.5)
-    return native.PackedExpertFFN(up_FD, down_FD, E, activation), up_FD, down_FD
+    return PackedExpertFFN(up_FD, down_FD, E, activation), up_FD, down_FD
 
 
 def expected_ffn(
@@ -150,13 +154,13 @@ def test_experts_are_the_dense_ffn_without_the_others(
     ffn, up_FD, down_FD = make_ffn(D, E, S, dtype, activation)
     for T in (1, 2, 5, 19, 70):
         x_TD, chosen_TE = random(T, D, dtype=dtype), torch.rand(T, E) < 0.4
-        pairs = native.sort_pairs(chosen_TE)
+        pairs = sort_pairs(chosen_TE)
         y_TD = same_bits(lambda x_TD=x_TD, pairs=pairs: ffn(x_TD, pairs))  # type: ignore[misc]
         assert_near(
             y_TD, expected_ffn(x_TD, up_FD, down_FD, chosen_TE, activation), TOLERANCE[dtype]
         )
         for t in range(T):
-            alone = ffn(x_TD[t : t + 1], native.sort_pairs(chosen_TE[t : t + 1]))
+            alone = ffn(x_TD[t : t + 1], sort_pairs(chosen_TE[t : t + 1]))
             assert torch.equal(alone[0], y_TD[t])
 
 
@@ -175,8 +179,8 @@ def test_experts_with_gates_and_biases(
     threshold = 0.0
     if activation == "fatrelu":  # whole numbers: rounding takes none to the threshold's other side
         gate_FD, threshold = torch.randint(-1, 2, (E * S, D)).to(dtype), 1.5
-    extras = native.FFNExtras(gate_FD, up_bias_F, down_bias_D, threshold)
-    ffn = native.PackedExpertFFN(up_FD, down_FD, E, activation, extras)
+    extras = FFNExtras(gate_FD, up_bias_F, down_bias_D, threshold)
+    ffn = PackedExpertFFN(up_FD, down_FD, E, activation, extras)
     for T in (1, 5, 19, 70):
         x_TD, chosen_TE = random(T, D, dtype=dtype), torch.rand(T, E) < 0.4
         x_TD = x_TD.sign() if threshold else x_TD
@@ -185,11 +189,11 @@ def test_experts_with_gates_and_biases(
         expected_TD = (h_TF * chosen_TE.repeat_interleave(S, 1)) @ down_FD.double()
         if down_bias_D is not None:
             expected_TD = expected_TD + down_bias_D.double()
-        pairs = native.sort_pairs(chosen_TE)
+        pairs = sort_pairs(chosen_TE)
         y_TD = same_bits(lambda x_TD=x_TD, pairs=pairs: ffn(x_TD, pairs))  # type: ignore[misc]
         assert_near(y_TD, expected_TD, 2 * TOLERANCE[dtype])
         for t in range(T):
-            alone = ffn(x_TD[t : t + 1], native.sort_pairs(chosen_TE[t : t + 1]))
+            alone = ffn(x_TD[t : t + 1], sort_pairs(chosen_TE[t : t + 1]))
             assert torch.equal(alone[0], y_TD[t])
 
 
@@ -211,7 +215,7 @@ def test_one_expert_may_have_many_tokens_while_most_have_one(dtype: torch.dtype)
     chosen_TE[:30, 0] = True
     x_TD = random(40, 64, dtype=dtype)
     expected_TD = expected_ffn(x_TD, up_FD, down_FD, chosen_TE, "relu")
-    assert_near(ffn(x_TD, native.sort_pairs(chosen_TE)), expected_TD, TOLERANCE[dtype])
+    assert_near(ffn(x_TD, sort_pairs(chosen_TE)), expected_TD, TOLERANCE[dtype])
 
 
 @DTYPES
@@ -220,8 +224,8 @@ def test_every_expert_is_the_dense_ffn(dtype: torch.dtype, D: int, E: int, S: in
     ffn, up_FD, down_FD = make_ffn(D, E, S, dtype)
     for T in (1, 2, 3, 17, 18, 40):
         x_TD = random(T, D, dtype=dtype)
-        dense_TD = ffn(x_TD, native.every_pair(T, E))
-        assert torch.equal(ffn(x_TD, native.sort_pairs(every_expert(T, E))), dense_TD)
+        dense_TD = ffn(x_TD, every_pair(T, E))
+        assert torch.equal(ffn(x_TD, sort_pairs(every_expert(T, E))), dense_TD)
         expected = expected_ffn(x_TD, up_FD, down_FD, every_expert(T, E), "relu")
         assert_near(dense_TD, expected, TOLERANCE[dtype])
 
@@ -232,10 +236,10 @@ def test_one_token_is_the_same_beside_few_some_and_many(dtype: torch.dtype, S: i
     """One expert's 1, 2, 3 and 18 pairs are computed in different ways: all to the same bits."""
     ffn, *_ = make_ffn(64, 2, S, dtype)
     x_TD = random(40, 64, dtype=dtype)
-    alone_D = ffn(x_TD[:1], native.every_pair(1, 2))[0]
+    alone_D = ffn(x_TD[:1], every_pair(1, 2))[0]
     for T in (2, 3, 6, 7, 17, 18, 19, 40):
-        assert torch.equal(ffn(x_TD[:T], native.every_pair(T, 2))[0], alone_D)
-        assert torch.equal(ffn(x_TD[:T].flip(0), native.every_pair(T, 2))[-1], alone_D)
+        assert torch.equal(ffn(x_TD[:T], every_pair(T, 2))[0], alone_D)
+        assert torch.equal(ffn(x_TD[:T].flip(0), every_pair(T, 2))[-1], alone_D)
 
 
 @DTYPES
@@ -246,9 +250,9 @@ def test_vanishing_activations_are_the_same_in_any_company(
     """Products below the smallest normal number vanish on every path, or on none."""
     ffn, *_ = make_ffn(64, 1, 8, dtype, "relu2")
     x_TD = random(40, 64, dtype=dtype, scale=scale)
-    y_TD = ffn(x_TD, native.every_pair(40, 1))
+    y_TD = ffn(x_TD, every_pair(40, 1))
     for t in range(40):
-        assert torch.equal(ffn(x_TD[t : t + 1], native.every_pair(1, 1))[0], y_TD[t])
+        assert torch.equal(ffn(x_TD[t : t + 1], every_pair(1, 1))[0], y_TD[t])
 
 
 @DTYPES
@@ -259,21 +263,21 @@ def test_weights_of_silent_neurons_are_not_read(dtype: torch.dtype, gated: bool)
     first_FD = -torch.ones(32, 64, dtype=dtype)
     first_FD[:4] = 1.0
     down_FD[4:] = torch.nan
-    extras = native.FFNExtras(gate_FD=first_FD) if gated else None
-    ffn = native.PackedExpertFFN(up_FD if gated else first_FD, down_FD, 1, "relu", extras)
+    extras = FFNExtras(gate_FD=first_FD) if gated else None
+    ffn = PackedExpertFFN(up_FD if gated else first_FD, down_FD, 1, "relu", extras)
     x_TD = torch.rand(1, 64).to(dtype)
-    assert ffn(x_TD, native.every_pair(1, 1)).isfinite().all()
-    assert ffn(x_TD.expand(2, -1), native.every_pair(2, 1)).isnan().all()  # read for two
+    assert ffn(x_TD, every_pair(1, 1)).isfinite().all()
+    assert ffn(x_TD.expand(2, -1), every_pair(2, 1)).isnan().all()  # read for two
 
 
 @DTYPES
 def test_no_tokens_and_no_experts(dtype: torch.dtype) -> None:
     ffn, *_ = make_ffn(32, 4, 8, dtype)
     nobody = torch.empty(0, 32, dtype=dtype)
-    assert ffn(nobody, native.every_pair(0, 4)).shape == (0, 32)
-    assert ffn(nobody, native.sort_pairs(every_expert(0, 4))).shape == (0, 32)
+    assert ffn(nobody, every_pair(0, 4)).shape == (0, 32)
+    assert ffn(nobody, sort_pairs(every_expert(0, 4))).shape == (0, 32)
     none_TE = torch.zeros(3, 4, dtype=torch.bool)
-    out_TD = ffn(random(3, 32, dtype=dtype), native.sort_pairs(none_TE))
+    out_TD = ffn(random(3, 32, dtype=dtype), sort_pairs(none_TE))
     assert torch.equal(out_TD, torch.zeros(3, 32, dtype=dtype))
 
 
@@ -283,9 +287,9 @@ def test_no_tokens_and_no_experts(dtype: torch.dtype) -> None:
 def test_experts_keep_a_damaged_token_to_itself(dtype: torch.dtype, S: int, T: int) -> None:
     ffn, *_ = make_ffn(32, 3, S, dtype)
     x_TD = random(T, 32, dtype=dtype)
-    good_TD = ffn(x_TD, native.every_pair(T, 3))
+    good_TD = ffn(x_TD, every_pair(T, 3))
     x_TD[1, 5] = torch.nan
-    bad_TD = ffn(x_TD, native.every_pair(T, 3))
+    bad_TD = ffn(x_TD, every_pair(T, 3))
     whole = [t for t in range(T) if t != 1]
     assert torch.equal(bad_TD[whole], good_TD[whole])
     assert bad_TD[1].isnan().all()
@@ -298,10 +302,10 @@ def test_working_memory_of_another_call_does_not_show() -> None:
     x_TD = torch.randn(T, D)
     for S in (7, 33, 129):
         ffn, *_ = make_ffn(D, 1, S, torch.float32)
-        expected_TD = torch.cat([ffn(x_D[None], native.every_pair(1, 1)) for x_D in x_TD])
+        expected_TD = torch.cat([ffn(x_D[None], every_pair(1, 1)) for x_D in x_TD])
         for _ in range(3):
             leave_nan_in_freed_memory((S + 1) * D * 4)
-            assert torch.equal(ffn(x_TD, native.every_pair(T, 1)), expected_TD)
+            assert torch.equal(ffn(x_TD, every_pair(T, 1)), expected_TD)
 
 
 def leave_nan_in_freed_memory(size: int, pieces: int = 16) -> None:
@@ -332,7 +336,7 @@ def test_choice_follows_the_rule(dtype: torch.dtype, T: int, E: int, D: int) -> 
     k_T[0] = E
     mass_T = (torch.rand(T) * 0.98 + 0.01).float()
     mass_T[::2] = 2.0
-    chosen_TE = native.choose(x_TD, router_ED, k_T, mass_T)
+    chosen_TE = choose(x_TD, router_ED, k_T, mass_T)
     expected_TE = routing.choose_reference(x_TD.float() @ router_ED.T, k_T, mass_T)
     assert torch.equal(chosen_TE[::2], expected_TE[::2])
     # A sum of shares may fall on either side of a mass that it all but equals.
@@ -340,7 +344,7 @@ def test_choice_follows_the_rule(dtype: torch.dtype, T: int, E: int, D: int) -> 
     assert (chosen_TE != expected_TE).float().mean() < 0.01
     for t in range(T):
         row = slice(t, t + 1)
-        alone = native.choose(x_TD[row], router_ED, k_T[row], mass_T[row])
+        alone = choose(x_TD[row], router_ED, k_T[row], mass_T[row])
         assert torch.equal(alone[0], chosen_TE[t])
 
 
@@ -349,7 +353,7 @@ def test_mass_takes_the_fewest_experts_that_suffice() -> None:
     router_ED = torch.tensor([[1.0, 0], [3, 0], [0, 0], [2, 0]])
     x_TD = torch.tensor([[1.0, 0]]).repeat(6, 1)
     mass = [0.0, 0.6, 0.7, 0.9, 0.99, 1.0]
-    chosen_TE = native.choose(x_TD, router_ED, *limits([4, 4, 4, 4, 4, 2], mass))
+    chosen_TE = choose(x_TD, router_ED, *limits([4, 4, 4, 4, 4, 2], mass))
     ranked = chosen_TE[:, [1, 3, 0, 2]].int()
     assert ranked.sum(1).tolist() == [1, 1, 2, 3, 4, 2]
     assert torch.equal(ranked, ranked.sort(1, descending=True).values)
@@ -357,7 +361,7 @@ def test_mass_takes_the_fewest_experts_that_suffice() -> None:
 
 def test_ties_go_to_the_lower_index() -> None:
     x_TD, router_ED = torch.ones(2, 16), torch.ones(9, 16)
-    chosen_TE = native.choose(x_TD, router_ED, *limits([3, 9], [2.0, 0.5]))
+    chosen_TE = choose(x_TD, router_ED, *limits([3, 9], [2.0, 0.5]))
     assert chosen_TE.int().tolist() == [[1] * 3 + [0] * 6, [1] * 5 + [0] * 4]
 
 
@@ -368,7 +372,7 @@ def test_scores_that_are_not_numbers_come_last(dtype: torch.dtype) -> None:
     router_ED[2] = torch.nan
     x_TD[3] = torch.nan
     k_T, mass_T = limits([5, 6, 6, 3], [2.0, 2.0, 0.999999, 2.0])
-    chosen_TE = native.choose(x_TD, router_ED, k_T, mass_T)
+    chosen_TE = choose(x_TD, router_ED, k_T, mass_T)
     assert torch.equal(chosen_TE, routing.choose_reference(x_TD.float() @ router_ED.T, k_T, mass_T))
     assert chosen_TE[:, 2].tolist() == [False, True, False, False]
     assert chosen_TE[3].tolist() == [True, False, False, False, False, False]
@@ -378,7 +382,7 @@ def test_pairs_are_sorted_by_expert_and_then_by_token() -> None:
     for T, E in ((1, 1), (5, 7), (60, 12), (9, 3)):
         chosen_TE = torch.rand(T, E) < 0.4
         chosen_TE[:, E // 2] = False  # an expert without tokens is not in use
-        pairs = native.sort_pairs(chosen_TE)
+        pairs = sort_pairs(chosen_TE)
         expert_P, token_P = chosen_TE.T.nonzero().unbind(1)
         used_U, counts_U = expert_P.unique(return_counts=True)
         assert pairs.used == len(used_U)
@@ -396,7 +400,7 @@ def test_pairs_are_sorted_by_expert_and_then_by_token() -> None:
 def test_rms_norm(dtype: torch.dtype, T: int) -> None:
     x_TD, weight_D = random(T, 96, dtype=dtype), torch.rand(96).to(dtype)
     before_TD = x_TD.clone()
-    out_TD = same_bits(lambda: native.rms_norm(x_TD, None, weight_D, 1e-5))
+    out_TD = same_bits(lambda: rms_norm(x_TD, None, weight_D, 1e-5))
     assert torch.equal(x_TD, before_TD)
     if T:
         expected = F.rms_norm(x_TD.double(), (96,), weight_D.double(), 1e-5)
@@ -407,9 +411,9 @@ def test_rms_norm(dtype: torch.dtype, T: int) -> None:
 def test_rms_norm_adds_in_place_first(dtype: torch.dtype) -> None:
     x_TD, delta_TD = random(7, 96, dtype=dtype), random(7, 96, dtype=dtype)
     weight_D, sum_TD = torch.rand(96).to(dtype), x_TD + delta_TD
-    out_TD = native.rms_norm(x_TD, delta_TD, weight_D, 1e-5)
+    out_TD = rms_norm(x_TD, delta_TD, weight_D, 1e-5)
     assert torch.equal(x_TD, sum_TD)
-    assert torch.equal(out_TD, native.rms_norm(sum_TD, None, weight_D, 1e-5))
+    assert torch.equal(out_TD, rms_norm(sum_TD, None, weight_D, 1e-5))
 
 
 @DTYPES
@@ -418,8 +422,8 @@ def test_layer_norm_of_the_sum(dtype: torch.dtype, T: int) -> None:
     x_TD = random(T, 96, dtype=dtype) + 5
     delta_TD, weight_D, bias_D = (random(*s, dtype=dtype) for s in ((T, 96), (96,), (96,)))
     sum_TD = x_TD + delta_TD
-    alone_TD = native.layer_norm(sum_TD.clone(), None, weight_D, bias_D, 1e-5)
-    out_TD = native.layer_norm(x_TD, delta_TD, weight_D, bias_D, 1e-5)
+    alone_TD = layer_norm(sum_TD.clone(), None, weight_D, bias_D, 1e-5)
+    out_TD = layer_norm(x_TD, delta_TD, weight_D, bias_D, 1e-5)
     assert torch.equal(x_TD, sum_TD)
     assert torch.equal(out_TD, alone_TD)
     if T:
@@ -434,17 +438,17 @@ def test_rotation_turns_its_own_heads_alone(dtype: torch.dtype, T: int, heads: i
     cos_Td, sin_Td = cos[5:], sin[5:]
     x_THd = random(T, heads + 2, d, dtype=dtype)
     before = x_THd.clone()
-    turned = native.rotate_(x_THd[:, :heads], cos_Td, sin_Td)
+    turned = rotate_(x_THd[:, :heads], cos_Td, sin_Td)
     assert turned.data_ptr() == x_THd.data_ptr()
     assert_near(turned, rotate(before[:, :heads].double(), cos_Td, sin_Td), TOLERANCE[dtype])
     assert torch.equal(x_THd[:, heads:], before[:, heads:])
-    alone = native.rotate_(before[-1:, :heads], cos_Td[-1:], sin_Td[-1:])
+    alone = rotate_(before[-1:, :heads], cos_Td[-1:], sin_Td[-1:])
     assert torch.equal(alone[0], x_THd[-1, :heads])
 
 
 # --- attention -----------------------------------------------------------------------------------
 
-BLOCK = native.KV_BLOCK
+BLOCK = KV_BLOCK
 ROWS_AND_CONTEXTS = [(1, 37), (20, 20), (9, 50), (1, 1), (1, 16), (16, 16), (3, 17), (2, 64)]
 
 
@@ -466,7 +470,7 @@ class Sequences:
     ) -> None:
         most = max(-(-context // BLOCK) for _, context in lengths)
         blocks = len(lengths) * most
-        self.cache = native.PagedCache(layers, blocks * BLOCK, G, d, dtype, window)
+        self.cache = PagedCache(layers, blocks * BLOCK, G, d, dtype, window)
         self.table_BM = torch.randperm(blocks).view(len(lengths), most).int()
         self.lengths = lengths
         self.keys = [random(context, G, d, dtype=dtype) for _, context in lengths]

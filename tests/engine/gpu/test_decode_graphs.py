@@ -28,8 +28,10 @@ from engine.gpu.decode_graphs import (
 from engine.gpu.forward import fused_forward
 from engine.model.attention import KVCache, PagedAttend, SequenceSpan
 from engine.model.decoder import Decoder
-from engine.model.experts import PolicyBatch, Trace
-from engine.serving.request import ExpertPolicy, Request, SamplingParams
+from engine.model.policy_batch import PolicyBatch
+from engine.model.trace import Trace
+from engine.policy import ExpertPolicy
+from engine.serving.request import Request, SamplingParams
 from tests.engine.conftest import tiny_config, tiny_model
 
 DENSE, TWO, FIVE, MASS, SHARED = (

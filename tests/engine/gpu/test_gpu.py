@@ -17,9 +17,13 @@ from torch import Tensor
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.model.decoder import Decoder
-from engine.model.experts import ExpertFFN, PolicyBatch, Trace, sparse_ffn
+from engine.model.experts import sparse_ffn
+from engine.model.ffn import ExpertFFN
+from engine.model.policy_batch import PolicyBatch
+from engine.model.trace import Trace
+from engine.policy import ExpertPolicy
 from engine.serving.engine import Engine
-from engine.serving.request import ExpertPolicy, SamplingParams
+from engine.serving.request import SamplingParams
 from tests.engine.conftest import tiny_config, tiny_model, tiny_tokenizer
 from tests.engine.model.test_variants import VARIANTS, variant
 from tests.engine.serving import test_sampler as on_host

@@ -19,8 +19,9 @@ from engine.gpu.decode_graphs import Replay
 from engine.gpu.prompt_graphs import PromptGraphs, PromptKey, request_bucket, token_bucket
 from engine.model.attention import KVCache
 from engine.model.decoder import Decoder
-from engine.model.experts import Trace
-from engine.serving.request import ExpertPolicy, Request, SamplingParams
+from engine.model.trace import Trace
+from engine.policy import ExpertPolicy
+from engine.serving.request import Request, SamplingParams
 from engine.serving.scheduler import Plan
 from tests.engine.conftest import tiny_config, tiny_model
 

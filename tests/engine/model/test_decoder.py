@@ -10,7 +10,7 @@ import torch
 from engine.model.attention import rotate
 from engine.model.decoder import Decoder, generate
 from engine.model.rotary import rope_table
-from engine.serving.request import ExpertPolicy
+from engine.policy import ExpertPolicy
 from tests.engine.conftest import tiny_config, tiny_model
 
 POLICIES = [ExpertPolicy.dense(), ExpertPolicy.top_k(3), ExpertPolicy.mass(0.7)]

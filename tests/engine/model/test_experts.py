@@ -13,20 +13,16 @@ from engine import checkpoint as checkpoints
 from engine.checkpoint import Checkpoint
 from engine.config import ModelConfig
 from engine.errors import ConfigError
-from engine.gpu.ffn.expert_ffn import activate_reference
-from engine.gpu.routing.routing import choose_reference
 from engine.gpu.routing.sharing import share_reference
+from engine.model.activations import activate_reference
 from engine.model.decoder import Decoder
-from engine.model.experts import (
-    ExpertFFN,
-    ExpertLayout,
-    PolicyBatch,
-    Trace,
-    centroid_router,
-    true_mass,
-)
+from engine.model.experts import ExpertLayout, centroid_router, true_mass
+from engine.model.ffn import ExpertFFN
+from engine.model.policy_batch import PolicyBatch
+from engine.model.routing import choose_reference
 from engine.model.sliced_ffn import sparse_ffn
-from engine.serving.request import ExpertPolicy
+from engine.model.trace import Trace
+from engine.policy import ExpertPolicy
 from training.clustering import balanced_kmeans
 from training.conversion import permute_neurons, refresh_router
 

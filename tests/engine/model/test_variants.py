@@ -14,9 +14,10 @@ from engine.checkpoint import load, save
 from engine.config import ModelConfig, RopeScaling
 from engine.errors import ConfigError
 from engine.model.decoder import Decoder
-from engine.model.experts import ExpertFFN, PolicyBatch
+from engine.model.ffn import ExpertFFN
+from engine.model.policy_batch import PolicyBatch
 from engine.model.rotary import rotary_tables
-from engine.serving.request import ExpertPolicy
+from engine.policy import ExpertPolicy
 from tests.engine.conftest import tiny_config, tiny_model, tiny_tokenizer
 from tests.engine.gpu.test_decode_graphs import (
     ComputedGraphs,

@@ -16,8 +16,9 @@ from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.errors import ConfigError, InvalidRequest, Overloaded
 from engine.model.decoder import Decoder, generate
+from engine.policy import ExpertPolicy
 from engine.serving.engine import Engine
-from engine.serving.request import ExpertPolicy, Request, SamplingParams, TokenEvent
+from engine.serving.request import Request, SamplingParams, TokenEvent
 from engine.text.output import StopMatcher
 from tests.engine.conftest import serve
 

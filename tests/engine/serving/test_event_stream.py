@@ -9,8 +9,9 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from engine.policy import ExpertPolicy
 from engine.serving.event_stream import EventStream, Outbox
-from engine.serving.request import ExpertPolicy, Request, SamplingParams, TokenEvent, TokenLogprob
+from engine.serving.request import Request, SamplingParams, TokenEvent, TokenLogprob
 
 LONG = 60.0  # seconds that no test waits for
 

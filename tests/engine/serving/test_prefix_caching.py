@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from engine.errors import ConfigError, InvalidRequest
 from engine.model.decoder import Decoder, generate
+from engine.policy import ExpertPolicy
 from engine.serving.engine import Engine
-from engine.serving.request import ExpertPolicy, Request, SamplingParams, Usage
+from engine.serving.request import Request, SamplingParams, Usage
 from tests.engine.conftest import serve
 
 MakeEngine = Callable[..., Engine]

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from engine.config import ExpertConfig
 from engine.errors import ConfigError, InvalidRequest
-from engine.serving.request import ExpertPolicy, Request, SamplingParams, TokenCounts
+from engine.policy import ExpertPolicy
+from engine.serving.request import Request, SamplingParams, TokenCounts
 
 
 @pytest.mark.parametrize("text", ["dense", "auto", "top_k:8", "mass:0.95", "shared:8", "oracle:3"])

@@ -9,10 +9,11 @@ import torch
 
 from engine.config import EngineConfig
 from engine.model.decoder import Decoder
-from engine.model.experts import Trace
+from engine.model.trace import Trace
+from engine.policy import ExpertPolicy
 from engine.serving.engine import Engine
 from engine.serving.histogram import Histogram
-from engine.serving.request import ExpertPolicy, SamplingParams
+from engine.serving.request import SamplingParams
 from engine.serving.router_sample import SAMPLED_TOKENS, sampling_trace
 from engine.serving.stats import Numbers, Stats
 

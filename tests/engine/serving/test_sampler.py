@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine.policy import ExpertPolicy
 from engine.serving import sampler
 from engine.serving.columns import Columns
-from engine.serving.request import ExpertPolicy, Request, SamplingParams
+from engine.serving.request import Request, SamplingParams
 from engine.serving.sampler import Sampled, completion_seed, token_logprobs, uniform
 
 VOCABULARY = 40

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest, Overloaded
+from engine.policy import ExpertPolicy
 from engine.serving.kv_blocks import BlockAllocator
-from engine.serving.request import ExpertPolicy, Request, SamplingParams, Status
+from engine.serving.request import Request, SamplingParams, Status
 from engine.serving.scheduler import Plan, Scheduler
 
 DENSE, SPARSE = ExpertPolicy.dense(), ExpertPolicy.top_k(1)

@@ -11,9 +11,10 @@ import torch
 from engine.config import ExpertConfig
 from engine.errors import InvalidRequest
 from engine.model.decoder import Decoder
-from engine.model.experts import Trace
+from engine.model.trace import Trace
+from engine.policy import ExpertPolicy
 from engine.serving.engine import Engine
-from engine.serving.request import ExpertPolicy, SamplingParams, TokenEvent
+from engine.serving.request import SamplingParams, TokenEvent
 from engine.serving.token_experts import MAX_BYTES, check_size, pack
 from tests.engine.conftest import tiny_config
 

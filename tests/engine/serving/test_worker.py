@@ -11,9 +11,10 @@ from contextlib import contextmanager
 import pytest
 
 from engine.errors import ConfigError, EngineStopped, InvalidRequest, Overloaded
+from engine.policy import ExpertPolicy
 from engine.serving.engine import Engine
 from engine.serving.event_stream import EventStream
-from engine.serving.request import ExpertPolicy, Request, SamplingParams, TokenEvent
+from engine.serving.request import Request, SamplingParams, TokenEvent
 from engine.serving.worker import MAX_FAILED_STEPS, STEP_TIMEOUT, Worker
 
 MakeEngine = Callable[..., Engine]

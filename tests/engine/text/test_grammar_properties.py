@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
+from engine.policy import ExpertPolicy
 from engine.serving.engine import Engine
-from engine.serving.request import ExpertPolicy, SamplingParams
+from engine.serving.request import SamplingParams
 from engine.text import structured
 from engine.text.grammar import Grammar
 from tests.engine.conftest import serve

@@ -14,7 +14,8 @@ import torch
 
 from engine.checkpoint import Checkpoint
 from engine.errors import InvalidRequest
-from engine.serving.request import ExpertPolicy, SamplingParams, TokenEvent
+from engine.policy import ExpertPolicy
+from engine.serving.request import SamplingParams, TokenEvent
 from engine.serving.sampler import sample
 from engine.text import structured
 from engine.text.grammar import MAX_GRAMMAR_BYTES, Grammar

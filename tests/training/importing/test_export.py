@@ -15,7 +15,7 @@ from engine.checkpoint import MANIFEST, STARTER, load, read_json, save, write_js
 from engine.errors import ConfigError
 from engine.model.decoder import Decoder
 from engine.model.experts import ExpertLayout
-from engine.serving.request import ExpertPolicy
+from engine.policy import ExpertPolicy
 from tests.engine.conftest import tiny_config, tiny_tokenizer
 from tests.training.importing.models import (
     MAKERS,

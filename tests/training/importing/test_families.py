@@ -13,9 +13,11 @@ from engine.config import EngineConfig
 from engine.cpu import native
 from engine.model.attention import causal_attend
 from engine.model.decoder import Decoder
-from engine.model.experts import PolicyBatch, Trace
+from engine.model.policy_batch import PolicyBatch
+from engine.model.trace import Trace
+from engine.policy import NO_MASS_LIMIT, ExpertPolicy
 from engine.serving.engine import Engine
-from engine.serving.request import NO_MASS_LIMIT, ExpertPolicy, SamplingParams
+from engine.serving.request import SamplingParams
 from tests.engine.conftest import tiny_tokenizer
 from tests.training.importing.models import (
     MAKERS,

@@ -13,8 +13,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from engine.config import EngineConfig
 from engine.errors import CheckpointError
+from engine.policy import ExpertPolicy
 from engine.serving.engine import Engine
-from engine.serving.request import ExpertPolicy, SamplingParams
+from engine.serving.request import SamplingParams
 from training.importing import pipeline
 from training.importing.options import ImportOptions
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from engine.gpu.add_norm import Norm
 from engine.gpu.arrivals import Arrivals
 from engine.gpu.ffn.expert_ffn import (
-    activate_reference,
     expert_down,
     expert_down_reference,
     expert_ffn,
@@ -20,6 +19,7 @@ from engine.gpu.ffn.expert_ffn import (
     expert_up,
     expert_up_reference,
 )
+from engine.model.activations import activate_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.gpu.ffn.expert_ffn import activate_reference, expert_ffn_reference
+from engine.gpu.ffn.expert_ffn import expert_ffn_reference
 from engine.gpu.ffn.grouped_ffn import grouped_ffn, grouped_ffn_reference
 from engine.gpu.routing.routing import Routing, route_scores_reference
+from engine.model.activations import activate_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.gpu.ffn.expert_ffn import ACTIVATIONS
 from engine.gpu.ffn.masked_ffn import activate_chosen, activate_chosen_reference, masked_ffn
+from engine.model.activations import ACTIVATIONS
 from engine.model.sliced_ffn import sparse_ffn_reference
 
 
