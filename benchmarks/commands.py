@@ -61,10 +61,6 @@ def decode(
             "same: one prompt for the whole batch, so that all choose the same. Text lies between."
         ),
     ] = "own",
-    compare: Annotated[
-        str,
-        typer.Option(help="sparse: top_k against dense; shared: the policy shared against top_k."),
-    ] = "sparse",
     seconds: Annotated[float, typer.Option(help="To spend on each batch size, about.")] = 20.0,
     threads: Threads = 0,
     json_file: JsonFile = None,
@@ -81,7 +77,6 @@ def decode(
         shape=shape,
         experts=experts,
         routing=routing,
-        compare=compare,
         seconds=seconds,
         threads=threads,
     )

@@ -1,7 +1,6 @@
 """The whole engine on the CPU, sparse against dense: decoding, prompts, and a load of requests.
 
     ambidex bench decode|prefill|serve [--shape opt-125m|opt-1.3b] [--experts 32|64] [--json FILE]
-    ambidex bench decode --compare shared    # the policy shared against top_k
 
 Everything goes through `Engine.step`, as while serving: scheduling, attention, routing, sampling
 and detokenising included. Both sides run the same random weights (`benchmarks.models`) and take
@@ -53,7 +52,6 @@ from engine.serving.engine import Engine
 BATCHES: Final = (1, 2, 4, 8, 16, 32, 64)
 PREFILLS: Final = (1, 16, 64, 256, 512, 1024)
 ROUTINGS: Final = ("own", "same")
-COMPARISONS: Final = {"sparse": ("dense", "sparse"), "shared": ("top_k", "shared")}
 PROMPT: Final = 64  # tokens before decoding starts
 MIN_STEPS, MAX_STEPS = 6, 128
 MIN_PREFILLS, MAX_PREFILLS = 3, 31
@@ -76,8 +74,6 @@ class Options:
         routing: "own": every request has its own prompt; "same": one prompt for all of a batch.
         seconds: to spend on a row, about; every row has a least number of samples.
         threads: of the CPU; 0 leaves torch's choice.
-        compare: "sparse": top_k against dense; "shared": the policy shared against top_k, of the
-            same k (decoding alone: prompts do not share).
     """
 
     shape: str = "opt-125m"
@@ -85,11 +81,9 @@ class Options:
     routing: str = "own"
     seconds: float = 20.0
     threads: int = 0
-    compare: str = "sparse"
 
     def __post_init__(self) -> None:
         shape_named(self.shape)
-        check_choice("compare", self.compare, tuple(COMPARISONS))
         chosen_of(self.experts)
         check_choice("routing", self.routing, ROUTINGS)
         check_range("seconds", self.seconds, 0.0, 3600.0)
@@ -97,7 +91,7 @@ class Options:
 
 
 class Subject:
-    """One model as its dense and its sparse self, or as what the options compare instead.
+    """One model as its dense and its sparse self.
 
     Args:
         options: which model.
@@ -116,11 +110,8 @@ class Subject:
         config = engine_config(self.config, kv_tokens, options.threads)
         engine = Engine(self.checkpoint, config)
         other = Engine(self.checkpoint, config) if side_by_side else engine
-        policies = [ExpertPolicy.dense(), ExpertPolicy.top_k(self.chosen)]
-        if options.compare == "shared":
-            policies = [policies[1], ExpertPolicy.shared(self.chosen)]
-        self.dense = EngineServer(engine, policies[0])
-        self.sparse = EngineServer(other, policies[1])
+        self.dense = EngineServer(engine, ExpertPolicy.dense())
+        self.sparse = EngineServer(other, ExpertPolicy.top_k(self.chosen))
 
     def prompts(self, count: int, length: int, seed: int) -> list[list[int]]:
         """Prompts of a batch, as the routing asks."""
@@ -226,19 +217,16 @@ def _decode_record(
         "routing": subject.options.routing,
         "context": context,
         "steps": len(times),
-        "compare": subject.options.compare,
         "peer_experts_read": experts_read[0] / experts,
         "experts_read": experts_read[1] / experts,
         "bytes_per_second": rate,
     }
-    sides = COMPARISONS[subject.options.compare]
-    for side, read, ms in zip(sides, experts_read, milliseconds, strict=True):
+    for side, read, ms in zip(("dense", "sparse"), experts_read, milliseconds, strict=True):
         needed = step_bytes(config, read, batch * context, sparse=side != "dense").total
         params[f"{side}_bytes"] = needed
         params[f"{side}_share_of_limit"] = limit_share(needed, rate, ms)
     peer_ms, ms = milliseconds
-    name = "engine_decode" + ("_shared" if subject.options.compare == "shared" else "")
-    return Record(name, params, ms, "ms", peer_ms, peer_ms / ms)
+    return Record("engine_decode", params, ms, "ms", peer_ms, peer_ms / ms)
 
 
 def print_decode(records: Iterator[Record]) -> list[Record]:
@@ -247,7 +235,7 @@ def print_decode(records: Iterator[Record]) -> list[Record]:
     print("read: distinct experts of a step; limit: share of what memory allows")
     kept: list[Record] = []
     for record in records:
-        first, second = COMPARISONS[record.params["compare"]]
+        first, second = "dense", "sparse"
         if not kept:
             print(
                 f"{'batch':>6}{first:>9}{second:>9}{'':>8}{first:>10}{second:>10}"
@@ -403,17 +391,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--routing", default=Options.routing)
     parser.add_argument("--seconds", type=float, default=Options.seconds)
     parser.add_argument("--threads", type=int, default=Options.threads)
-    parser.add_argument("--compare", default=Options.compare, help="of decode")
     parser.add_argument("--batch", type=int, nargs="+", default=BATCHES, help="of decode")
     parser.add_argument("--requests", type=int, default=REQUESTS)
     parser.add_argument("--rate", type=float, default=0.0)
     parser.add_argument("--json", type=Path, help="write the records to this file")
     given = parser.parse_args(arguments)
-    if given.command != "decode" and given.compare != Options.compare:
-        parser.error("--compare is for decode")
-    options = Options(
-        given.shape, given.experts, given.routing, given.seconds, given.threads, given.compare
-    )
+    options = Options(given.shape, given.experts, given.routing, given.seconds, given.threads)
     torch.manual_seed(0)
     threads = options.threads or torch.get_num_threads()
     print(f"{MACHINE}, {threads} threads, torch {VERSIONS['torch']}")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.records import MACHINE, VERSIONS, Record, write_records
 from engine.config import ExpertConfig, ModelConfig
+from engine.cpu.pack import PackedFFN
 from engine.model.ffn import ExpertFFN
 from engine.model.policy_batch import PolicyBatch
 from engine.policy import ExpertPolicy
@@ -36,7 +37,7 @@ SECONDS_PER_ROW: Final = 3.0
 MIN_SAMPLES, MAX_SAMPLES = 9, 301
 
 
-def build_layer(width: int, neurons: int, dtype: torch.dtype) -> ExpertFFN:
+def build_layer(width: int, neurons: int, dtype: torch.dtype) -> PackedFFN:
     """A layer with random weights, ready for inference."""
     config = ModelConfig(
         vocab_size=2,
@@ -53,8 +54,7 @@ def build_layer(width: int, neurons: int, dtype: torch.dtype) -> ExpertFFN:
     torch.nn.init.normal_(layer.down, std=neurons**-0.5)
     layer.up.data, layer.down.data = layer.up.to(dtype), layer.down.to(dtype)
     torch.nn.init.normal_(layer.router, std=width**-0.5)
-    layer.prepare()
-    return layer
+    return PackedFFN(layer)
 
 
 def inputs(width: int, tokens: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -63,13 +63,13 @@ def inputs(width: int, tokens: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"same": same.to(dtype), "own": torch.randn(tokens, width).to(dtype)}
 
 
-def milliseconds(layer: ExpertFFN, x_TD: Tensor, policy: PolicyBatch) -> float:
+def milliseconds(layer: PackedFFN, x_TD: Tensor, policy: PolicyBatch) -> float:
     start = time.perf_counter()
     layer(x_TD, policy)
     return (time.perf_counter() - start) * 1e3
 
 
-def measure(layers: Sequence[ExpertFFN], tokens: int, dtype: torch.dtype) -> dict[str, float]:
+def measure(layers: Sequence[PackedFFN], tokens: int, dtype: torch.dtype) -> dict[str, float]:
     """Median milliseconds of a layer: dense, and sparse under both routings."""
     width = layers[0].router.shape[1]  # `up` is packed by now
     batches = inputs(width, tokens, dtype)

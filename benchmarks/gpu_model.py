@@ -33,7 +33,7 @@ from benchmarks.records import Record
 from engine.config import ExpertConfig, ModelConfig
 from engine.gpu.attention.batches import KernelAttend
 from engine.gpu.decode_graphs import DecodeGraph, DecodeGraphs, GraphKey, Replay, StaticBatch
-from engine.gpu.forward import fused_forward
+from engine.gpu.decoder import KernelDecoder
 from engine.gpu.prompt_graphs import PromptGraphs, PromptKey
 from engine.model.attention import KVCache, SequenceSpan
 from engine.model.decoder import Decoder
@@ -96,8 +96,6 @@ def random_model(shape: Shape) -> Decoder:
             parameter.fill_(1.0)
         else:
             parameter.normal_(std=0.02 if "embedding" in name else parameter.shape[1] ** -0.5)
-    for ffn in model.ffns():
-        ffn.use_kernels()
     return model.eval()
 
 
@@ -124,7 +122,7 @@ class BenchmarkGraphs(DecodeGraphs):
     def __init__(
         self, model: Decoder, cache: KVCache, most: int, tokens: int, experts: int
     ) -> None:
-        super().__init__(model, cache, most, tokens)
+        super().__init__(KernelDecoder(model), cache, most, tokens)
         self.num_experts = experts
 
     def _capture(self, key: GraphKey, batch: StaticBatch) -> DecodeGraph:
@@ -144,7 +142,7 @@ class BenchmarkPrompts(PromptGraphs):
     def __init__(
         self, model: Decoder, cache: KVCache, requests: int, tokens: int, longest: int, experts: int
     ) -> None:
-        super().__init__(model, cache, requests, tokens, longest)
+        super().__init__(KernelDecoder(model), cache, requests, tokens, longest)
         self.num_experts = experts
 
     def _capture(self, key: PromptKey) -> Replay:
@@ -300,7 +298,8 @@ def launched_call(model: Decoder, cache: KVCache, plan: Plan, experts: int) -> C
     )
     policies = PolicyBatch.build([(r.policy, n) for r, n in plan], experts, DEVICE)
     attend = KernelAttend.of_spans(cache, spans, model.turns(positions_T))
-    return lambda _: fused_forward(model, ids_T, attend, policies, None, rows)
+    decoder = KernelDecoder(model)
+    return lambda _: decoder.forward(ids_T, attend, policies, None, rows)
 
 
 def graph_times(

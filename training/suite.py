@@ -160,12 +160,6 @@ def _policy(text: str, checkpoint: Checkpoint) -> ExpertPolicy:
         raise ConfigError(
             f"--experts must be dense, auto, top_k:N, mass:SHARE or oracle:N; got {text[:40]!r}"
         ) from error
-    require(
-        policy.kind != "shared",
-        f"--experts {policy} depends on what is decoded at the same time, which an evaluation of "
-        f"whole texts has not: evaluate top_k:{policy.value}, which it stands for",
-        ConfigError,
-    )
     policy = policy.resolve(checkpoint.config.experts.default_policy)
     policy.validate(checkpoint.config.experts.num_experts)
     return policy

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from engine.cpu import native, pack
 from engine.cpu.cache import PagedCache
-from engine.cpu.experts import PackedExpertFFN, every_pair
+from engine.cpu.experts import every_pair
 from engine.cpu.linear import PackedLinear
+from engine.cpu.pack import PackedFFN
 from engine.model.decoder import Decoder, Layer
 
 
@@ -94,12 +95,12 @@ class PackedLayers:
     def __init__(self, model: Decoder) -> None:
         config = model.config
         self._layers = [layer for layer in model.layers if isinstance(layer, Layer)]
-        self._ffns = [layer.get_submodule("ffn") for layer in self._layers]
+        self._ffns = [_packed(layer) for layer in self._layers]
         self._weights = (_LayerWeights * len(self._layers))()
         for weights, layer in zip(self._weights, self._layers, strict=True):
             for name, tensor in _weights_of(layer).items():
                 setattr(weights, name, None if tensor is None else tensor.data_ptr())
-        attention, ffn, lanes = self._layers[0].attention, _packed(self._ffns[0]), native.lanes()
+        attention, ffn, lanes = self._layers[0].attention, self._ffns[0].packed, native.lanes()
         qkv, out = _linear(attention.qkv), _linear(attention.out)
         self.dtype, self.num_experts = qkv.dtype, ffn.num_experts
         self._width, self._size = ffn.model, ffn.expert_size
@@ -220,16 +221,17 @@ def _linear(layer: nn.Module) -> PackedLinear:
     return layer.packed
 
 
-def _packed(ffn: nn.Module) -> PackedExpertFFN:
-    """The weights of a packed FFN."""
-    assert isinstance(ffn, pack.PackedFFN)
-    return ffn.packed
+def _packed(layer: Layer) -> PackedFFN:
+    """The packed FFN of a layer."""
+    ffn = layer.get_submodule("ffn")
+    assert isinstance(ffn, PackedFFN)
+    return ffn
 
 
 def _weights_of(layer: Layer) -> dict[str, Tensor | None]:
     """What each field of `_LayerWeights` points to, but for the router."""
     qkv, out = _linear(layer.attention.qkv), _linear(layer.attention.out)
-    ffn = _packed(layer.get_submodule("ffn"))
+    ffn = _packed(layer).packed
     return {
         "attention_norm": layer.attention_norm.weight,
         "attention_norm_bias": layer.attention_norm.bias,

@@ -31,22 +31,23 @@ def supports(model: Decoder) -> bool:
 
 def pack(model: Decoder) -> None:
     """Pack a model that `supports` takes. Packing again changes nothing."""
-    if isinstance(model.embedding, PackedEmbedding | EmbeddingTable):
+    embedding: nn.Module = model.embedding
+    if isinstance(embedding, PackedEmbedding | EmbeddingTable):
         return
     for name in ("project_in", "project_out", "head"):
         layer = getattr(model, name)
         if layer is not None:
-            setattr(model, name, PackedLinear(layer))
+            _replace(model, name, PackedLinear(layer))
     if model.head is None:  # the output layer and the embedding share one copy
         shared = PackedLinear(model.embedding)
-        model.register_module("head", shared)
-        model.register_module("embedding", PackedEmbedding(shared))
+        _replace(model, "head", shared)
+        _replace(model, "embedding", PackedEmbedding(shared))
     else:
-        model.register_module("embedding", EmbeddingTable(model.embedding))
+        _replace(model, "embedding", EmbeddingTable(model.embedding))
     if model.positions is not None:
-        model.register_module("positions", EmbeddingTable(model.positions))
+        _replace(model, "positions", EmbeddingTable(model.positions))
     if model.norm is not None:
-        model.register_module("norm", packed_norm(model.norm))
+        _replace(model, "norm", packed_norm(model.norm))
     for layer in model.layers:
         assert isinstance(layer, Layer)
         pack_layer(layer)
@@ -55,16 +56,21 @@ def pack(model: Decoder) -> None:
 def pack_layer(layer: Layer) -> None:
     """Pack one layer, for models that are worked on layer by layer."""
     for name in ("attention_norm", "ffn_norm"):
-        setattr(layer, name, packed_norm(getattr(layer, name)))
+        _replace(layer, name, packed_norm(getattr(layer, name)))
     attention: Attention = layer.attention
     for name in ("qkv", "out"):
-        setattr(attention, name, PackedLinear(getattr(attention, name)))
+        _replace(attention, name, PackedLinear(getattr(attention, name)))
     if attention.turn is rotate:
         attention.turn = elementwise.rotate_
-    layer.register_module("ffn", PackedFFN(layer.ffn))
+    _replace(layer, "ffn", PackedFFN(layer.ffn))
     if layer.multiplier != 1.0:
         # Rounded once, as the next norm adds it where one call runs all layers.
         layer.sum = elementwise.add_scaled_
+
+
+def _replace(module: nn.Module, name: str, child: nn.Module) -> None:
+    """Put a packed module in the place of one that it can stand for."""
+    setattr(module, name, child)
 
 
 def released(weight: Tensor) -> nn.Parameter:

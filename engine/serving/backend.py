@@ -11,6 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from engine.config import EngineConfig
+from engine.cpu import pack
 from engine.cpu.backend import CpuBackend
 from engine.gpu.backend import GpuBackend
 from engine.model.attention import KVCache, PagedAttend, SequenceSpan
@@ -44,7 +45,7 @@ class Backend(Protocol):
 
 
 class PlainBackend:
-    """A model on torch's operators, on any device."""
+    """A model and attention by torch's operators over any cache, on any device."""
 
     def __init__(self, model: Decoder, cache: KVCache) -> None:
         self.cache = cache
@@ -77,6 +78,8 @@ def make_backend(
         layers, num_blocks, config.block_size, heads, dim, weight.dtype, weight.device, shape.window
     )
     if not weight.is_cuda:
+        if pack.supports(model):  # its kernels take the weights, though not this cache
+            pack.pack(model)
         return PlainBackend(model, cache)
     backend = GpuBackend(model, cache)
     if config.cuda_graphs:

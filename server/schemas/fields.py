@@ -63,8 +63,6 @@ def _policy(value: Any) -> ExpertPolicy:
             return ExpertPolicy.parse(value)
         case {"top_k": int(k)} if len(value) == 1 and not isinstance(k, bool) and abs(k) < 1 << 31:
             return ExpertPolicy.top_k(k)
-        case {"shared": int(k)} if len(value) == 1 and not isinstance(k, bool) and abs(k) < 1 << 31:
-            return ExpertPolicy.shared(k)
         case {"mass": int(p) | float(p)} if len(value) == 1 and not isinstance(p, bool):
             return ExpertPolicy.mass(min(float(p), 2.0) if abs(p) < 1 << 31 else 2.0)
     raise InvalidRequest(

@@ -48,26 +48,6 @@ def test_the_same_prompts_read_no_more_experts_than_one() -> None:
     assert record.params["experts_read"] == pytest.approx(6 / 32, abs=0.02)
 
 
-def test_decode_compares_shared_with_top_k(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sizes = ["--compare", "shared", "--batch", "1", "16"]
-    alone, many = run(tmp_path / "r.json", "decode", *sizes)
-    printed = capsys.readouterr().out
-    assert alone["name"] == many["name"] == "engine_decode_shared"
-    assert alone["params"]["experts_read"] == alone["params"]["peer_experts_read"] == 6 / 32
-    assert many["params"]["experts_read"] < many["params"]["peer_experts_read"] <= 1
-    assert many["params"]["shared_bytes"] < many["params"]["top_k_bytes"]
-    assert f"{many['params']['experts_read']:.0%}" in printed
-
-
-@pytest.mark.parametrize("command", ["prefill", "serve"])
-def test_only_decoding_shares(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        engine_speed.main([command, *TINY, "--compare", "shared"])
-    assert "--compare is for decode" in capsys.readouterr().err
-
-
 def test_prefill_records_every_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = run(tmp_path / "r.json", "prefill")
     printed = capsys.readouterr().out
@@ -105,7 +85,6 @@ def test_the_median_run_is_a_run() -> None:
     ("arguments", "message"),
     [
         ({"routing": "random"}, "routing must be one of own, same; got 'random'"),
-        ({"compare": "mass"}, "compare must be one of sparse, shared; got 'mass'"),
         ({"seconds": -1.0}, "seconds must be between 0"),
         ({"threads": 2000}, "threads must be between 0 and 1024"),
     ],

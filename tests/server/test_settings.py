@@ -38,7 +38,6 @@ def test_the_environment_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
         max_num_seqs=3,
         max_model_len=77,
         prefix_caching=False,
-        priority_age_seconds=2.5,
         sample_every=256,
     )
     assert Settings(port=1).port == 1  # arguments come first

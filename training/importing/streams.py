@@ -20,10 +20,10 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.cpu import native
+from engine.cpu.pack import pack_layer
 from engine.model.attention import causal_attend
-from engine.model.decoder import Attention, Decoder, Layer, Linear
+from engine.model.decoder import Decoder, Layer
 from engine.model.ffn import ExpertFFN
-from engine.model.norms import Norm
 from engine.model.policy_batch import PolicyBatch
 from engine.model.trace import Trace
 from training.expert_use import ExpertUse
@@ -73,9 +73,7 @@ def pack(layer: Layer, config: ModelConfig) -> None:
     Its weights are released: take them from it before.
     """
     if native.supports(layer.ffn.up.dtype, config.hidden_size, config.head_dim):
-        for module in layer.modules():
-            if isinstance(module, Linear | Norm | Attention | ExpertFFN):
-                module.prepare()
+        pack_layer(layer)
 
 
 @torch.no_grad()

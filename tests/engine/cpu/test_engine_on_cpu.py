@@ -15,6 +15,9 @@ from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig, ExpertConfig
 from engine.cpu import build, native
 from engine.cpu.attention import NativeAttend
+from engine.cpu.backend import CpuBackend
+from engine.cpu.cache import KV_BLOCK
+from engine.cpu.pack import pack
 from engine.model.attention import SequenceSpan
 from engine.model.decoder import Decoder, generate
 from engine.model.policy_batch import PolicyBatch
@@ -93,24 +96,21 @@ def serve(engine: Engine, arrivals: list[tuple[int, Request]]) -> dict[str, list
 @pytest.mark.parametrize("dtype", native.DTYPES)
 @pytest.mark.parametrize(
     "policies",
-    [POLICIES[:1], POLICIES[1:], POLICIES, [ExpertPolicy.shared(4), POLICIES[2]]],
-    ids=["dense", "sparse", "mixed", "shared"],
+    [POLICIES[:1], POLICIES[1:], POLICIES],
+    ids=["dense", "sparse", "mixed"],
 )
 @torch.inference_mode()
 def test_one_call_computes_what_the_layers_do(
     policies: list[ExpertPolicy],
     dtype: torch.dtype,
     multiplier: float,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Bit for bit: logits, choices and what is left in the cache, over chunks and single rows."""
     model = wide_model(dtype, residual_multiplier=multiplier).requires_grad_(False)
-    model.prepare()
     found = []
     for whole in (True, False):
-        if not whole:
-            monkeypatch.setattr(Decoder, "_runs_whole", lambda *_: False)
-        cache = native.PagedCache(2, 64 * len(policies), 2, 32, dtype)
+        backend = CpuBackend(model, 4 * len(policies), 16)
+        cache = backend.cache
         logits, chosen = [], []
         for start, length in ((0, 17), (17, 1), (18, 5)):
             spans = [
@@ -121,8 +121,11 @@ def test_one_call_computes_what_the_layers_do(
             positions = torch.arange(start, start + length).repeat(len(policies))
             batch = PolicyBatch.build([(policy, length) for policy in policies], 8)
             trace, rows = Trace(), torch.tensor([0, len(ids) - 1])
-            attend = NativeAttend(cache, 16, spans)
-            logits.append(model(ids, positions, attend, batch, trace, rows))
+            if whole:
+                logits.append(backend.forward(spans, ids, positions, batch, trace, rows))
+            else:
+                attend = NativeAttend(cache, 16, spans)
+                logits.append(model(ids, positions, attend, batch, trace, rows))
             chosen.append(trace.counts())
         found.append((logits, chosen, cache.keys, cache.values))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
@@ -186,8 +189,8 @@ def check_against_generate(engine: Engine, oracle: Decoder) -> list[Request]:
 def test_equals_the_naive_generate(blocks: int, config: dict[str, int]) -> None:
     oracle = wide_model()
     engine = make_engine(oracle, blocks, **config)
-    natively = isinstance(engine.runner.cache, native.PagedCache)
-    assert natively == (engine.config.block_size % native.KV_BLOCK == 0)
+    natively = isinstance(engine.runner.backend, CpuBackend)
+    assert natively == (engine.config.block_size % KV_BLOCK == 0)
     requests = check_against_generate(engine, oracle)
     preempted = sum(request.preemptions for request in requests)
     assert (preempted > 0) == (blocks == 10)
@@ -207,7 +210,7 @@ def _no_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_the_same_tokens_without_the_kernels() -> None:
     oracle = wide_model()
     engine = make_engine(oracle)
-    assert not isinstance(engine.runner.cache, native.PagedCache)
+    assert not isinstance(engine.runner.backend, CpuBackend)
     check_against_generate(engine, oracle)
     assert engine.runner.model.embedding.weight.numel() > 0
 
@@ -216,7 +219,7 @@ def test_the_same_tokens_on_a_shape_that_they_do_not_support() -> None:
     oracle = wide_model(heads=16)
     assert oracle.config.head_dim == 8
     engine = make_engine(oracle)
-    assert not isinstance(engine.runner.cache, native.PagedCache)
+    assert not isinstance(engine.runner.backend, CpuBackend)
     check_against_generate(engine, oracle)
 
 
@@ -265,46 +268,9 @@ def test_output_is_the_same_bits_in_any_company(dtype: torch.dtype, policy: Expe
         torch.set_num_threads(threads)
 
 
-@needs_kernels
-@pytest.mark.parametrize("dtype", native.DTYPES, ids=["float32", "bfloat16"])
-def test_a_lone_shared_request_is_top_k_bit_for_bit(dtype: torch.dtype) -> None:
-    """Also after its prompt was computed in chunks and in company that does not decode with it."""
-    model, chance = wide_model(dtype), random.Random(5)
-    ids, sampling = prompt(chance, 37), SamplingParams(max_new_tokens=40, ignore_eos=True)
-
-    def output(policy: ExpertPolicy, **config: int) -> tuple[list[int], list[float], int]:
-        engine = make_engine(model, **config)
-        request = engine.make_request(ids, sampling, policy)
-        logprobs = serve(engine, [(0, request)])[request.request_id]
-        return request.output_ids, logprobs, request.experts_activated
-
-    own = output(ExpertPolicy.top_k(3))
-    assert output(ExpertPolicy.shared(3)) == own
-    assert output(ExpertPolicy.shared(3), max_num_batched_tokens=7, max_num_seqs=4) == own
-
-
-@needs_kernels
-@pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[2], POLICIES[4]], ids=str)
-def test_company_that_shares_changes_no_bit_of_others(policy: ExpertPolicy) -> None:
-    model = wide_model(torch.bfloat16)
-
-    def output(company: int) -> tuple[list[int], list[float]]:
-        chance, sampling = random.Random(5), SamplingParams(max_new_tokens=40, ignore_eos=True)
-        engine = make_engine(model)
-        watched = engine.make_request(prompt(chance, 37), sampling, policy)
-        others = [
-            engine.make_request(prompt(chance, 5 + i), sampling, ExpertPolicy.shared(1 + i % 8))
-            for i in range(company)
-        ]
-        logprobs = serve(engine, [(i % 4, other) for i, other in enumerate([watched, *others])])
-        return watched.output_ids, logprobs[watched.request_id]
-
-    assert output(12) == output(0)
-
-
 @pytest.mark.parametrize("natively", [True, False])
-def test_sharing_reads_fewer_experts(natively: bool) -> None:
-    """And counts what ran: never more experts than own choices of the same tokens would read."""
+def test_what_ran_is_counted(natively: bool) -> None:
+    """Experts of each request, and no more of them read than used."""
     if natively and not native.available():
         pytest.skip("needs a C compiler")
     model = wide_model() if natively else wide_model(heads=16)
@@ -312,41 +278,16 @@ def test_sharing_reads_fewer_experts(natively: bool) -> None:
     def loaded(policy: ExpertPolicy) -> tuple[int, list[int]]:
         chance, sampling = random.Random(3), SamplingParams(max_new_tokens=30, ignore_eos=True)
         engine = make_engine(model)
-        assert isinstance(engine.runner.cache, native.PagedCache) == natively
+        assert isinstance(engine.runner.backend, CpuBackend) == natively
         requests = [engine.make_request(prompt(chance, 9), sampling, policy) for _ in range(5)]
         serve(engine, [(0, request) for request in requests])
         numbers = engine.stats.snapshot()
         assert sum(numbers.experts_activated) == sum(r.experts_activated for r in requests)
         return sum(numbers.experts_loaded), [r.experts_activated for r in requests]
 
-    read, _ = loaded(ExpertPolicy.top_k(3))
-    read_shared, used = loaded(ExpertPolicy.shared(3))
-    assert read_shared < read
+    _, used = loaded(ExpertPolicy.top_k(3))
     layers, tokens = model.config.num_hidden_layers, 9 + 30 - 1
     assert all(0 < count <= layers * tokens * 4 for count in used)
-
-
-@needs_kernels
-def test_traffic_that_shares_ends_and_leaves_others_alone() -> None:
-    """With preemptions, chunks and prefixes in common."""
-    oracle, chance = wide_model(), random.Random(11)
-    engine = make_engine(oracle, blocks=8, max_num_batched_tokens=64, max_num_seqs=32)
-    common, policies = prompt(chance, 33), [*POLICIES, *map(ExpertPolicy.shared, (1, 3, 8))]
-    requests = [
-        engine.make_request(
-            common[: 33 * (i % 3 == 0)] + prompt(chance, chance.choice([1, 16, 30])),
-            SamplingParams(max_new_tokens=chance.randrange(1, 40), ignore_eos=True),
-            policies[i % len(policies)],
-        )
-        for i in range(32)
-    ]
-    serve(engine, [(chance.randrange(25), request) for request in requests])
-    assert sum(request.preemptions for request in requests if request.policy.kind == "shared") > 0
-    for request in requests:
-        assert request.num_output == request.sampling.max_new_tokens
-        if request.policy.kind != "shared":
-            ids, new = request.prompt_ids, request.num_output
-            assert request.output_ids[:5] == generate(oracle, ids, min(new, 5), request.policy)
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -362,12 +303,12 @@ def test_packed_weights_replace_the_parameters() -> None:
 
 
 @needs_kernels
-def test_preparing_again_changes_nothing() -> None:
+def test_packing_again_changes_nothing() -> None:
     model, ids_BL = wide_model(), torch.arange(1, 9).view(2, 4)
-    model.prepare()
+    pack(model)
     with torch.inference_mode():
         before = model.logits(ids_BL, POLICIES[2])
-        model.prepare()
+        pack(model)
         assert torch.equal(model.logits(ids_BL, POLICIES[2]), before)
 
 
@@ -383,12 +324,12 @@ def test_two_engines_share_one_checkpoint() -> None:
 
 
 @needs_kernels
-def test_oracle_policy_after_preparation() -> None:
+def test_oracle_policy_after_packing() -> None:
     """It needs the true activations, so the first matrix is unpacked for it."""
-    prepared, plain = wide_model(), wide_model()
-    prepared.prepare()
+    packed, plain = wide_model(), wide_model()
+    pack(packed)
     ids_BL, policy = torch.arange(1, 13).view(2, 6), ExpertPolicy.oracle(3)
     with torch.inference_mode():
         torch.testing.assert_close(
-            prepared.logits(ids_BL, policy), plain.logits(ids_BL, policy), rtol=1e-4, atol=1e-3
+            packed.logits(ids_BL, policy), plain.logits(ids_BL, policy), rtol=1e-4, atol=1e-3
         )

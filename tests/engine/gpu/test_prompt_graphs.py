@@ -5,7 +5,6 @@ What a graph replays is computed here without one; the capture is tested on a GP
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import pytest
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from engine.gpu import prompt_graphs
 from engine.gpu.decode_graphs import Replay
+from engine.gpu.decoder import KernelDecoder
 from engine.gpu.prompt_graphs import PromptGraphs, PromptKey, request_bucket, token_bucket
 from engine.model.attention import KVCache
 from engine.model.decoder import Decoder
@@ -74,15 +74,12 @@ def plain() -> Decoder:
 
 
 @pytest.fixture(scope="module")
-def kernels(plain: Decoder) -> Decoder:
-    """The same weights; FFNs run the GPU's kernels in the interpreter."""
-    model = copy.deepcopy(plain)
-    for ffn in model.ffns():
-        ffn.use_kernels()
-    return model
+def kernels(plain: Decoder) -> KernelDecoder:
+    """The same weights by the GPU's kernels, in the interpreter."""
+    return KernelDecoder(plain)
 
 
-def graphs_of(model: Decoder, requests: int = 8, tokens: int = 40) -> ComputedGraphs:
+def graphs_of(model: KernelDecoder, requests: int = 8, tokens: int = 40) -> ComputedGraphs:
     cache = KVCache(2, 60, 4, 2, 8, torch.float32, "cpu")
     cache.slots.fill_(1e4)
     return ComputedGraphs(model, cache, requests, tokens, longest=40)
@@ -139,7 +136,10 @@ def check_step(graphs: PromptGraphs, plain: Decoder, plan: Plan) -> PromptKey:
 )
 @torch.inference_mode()
 def test_chunks_and_decoding_requests_compute_what_each_computes_alone(
-    policies: list[ExpertPolicy], plain: Decoder, kernels: Decoder, monkeypatch: pytest.MonkeyPatch
+    policies: list[ExpertPolicy],
+    plain: Decoder,
+    kernels: KernelDecoder,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(prompt_graphs, "mixed_is_masked", lambda *_: True)
     graphs, requests = graphs_of(kernels), requests_of(policies)
@@ -154,7 +154,9 @@ def test_chunks_and_decoding_requests_compute_what_each_computes_alone(
 
 
 @torch.inference_mode()
-def test_one_graph_serves_other_lengths_and_contexts(plain: Decoder, kernels: Decoder) -> None:
+def test_one_graph_serves_other_lengths_and_contexts(
+    plain: Decoder, kernels: KernelDecoder
+) -> None:
     graphs, (first, second, third) = graphs_of(kernels), requests_of([TWO, TWO, TWO])
     keys = {check_step(graphs, plain, [(second, 9), (third, 4)])}
     keys.add(check_step(graphs, plain, [(first, 1)]))
@@ -162,21 +164,14 @@ def test_one_graph_serves_other_lengths_and_contexts(plain: Decoder, kernels: De
     assert len(keys) == len(graphs.captured) == 1
 
 
-def test_what_has_no_graph(kernels: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_no_graph(kernels: KernelDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = graphs_of(kernels, requests=2, tokens=20)
     first, second, third = requests_of([TWO, TWO, TWO])
     assert graphs.key([(second, 9)]) == PromptKey(16, 2, 2)
     assert graphs.key([(second, 9), (third, 4), (first, 1)]) is None
     assert graphs.key([(second, 21)]) is None
-    (asks,) = requests_of([TWO], prompt_logprobs=True)
-    assert graphs.key([(asks, 1)]) is None
     (judged,) = requests_of([ExpertPolicy.oracle(2)])
     assert graphs.key([(judged, 1)]) is None
-    (sharing,) = requests_of([ExpertPolicy.shared(4)])
-    assert graphs.key([(sharing, 1)]) is not None, "a prompt shares nothing"
-    sharing.num_computed = sharing.prompt_len
-    sharing.token_ids.append(5)
-    assert graphs.key([(sharing, 1), (second, 9)]) is None
     monkeypatch.setattr(prompt_graphs, "LONGEST_DECODED", 5)
     second.num_computed = 5
     assert graphs.key([(second, 1)]) is None
@@ -184,7 +179,7 @@ def test_what_has_no_graph(kernels: Decoder, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_dense_and_sparse_tokens_stay_apart_where_that_is_cheaper(
-    kernels: Decoder, monkeypatch: pytest.MonkeyPatch
+    kernels: KernelDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graphs, (dense, sparse) = graphs_of(kernels), requests_of([DENSE, TWO])
     for together, expected in ((True, PromptKey(16, 4, 8)), (False, None)):
@@ -194,7 +189,7 @@ def test_dense_and_sparse_tokens_stay_apart_where_that_is_cheaper(
 
 @torch.inference_mode()
 def test_a_shape_is_captured_when_it_comes_again(
-    kernels: Decoder, monkeypatch: pytest.MonkeyPatch
+    kernels: KernelDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graphs, (_, request) = graphs_of(kernels), requests_of([TWO, TWO])
     plan = [(request, 9)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,9 @@ import torch
 from engine.checkpoint import load, save
 from engine.config import ModelConfig, RopeScaling
 from engine.errors import ConfigError
+from engine.gpu.arrivals import Arrivals
+from engine.gpu.decoder import KernelDecoder, is_plain
+from engine.gpu.ffn.layer import KernelFFN
 from engine.model.decoder import Decoder
 from engine.model.ffn import ExpertFFN
 from engine.model.policy_batch import PolicyBatch
@@ -74,11 +76,8 @@ def variant(kind: str, **changes: Any) -> Decoder:
     return model.requires_grad_(False)
 
 
-def on_kernels(model: Decoder) -> Decoder:
-    model = copy.deepcopy(model)
-    for ffn in model.ffns():
-        ffn.use_kernels()
-    return model
+def on_kernels(model: Decoder) -> KernelDecoder:
+    return KernelDecoder(model)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +113,7 @@ def test_prompt_steps_compute_each_request_alone(kind: str) -> None:
     check_step(graphs, plain, [(r, r.num_uncomputed) for r in requests])
     check_step(graphs, plain, [(r, 1) for r in requests])
     mixed = prompts_of([TWO, DENSE])
-    assert (graphs.key([(r, 2) for r in mixed]) is None) != plain.is_plain
+    assert (graphs.key([(r, 2) for r in mixed]) is None) != is_plain(plain)
 
 
 @pytest.mark.parametrize("kind", ["opt", "prosparse", "drelu"])
@@ -122,8 +121,7 @@ def test_prompt_steps_compute_each_request_alone(kind: str) -> None:
 def test_kernels_compute_what_the_plain_ffn_does(kind: str) -> None:
     """Few tokens and many, sparse and mixed; the choice of way is the rule's."""
     plain = variant(kind).ffns()[0]
-    kernels = copy.deepcopy(plain)
-    kernels.use_kernels()
+    kernels = KernelFFN(plain, Arrivals(plain.up.device))
     for policies in ([(TWO, 3)], [(FIVE, 20)], [(DENSE, 2), (TWO, 8)]):
         tokens = sum(n for _, n in policies)
         x_TD = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(tokens))
@@ -236,7 +234,7 @@ def test_parameters_are_counted() -> None:
 
 
 def test_only_models_trained_here_have_kernels_for_whole_steps() -> None:
-    assert tiny_model(tiny_config()).is_plain
-    assert not any(variant(kind).is_plain for kind in VARIANTS)
+    assert is_plain(tiny_model(tiny_config()))
+    assert not any(is_plain(variant(kind)) for kind in VARIANTS)
     config = dataclasses.replace(tiny_config(), head_dim=10)
-    assert tiny_model(config).is_plain
+    assert is_plain(tiny_model(config))

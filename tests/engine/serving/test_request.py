@@ -9,20 +9,20 @@ from hypothesis import strategies as st
 from engine.config import ExpertConfig
 from engine.errors import ConfigError, InvalidRequest
 from engine.policy import ExpertPolicy
-from engine.serving.request import Request, SamplingParams, TokenCounts
+from engine.serving.request import SamplingParams, TokenCounts
 
 
-@pytest.mark.parametrize("text", ["dense", "auto", "top_k:8", "mass:0.95", "shared:8", "oracle:3"])
+@pytest.mark.parametrize("text", ["dense", "auto", "top_k:8", "mass:0.95", "oracle:3"])
 def test_policies_read_back_what_they_print(text: str) -> None:
     assert str(ExpertPolicy.parse(text)) == text
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "top_k", "top_k:x", "dense:1", "mass:", "sparse", "top_k:1.5", "shared", "shared:4-16"],
+    ["", "top_k", "top_k:x", "dense:1", "mass:", "sparse", "top_k:1.5"],
 )
 def test_an_unknown_policy_is_refused(text: str) -> None:
-    sentence = "experts must be dense, auto, top_k:N, mass:SHARE or shared:N; got"
+    sentence = "experts must be dense, auto, top_k:N or mass:SHARE; got"
     with pytest.raises(InvalidRequest, match=sentence):
         ExpertPolicy.parse(text)
 
@@ -42,8 +42,6 @@ def test_any_text_is_a_policy_or_a_sentence(text: str) -> None:
     [
         (ExpertPolicy.top_k(0), "experts.top_k must be between 1 and 8, got 0"),
         (ExpertPolicy.top_k(9), "experts.top_k must be between 1 and 8, got 9"),
-        (ExpertPolicy.shared(0), "experts.shared must be between 1 and 8, got 0"),
-        (ExpertPolicy.shared(9), "experts.shared must be between 1 and 8, got 9"),
         (ExpertPolicy.mass(0.0), "experts.mass must be above 0 and at most 1"),
         (ExpertPolicy.mass(1.1), "experts.mass must be above 0 and at most 1"),
         (ExpertPolicy.mass(float("nan")), "experts.mass must be above 0 and at most 1"),
@@ -59,25 +57,11 @@ def test_auto_is_what_the_checkpoint_says() -> None:
     assert ExpertPolicy.dense().resolve("top_k:3") == ExpertPolicy.dense()
 
 
-def test_auto_never_means_shared() -> None:
-    with pytest.raises(ConfigError, match="must be dense, top_k:N or mass:SHARE, not shared:3"):
+def test_the_removed_policy_is_refused_by_name() -> None:
+    with pytest.raises(InvalidRequest, match="shared was removed; top_k:N takes its place"):
+        ExpertPolicy.parse("shared:3")
+    with pytest.raises(ConfigError, match=r"experts\.default_policy: .* shared was removed"):
         ExpertConfig(num_experts=8, expert_size=4, default_policy="shared:3")
-
-
-def test_only_the_newest_token_of_an_output_shares() -> None:
-    request = Request("r", [5, 6, 7], SamplingParams(), ExpertPolicy.shared(3))
-    own = ExpertPolicy.top_k(3)
-    assert request.next_policy == own
-    request.num_computed = 2  # the prompt's last token, on its own
-    assert request.next_policy == own
-    request.num_computed, request.token_ids = 3, [5, 6, 7, 8]
-    assert request.next_policy == ExpertPolicy.shared(3)
-    request.num_computed, request.token_ids = 3, [5, 6, 7, 8, 9]  # recomputed
-    assert request.next_policy == own
-    assert request.alone_policy == own
-    for policy in (ExpertPolicy.dense(), own, ExpertPolicy.mass(0.5)):
-        request.policy = policy
-        assert request.next_policy == request.alone_policy == policy
 
 
 @pytest.mark.parametrize(

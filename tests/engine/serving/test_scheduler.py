@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -22,33 +21,22 @@ from engine.serving.scheduler import Plan, Scheduler
 DENSE, SPARSE = ExpertPolicy.dense(), ExpertPolicy.top_k(1)
 
 
-def request(name: str, prompt: int = 4, new: int = 4, priority: int = 0) -> Request:
+def request(name: str, prompt: int = 4, new: int = 4) -> Request:
     """A request whose prompt no other has."""
     token = int.from_bytes(name.encode()[:6], "big")
     sampling = SamplingParams(max_new_tokens=new)
-    return Request(name, [token] * prompt, sampling, DENSE, priority=priority)
+    return Request(name, [token] * prompt, sampling, DENSE)
 
 
 def sharing(name: str, prompt: list[int], policy: ExpertPolicy = DENSE, new: int = 4) -> Request:
     return Request(name, list(prompt), SamplingParams(max_new_tokens=new), policy)
 
 
-class Clock:
-    """Time that stands still until it is set."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def scheduler(
-    blocks: int = 100, clock: Callable[[], float] | None = None, **config: float
-) -> Scheduler:
+def scheduler(blocks: int = 100, **config: float) -> Scheduler:
     defaults = EngineConfig(block_size=4, max_num_batched_tokens=64)
     engine_config = dataclasses.replace(defaults, **config)  # type: ignore[arg-type]  # numbers
     allocator = BlockAllocator(blocks, engine_config.block_size)
-    return Scheduler(engine_config, allocator, 1 << 20, clock or Clock())
+    return Scheduler(engine_config, allocator, 1 << 20)
 
 
 def next_token(token_ids: list[int]) -> int:
@@ -251,83 +239,6 @@ def test_a_long_prompt_does_not_stall_decodes() -> None:
         assert plan[-1][1] in (7, 100 % 7)
 
 
-# --- priorities -----------------------------------------------------------------------------------
-
-
-def test_lower_values_come_first_and_equals_in_order_of_arrival() -> None:
-    line = scheduler(max_num_seqs=1)
-    for name, priority in (("a", 1), ("b", 0), ("c", 1), ("d", -5), ("e", 0)):
-        line.add(request(name, 1, 1, priority))
-    assert [name for [(name, _)] in run_until_idle(line)] == ["d", "b", "e", "a", "c"]
-
-
-@pytest.mark.parametrize("priority", [-129, 128])
-def test_priorities_are_bounded(priority: int) -> None:
-    with pytest.raises(InvalidRequest, match=f"priority must be from -128 to 127, got {priority}"):
-        request("a", priority=priority)
-
-
-def test_waiting_outweighs_priority() -> None:
-    """An endless flood of important requests overtakes for a bounded time."""
-    clock = Clock()
-    line = scheduler(clock=clock, max_num_seqs=1, priority_age_seconds=10.0)
-    line.add(request("low", 1, 1, 5))
-    served = []
-    for second in range(100):
-        clock.now = float(second)
-        line.add(request(f"f{second}", 1, 1, 0))
-        served += [name for name, _ in shape(step(line))]
-    assert served.index("low") == 50  # five steps of priority are worth 50 seconds
-    assert served[:50] == [f"f{second}" for second in range(50)]
-
-
-def test_the_last_in_line_yields_not_the_youngest() -> None:
-    line = scheduler(blocks=5)
-    low, high = request("low", 4, 14, 1), request("high", 4, 14, 0)
-    line.add(low)
-    step(line)
-    line.add(high)
-    while not line.preemptions:
-        step(line)
-    assert (low.preemptions, high.preemptions) == (1, 0)
-    run_until_idle(line)
-    assert high.preemptions == 0
-
-
-def test_an_important_request_takes_the_seat_of_the_last() -> None:
-    line = scheduler(max_num_seqs=2)
-    for name, priority in (("a", 0), ("b", 1)):
-        line.add(request(name, 8, 20, priority))
-    step(line)
-    line.add(request("c", 1, 2, 0))
-    assert shape(step(line)) == [("a", 1), ("c", 1)]
-    assert [waiting.request_id for waiting in line.waiting] == ["b"]
-    step(line)
-    assert shape(step(line)) == [("a", 1), ("b", 1)]  # its 8 tokens were still in the cache
-
-
-def test_an_important_request_takes_the_blocks_of_the_last() -> None:
-    line = scheduler(blocks=10)
-    for name, priority in (("a", 2), ("b", 3), ("c", 1)):
-        line.add(request(name, 8, 8, priority))
-    step(line)
-    line.add(request("d", 12, 1, 0))
-    assert shape(step(line)) == [("c", 1), ("a", 1), ("d", 12)]
-    assert [waiting.request_id for waiting in line.waiting] == ["b"]
-
-
-def test_nobody_yields_to_an_equal_or_in_vain() -> None:
-    line = scheduler(blocks=10, max_num_seqs=2)
-    for name, priority in (("a", -1), ("b", 1)):
-        line.add(request(name, 16, 8, priority))
-    step(line)
-    line.add(request("equal", 1, 1, 1))
-    line.add(request("big", 24, 1, 0))  # with b's blocks there would be 6 for its 6, and 1 for a
-    for _ in range(3):
-        assert shape(step(line)) == [("a", 1), ("b", 1)]
-    assert line.preemptions == 0
-
-
 # --- prefix caching -------------------------------------------------------------------------------
 
 
@@ -439,14 +350,13 @@ class Arrival:
     own: list[int]
     new: int
     policy: ExpertPolicy
-    priority: int
     prompt_logprobs: bool
     abort_at: int | None
 
     def request(self, name: str) -> Request:
         prompt = ([self.prefix] * self.cut + self.own) or [self.prefix]
         sampling = SamplingParams(max_new_tokens=self.new, prompt_logprobs=self.prompt_logprobs)
-        return Request(name, prompt, sampling, self.policy, priority=self.priority)
+        return Request(name, prompt, sampling, self.policy)
 
 
 arrivals = st.lists(
@@ -458,7 +368,6 @@ arrivals = st.lists(
         own=st.lists(st.integers(0, 1), max_size=4),
         new=st.integers(1, 12),
         policy=st.sampled_from([DENSE, SPARSE]),
-        priority=st.sampled_from([0, 0, 0, -1, 1, -128, 127]),
         prompt_logprobs=st.sampled_from([False, False, False, True]),
         abort_at=st.none() | st.integers(0, 40),
     ),
@@ -538,24 +447,22 @@ def test_any_traffic_ends(
 ) -> None:
     """Every request ends once, with all its tokens, in bounded time, on keys and values of its own
     prefix alone; the first in line always advances, and the budget is kept."""
-    clock, cache = Clock(), SimulatedCache(block_size)
+    now, cache = 0, SimulatedCache(block_size)
     line = scheduler(
         -(-LONGEST // block_size) + spare_blocks,
-        clock,
         max_num_seqs=seats,
         max_num_batched_tokens=seats + spare,
         block_size=block_size,
         prefix_caching=caching,
-        priority_age_seconds=3.0,
     )
     requests = [arrival.request(str(i)) for i, arrival in enumerate(traffic)]
     ends: Counter[str] = Counter()
     aborted: set[str] = set()
-    while clock.now <= 40 or line.has_work:
+    while now <= 40 or line.has_work:
         for made, arrival in zip(requests, traffic, strict=True):
-            if arrival.at == clock.now:
+            if arrival.at == now:
                 line.add(made)
-            if arrival.abort_at == clock.now and line.abort(made.request_id):
+            if arrival.abort_at == now and line.abort(made.request_id):
                 aborted.add(made.request_id)
                 ends[made.request_id] += 1
         first = min((*line.running, *line.waiting), key=lambda r: r.rank, default=None)
@@ -579,8 +486,8 @@ def test_any_traffic_ends(
                     line.finish(done)
                     ends[done.request_id] += 1
         line.check_integrity()
-        clock.now += 1
-        assert clock.now < 5000, "no progress"
+        now += 1
+        assert now < 5000, "no progress"
     assert ends == Counter(made.request_id for made in requests)
     for made in requests:
         assert made.status is Status.FINISHED

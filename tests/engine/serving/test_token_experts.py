@@ -19,7 +19,7 @@ from engine.serving.token_experts import MAX_BYTES, check_size, pack
 from tests.engine.conftest import tiny_config
 
 MakeEngine = Callable[..., Engine]
-POLICIES = ["dense", "top_k:1", "top_k:3", "top_k:8", "mass:0.5", "shared:2"]
+POLICIES = ["dense", "top_k:1", "top_k:3", "top_k:8", "mass:0.5"]
 ASKS = SamplingParams(max_new_tokens=9, ignore_eos=True, token_experts=True)
 LAYERS, EXPERTS = 2, 8
 
@@ -34,7 +34,6 @@ def unpack(experts: bytes) -> list[list[int]]:
 def routed(reference: Decoder, ids: list[int], policy: ExpertPolicy) -> list[list[int]]:
     """The experts of the last of `ids`, by the model that computes the whole sequence."""
     trace = Trace()
-    policy = ExpertPolicy.top_k(int(policy.value)) if policy.kind == "shared" else policy
     reference.logits(torch.tensor([ids]), policy, trace)
     return [
         list(range(EXPERTS)) if chosen is None else chosen[-1].nonzero().flatten().tolist()
@@ -59,7 +58,7 @@ def test_exactly_the_experts_that_the_router_chose(
     make_engine: MakeEngine, reference: Decoder, together: bool, sample_every: int
 ) -> None:
     """Alone and in one batch, in steps that are sampled or run whole, in chunks of prompts."""
-    policies = [p for p in POLICIES if not together or not p.startswith("shared")]
+    policies = POLICIES
     engine = make_engine(sample_every=sample_every, max_num_batched_tokens=16, max_num_seqs=8)
     for company in [policies] if together else [[p] for p in policies]:
         for name, events in events_by_request(engine, company).items():
