@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -37,10 +36,10 @@ CHECKOUT: Final = Path(__file__).parent
 class Commands(TyperGroup):
     """The commands above, each imported when it is looked up."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return [name for name in COMMANDS if name != "bench" or _has_benchmarks()]
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
         if cmd_name == "bench":

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import click
 import typer
 from typer.core import TyperCommand
 
@@ -13,7 +12,7 @@ from typer.core import TyperCommand
 class SettingsCommand(TyperCommand):
     """Stands for the command that has every setting as an option, until that one is called."""
 
-    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
         return settings_command(_serve).make_context(*args, **kwargs)
 
 
@@ -29,8 +28,8 @@ def serve() -> None:
     """
 
 
-def settings_command(run: Callable[[dict[str, Any]], None]) -> click.Command:
-    """A command with every setting as an option, which calls `run` with those that are given."""
+def settings_command(run: Callable[[dict[str, Any]], None]) -> Any:
+    """A command of click with every setting as an option, which calls `run` with those that are given."""
     from server.options import with_options
 
     complete = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
