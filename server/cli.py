@@ -29,7 +29,7 @@ def serve() -> None:
 
 
 def settings_command(run: Callable[[dict[str, Any]], None]) -> Any:
-    """A command of click with every setting as an option, which calls `run` with those that are given."""
+    """A command (of click) with every setting as an option; it calls `run` with those given."""
     from server.options import with_options
 
     complete = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
