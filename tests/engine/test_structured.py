@@ -19,7 +19,8 @@ from engine.grammar import MAX_GRAMMAR_BYTES, Grammar
 from engine.request import ExpertPolicy, SamplingParams, TokenEvent
 from engine.sampler import sample
 from engine.structured import Grammars
-from tests.engine.conftest import VOCABULARY, serve
+from tests.engine.conftest import serve
+from tests.models import VOCABULARY
 
 if TYPE_CHECKING:
     from tests.engine.conftest import MakeEngine

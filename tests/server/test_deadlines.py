@@ -17,7 +17,7 @@ from server.settings import Settings
 from server.streaming import EventResponse
 
 if TYPE_CHECKING:
-    from conftest import Live, Serve
+    from tests.server.conftest import Live, Serve
 
 LONG = {"inputs": "hello", "parameters": {"max_new_tokens": 4000}}
 SECONDS = {"X-Request-Timeout": "0.2"}

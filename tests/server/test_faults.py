@@ -16,7 +16,7 @@ import pytest
 from engine.worker import MAX_FAILED_STEPS
 
 if TYPE_CHECKING:
-    from conftest import Live, Serve
+    from tests.server.conftest import Live, Serve
 
 CLIENTS = 12
 PARAMETERS = {"max_new_tokens": 40}

@@ -19,7 +19,7 @@ from server.generation import MAX_COMPILING
 from tests.server.conftest import read_events, wait_for
 
 if TYPE_CHECKING:
-    from conftest import Live, Serve
+    from tests.server.conftest import Live, Serve
 
 PATHS = ("/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions")
 

@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
 )
 
 if TYPE_CHECKING:
-    from conftest import Live, Serve
+    from tests.server.conftest import Live, Serve
 
 HI = [{"role": "user", "content": "hi"}]
 

@@ -29,7 +29,7 @@ from server.serve import serve as serve_process
 from server.settings import Settings
 
 if TYPE_CHECKING:
-    from conftest import Live, Serve
+    from tests.server.conftest import Live, Serve
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import Live, Serve
+    from tests.server.conftest import Live, Serve
 
 LONG = {"max_new_tokens": 4000}
 ABORTED = 'ambidex_requests_total{reason="abort"}'

@@ -15,7 +15,7 @@ from engine.version import VERSION
 from server.settings import Settings
 
 if TYPE_CHECKING:
-    from conftest import Live, Serve
+    from tests.server.conftest import Live, Serve
 
 
 def test_health_of_a_healthy_server(live: Live) -> None:

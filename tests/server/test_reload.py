@@ -29,7 +29,7 @@ from server.reload import Candidate, Reloader, candidates, first_engine, inside,
 from server.settings import Settings
 
 if TYPE_CHECKING:
-    from conftest import Live, Serve
+    from tests.server.conftest import Live, Serve
 
 ADMIN = "admin-0123456789abcdef"
 HEADERS = {"Authorization": f"Bearer {ADMIN}"}

@@ -11,7 +11,7 @@ import pytest
 from engine.request import ExpertPolicy, SamplingParams
 
 if TYPE_CHECKING:
-    from conftest import Live, Serve
+    from tests.server.conftest import Live, Serve
 
 
 def post(live: Live, path: str, **body: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from engine.errors import ConfigError
 from server.tracing import Tracing, otlp_provider
 
 if TYPE_CHECKING:
-    from conftest import Live, Serve
+    from tests.server.conftest import Live, Serve
 
 Spans = dict[str, Any]
 

@@ -25,8 +25,8 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed import HashStore
 
+from tests.models import make_corpus
 from tests.training import distributed_run
-from tests.training.conftest import make_corpus
 from training import distributed
 from training.config import TrainConfig
 from training.distributed import Team

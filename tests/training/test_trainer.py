@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine.checkpoint import load
-from tests.training.conftest import make_corpus
+from tests.models import make_corpus
 from training import run_state
 from training.config import OptimizerConfig, TrainConfig
 from training.errors import DataError, NonFiniteLoss, StorageError, TrainingError

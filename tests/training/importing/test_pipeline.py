@@ -22,7 +22,7 @@ from training.importing.options import ImportOptions
 from training.importing.reader import KEPT_FILES, SOURCE_CONFIG
 
 if TYPE_CHECKING:
-    from conftest import Run
+    from tests.training.importing.conftest import Run
 
 
 def loaded(path: Path) -> Checkpoint:
