@@ -28,6 +28,7 @@ from server.serve import CLOSE_SECONDS, KEEP_ALIVE_SECONDS, listen
 from server.settings import Settings
 from server.tracing import Tracing
 from tests.models import SERVED_CONFIG, byte_tokenizer, foreign_tokenizer, served_model
+from tests.waiting import wait_for
 
 
 @dataclass
@@ -105,13 +106,6 @@ def read_events(text: str) -> list[dict[str, Any]]:
     frames = text.removesuffix("\n\n").split("\n\n")
     assert all(f.startswith("data: ") and "\n" not in f for f in frames)
     return [json.loads(f.removeprefix("data: ")) for f in frames]
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.005)
 
 
 def slow_down(engine: Engine, seconds: float) -> None:

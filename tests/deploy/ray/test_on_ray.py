@@ -16,7 +16,7 @@ import torch
 from engine import checkpoint as checkpoints
 from tests.deploy.ray.load import under_load, wait_for_more
 from tests.models import byte_tokenizer, served_model
-from tests.server.conftest import wait_for
+from tests.waiting import wait_for
 
 if TYPE_CHECKING:
     from tests.deploy.ray.cluster import OnRay, Start
