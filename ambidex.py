@@ -7,6 +7,7 @@ says which command is where, so that a command loads no package but its own.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Any, Final
@@ -53,13 +54,18 @@ def _has_benchmarks() -> bool:
 
 
 def _find_benchmarks() -> None:
-    """Make the benchmarks importable, which no installation contains: they lie beside this file."""
+    """Make the benchmarks importable, here and in the processes that they start.
+
+    No installation contains them: they lie beside this file.
+    """
     require(
         _has_benchmarks(),
         "the benchmarks are not installed with ambidex; run `ambidex bench` from its repository",
     )
     if str(CHECKOUT) not in sys.path:
         sys.path.append(str(CHECKOUT))
+    inherited = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(CHECKOUT), inherited)))
 
 
 app = typer.Typer(

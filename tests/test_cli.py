@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -416,6 +417,9 @@ def test_bad_input_gets_one_sentence(
 def test_benchmarks_are_found_in_a_checkout_alone(
     tmp_path: Path, ambidex: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("PYTHONPATH", "before")
+    assert ambidex("bench", "ffn", "--help").returncode == 0
+    assert os.environ["PYTHONPATH"] == f"{command_line.CHECKOUT}{os.pathsep}before"
     monkeypatch.setattr(command_line, "CHECKOUT", tmp_path)
     assert "bench" not in ambidex("--help").stdout
     result = ambidex("bench", "ffn")
