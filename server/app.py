@@ -11,8 +11,8 @@ from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 
+from engine.serving.worker import Worker
 from engine.version import VERSION
-from engine.worker import Worker
 from server import access_log
 from server.calls import Call
 from server.deadlines import TIMEOUT_HEADER
