@@ -146,7 +146,7 @@ def device_is_lost() -> bool:
 def go_on_elsewhere(report: Report, rest: list[str], tiny: bool) -> None:
     """Run the remaining sections in a process with a device of its own; takes its records over."""
     print(f"the device is lost to this process; a new one runs {', '.join(rest)}", flush=True)
-    command = [sys.executable, __file__, "--sections", ",".join(rest)]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--sections", ",".join(rest)]
     command += ["--seconds", str(max(1, round(report.deadline - time.monotonic())))]
     command += ["--tiny"] if tiny else []
     further = None if report.path is None else report.path.with_suffix(".rest.json")
@@ -180,7 +180,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     chosen = parse(arguments)
     if not (torch.cuda.is_available() or chosen.tiny):
-        raise SystemExit("benchmarks/gpu.py needs a CUDA device")
+        raise SystemExit("benchmarks.gpu needs a CUDA device")
     torch.manual_seed(0)
     print(MACHINE, VERSIONS)
     print(HEADER)

@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 
 from engine.serving.worker import Worker
+from engine.version import VERSION
 from server import access_log
 from server.calls import Call
 from server.deadlines import TIMEOUT_HEADER
@@ -30,7 +31,6 @@ from server.schemas.chat import ChatChunk
 from server.schemas.tgi import StreamEvent
 from server.settings import Settings
 from server.tracing import Tracing
-from server.version import VERSION
 
 DESCRIPTION: Final = """
 Serves a language model whose feed-forward layers run **dense** or as a **mixture of experts**, from

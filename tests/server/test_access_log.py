@@ -14,7 +14,7 @@ import pytest
 from server import access_log
 
 if TYPE_CHECKING:
-    from conftest import Live, Serve
+    from tests.server.conftest import Live, Serve
 
 KEY = "alice-0123456789abcdef"
 Lines = Callable[[int], list[dict[str, Any]]]

@@ -12,7 +12,7 @@ import pytest
 from engine import checkpoint as checkpoints
 
 if TYPE_CHECKING:
-    from conftest import Live, Serve
+    from tests.server.conftest import Live, Serve
 
 PATH = "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]

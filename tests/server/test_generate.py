@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import Live
+    from tests.server.conftest import Live
 
 EXPERTS_PER_TOKEN = 2 * 8  # layers times experts of the tiny model
 

@@ -16,7 +16,7 @@ import pydantic
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import Live, Serve
+    from tests.server.conftest import Live, Serve
 
 KEY = "alice-0123456789abcdef"
 HI: Any = [{"role": "user", "content": "hi"}]

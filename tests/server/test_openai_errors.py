@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import Live, Serve
+    from tests.server.conftest import Live, Serve
 
 JSON = {"Content-Type": "application/json"}
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -169,7 +169,7 @@ def test_a_fault_of_our_own_says_nothing_of_itself(serve: Serve) -> None:
         def crash(*_: Any) -> None:
             raise ZeroDivisionError("a secret")
 
-        live.frontend.check_model = crash  # type: ignore[method-assign]
+        live.frontend.check_model = crash  # type: ignore[method-assign, assignment]
         error = refused(live.http.post(COMPLETIONS, json={"prompt": "x"}), 500)
         assert (error["type"], error["code"]) == ("server_error", "internal")
         assert "secret" not in error["message"]

@@ -15,7 +15,7 @@ from server.routes.playground import DIRECTORY, PATHS
 from tests.server.browser import CONTROL, EXECUTABLE, Browser
 
 if TYPE_CHECKING:
-    from conftest import Live, Serve
+    from tests.server.conftest import Live, Serve
 
 FILES = PATHS - {"/playground/"}  # which redirects
 KEY = "alice-0123456789abcdef"

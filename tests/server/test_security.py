@@ -18,7 +18,7 @@ from server.security import HEALTH_PATHS, Forbidden, Key, Keyring, Unauthorized,
 from server.settings import Settings, explain
 
 if TYPE_CHECKING:
-    from conftest import Live, Serve
+    from tests.server.conftest import Live, Serve
 
 ALICE, BOB, ADMIN = "alice-0123456789abcdef", "bob+0123456789/abcdef==", "admin-0123456789abcdef"
 HASHED = f"sha256:{hashlib.sha256(BOB.encode()).hexdigest()}"

@@ -12,7 +12,7 @@ from engine.policy import ExpertPolicy
 from engine.serving.request import SamplingParams
 
 if TYPE_CHECKING:
-    from conftest import Live, Serve
+    from tests.server.conftest import Live, Serve
 
 
 def post(live: Live, path: str, **body: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import Live
+    from tests.server.conftest import Live
 
 JSON = {"Content-Type": "application/json"}
 

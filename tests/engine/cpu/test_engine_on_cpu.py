@@ -25,7 +25,7 @@ from engine.model.trace import Trace
 from engine.policy import ExpertPolicy
 from engine.serving.engine import Engine
 from engine.serving.request import Request, SamplingParams
-from tests.engine.conftest import tiny_config, tiny_model, tiny_tokenizer
+from tests.models import tiny_config, tiny_model, tiny_tokenizer
 
 POLICIES = [
     ExpertPolicy.dense(),

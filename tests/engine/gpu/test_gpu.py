@@ -20,17 +20,16 @@ from engine.gpu.decoder import KernelDecoder
 from engine.gpu.training import top_k_ffn
 from engine.model.attention import causal_attend
 from engine.model.decoder import Decoder
-from engine.model.experts import sparse_ffn
 from engine.model.ffn import ExpertFFN
 from engine.model.policy_batch import PolicyBatch
+from engine.model.sliced_ffn import sparse_ffn
 from engine.model.trace import Trace
 from engine.policy import ExpertPolicy
 from engine.serving.engine import Engine
 from engine.serving.request import SamplingParams
-from tests.engine.conftest import tiny_config, tiny_model, tiny_tokenizer
 from tests.engine.model.test_variants import VARIANTS, variant
 from tests.engine.serving import test_sampler as on_host
-from tests.training.conftest import make_corpus
+from tests.models import make_corpus, tiny_config, tiny_model, tiny_tokenizer
 from training.config import ModelShape, SwitchConfig, TrainConfig
 from training.trainer import Trainer
 

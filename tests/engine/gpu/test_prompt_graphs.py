@@ -23,7 +23,7 @@ from engine.model.trace import Trace
 from engine.policy import ExpertPolicy
 from engine.serving.request import Request, SamplingParams
 from engine.serving.scheduler import Plan
-from tests.engine.conftest import tiny_config, tiny_model
+from tests.models import tiny_config, tiny_model
 
 DENSE, TWO, FIVE, MASS = (
     ExpertPolicy.dense(),

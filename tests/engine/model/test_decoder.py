@@ -12,7 +12,7 @@ from engine.model.attention import rotate
 from engine.model.decoder import Decoder, generate
 from engine.model.rotary import rope_table
 from engine.policy import ExpertPolicy
-from tests.engine.conftest import tiny_config, tiny_model
+from tests.models import tiny_config, tiny_model
 
 POLICIES = [ExpertPolicy.dense(), ExpertPolicy.top_k(3), ExpertPolicy.mass(0.7)]
 

