@@ -188,7 +188,8 @@ def test_too_many_restarts_are_the_end(serve: Serve, monkeypatch: pytest.MonkeyP
 def test_readiness_follows_progress_and_liveness_does_not(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.worker.Worker._watch", lambda worker: None)  # it would end the step
+    # The watchdog would end the step.
+    monkeypatch.setattr("engine.worker.Worker._watch", lambda worker: None)
     release = threading.Event()
     with serve(step_timeout=600) as live:
         run = live.engine.runner.run
