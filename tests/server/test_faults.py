@@ -189,7 +189,7 @@ def test_readiness_follows_progress_and_liveness_does_not(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The watchdog would end the step.
-    monkeypatch.setattr("engine.worker.Worker._watch", lambda worker: None)
+    monkeypatch.setattr("engine.serving.worker.Worker._watch", lambda worker: None)
     release = threading.Event()
     with serve(step_timeout=600) as live:
         run = live.engine.runner.run
