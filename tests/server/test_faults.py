@@ -185,7 +185,11 @@ def test_too_many_restarts_are_the_end(serve: Serve, monkeypatch: pytest.MonkeyP
         assert metrics['ambidex_rejections_total{reason="stopped"}'] >= 1
 
 
-def test_readiness_follows_progress_and_liveness_does_not(serve: Serve) -> None:
+def test_readiness_follows_progress_and_liveness_does_not(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The watchdog would end the step.
+    monkeypatch.setattr("engine.serving.worker.Worker._watch", lambda worker: None)
     release = threading.Event()
     with serve(step_timeout=600) as live:
         run = live.engine.runner.run
@@ -198,7 +202,7 @@ def test_readiness_follows_progress_and_liveness_does_not(serve: Serve) -> None:
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(outcome, live.url, 0)
             wait(lambda: live.worker.num_unfinished == 1)
-            live.worker.step_timeout = 0.05  # the watchdog has not looked yet
+            live.worker.step_timeout = 0.05
             wait(lambda: live.http.get("/health/ready").status_code == 503)
             live.worker.step_timeout = 600
             assert live.http.get("/health/ready").status_code == 200
