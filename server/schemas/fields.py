@@ -24,6 +24,7 @@ from server.schemas.sentences import CONTINUATION, PREDICATE
 MAX_TOKENS: Final = 1 << 20
 MAX_POLICY_CHARS: Final = 32
 MAX_FIELDS: Final = 64
+REMOVED_POLICY: Final = "experts must not be shared: that policy was removed, use top_k instead"
 
 
 def refuse(message: str, kind: LiteralString = PREDICATE) -> PydanticCustomError:
@@ -59,18 +60,19 @@ def _policy(value: Any) -> ExpertPolicy:
             return value
         case None:
             return ExpertPolicy.auto()
+        case {"shared": _}:
+            raise InvalidRequest(REMOVED_POLICY)
+        case str() if value.startswith("shared"):
+            raise InvalidRequest(REMOVED_POLICY)
         case str() if len(value) <= MAX_POLICY_CHARS and not value.startswith("oracle"):
             return ExpertPolicy.parse(value)
         case {"top_k": int(k)} if len(value) == 1 and not isinstance(k, bool) and abs(k) < 1 << 31:
             return ExpertPolicy.top_k(k)
-        case {"shared": int(k)} if len(value) == 1 and not isinstance(k, bool) and abs(k) < 1 << 31:
-            return ExpertPolicy.shared(k)
         case {"mass": int(p) | float(p)} if len(value) == 1 and not isinstance(p, bool):
             return ExpertPolicy.mass(min(float(p), 2.0) if abs(p) < 1 << 31 else 2.0)
     raise InvalidRequest(
-        'experts must be "dense", "auto", "top_k:N", "mass:SHARE", "shared:N", {"top_k": N}, '
-        f'{{"mass": SHARE}} or {{"shared": N}} with N from 1 to {MAX_EXPERTS} and SHARE above 0 '
-        "and at most 1"
+        'experts must be "dense", "auto", "top_k:N", "mass:SHARE", {"top_k": N} or '
+        f'{{"mass": SHARE}} with N from 1 to {MAX_EXPERTS} and SHARE above 0 and at most 1'
     )
 
 
@@ -112,18 +114,15 @@ Policy = Annotated[
         {
             "anyOf": [
                 {"type": "string", "enum": ["dense", "auto"]},
-                {"type": "string", "pattern": r"^((top_k|shared):\d+|mass:\d*\.?\d+)$"},
-                *(
-                    strict_object(
-                        {kind: {"type": "integer", "minimum": 1, "maximum": MAX_EXPERTS}}, kind
-                    )
-                    for kind in ("top_k", "shared")
+                {"type": "string", "pattern": r"^(top_k:\d+|mass:\d*\.?\d+)$"},
+                strict_object(
+                    {"top_k": {"type": "integer", "minimum": 1, "maximum": MAX_EXPERTS}}, "top_k"
                 ),
                 strict_object(
                     {"mass": {"type": "number", "exclusiveMinimum": 0, "maximum": 1}}, "mass"
                 ),
             ],
-            "examples": ["auto", "dense", {"top_k": 8}, {"mass": 0.95}, {"shared": 8}, "top_k:8"],
+            "examples": ["auto", "dense", {"top_k": 8}, {"mass": 0.95}, "top_k:8"],
         }
     ),
 ]

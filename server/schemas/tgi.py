@@ -155,8 +155,6 @@ class GenerateParameters(Strict):
         default_factory=ExpertPolicy.auto,
         description="Expert policy of this request. `dense`: all experts. `top_k`: that many per "
         "token. `mass`: as many as the router predicts to hold this share of the activation mass. "
-        "`shared`: as `top_k`, but a decoding token gives some of its experts up for others that "
-        "the batch reads anyway, so the output depends on what else is decoded. "
         "`auto` (the default): what the checkpoint recommends, see `GET /info`.",
     )
     frequency_penalty: Penalty | None = Field(

@@ -178,8 +178,6 @@ def test_max_new_tokens_defaults_to_100_or_what_is_left(live: Live) -> None:
         ("top_k:2", "top_k:2", 0.25),
         ({"top_k": 1}, "top_k:1", 0.125),
         ({"mass": 1}, "mass:1", None),
-        ({"shared": 2}, "shared:2", 0.25),  # alone
-        ("shared:1", "shared:1", 0.125),
         ("mass:0.3", "mass:0.3", None),
     ],
 )

@@ -55,6 +55,7 @@ def refused(response: Any, status: int = 400) -> dict[str, Any]:
         ({"prompt": "x", "logit_bias": {"257": 1}}, "token ids of logit_bias must be"),
         ({"prompt": "x", "logit_bias": [1]}, "logit_bias must be an object of at most 300"),
         ({"prompt": "x", "experts": "sparse"}, "experts must be dense, auto, top_k:N"),
+        ({"prompt": "x", "experts": {"shared": 4}}, "experts must not be shared: that policy was"),
         ({"prompt": "x", "user": "u" * 257}, "user must be a string of 0 to 256 characters"),
         ({"prompt": "x", "messages": []}, "messages is not a known field; known are best_of, "),
         ([], "body must be a JSON object"),

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from conftest import Live
 
 JSON = {"Content-Type": "application/json"}
+SHARED_REMOVED = (
+    "parameters.experts must not be shared: that policy was removed, use top_k instead"
+)
 
 
 def refused(response: Any, status: int = 422, error_type: str = "validation") -> str:
@@ -73,11 +76,11 @@ def refused(response: Any, status: int = 422, error_type: str = "validation") ->
         ({"typical_p": 2}, "parameters.typical_p must be"),
         # expert policies
         ({"experts": "sparse"}, "parameters.experts must be dense, auto, top_k:N, mass:SHARE"),
-        ({"experts": {"shared": 0}}, "experts.shared must be between 1 and 512, got 0"),
-        ({"experts": {"shared": 9}}, "experts.shared must be between 1 and 8, got 9"),
-        ({"experts": "shared:9"}, "experts.shared must be between 1 and 8, got 9"),
-        ({"experts": {"shared": True}}, "parameters.experts must be"),
-        ({"experts": {"shared": 4, "top_k": 4}}, "parameters.experts must be"),
+        ({"experts": {"shared": 4}}, SHARED_REMOVED),
+        ({"experts": "shared:4"}, SHARED_REMOVED),
+        ({"experts": "shared"}, SHARED_REMOVED),
+        ({"experts": {"shared": True}}, SHARED_REMOVED),
+        ({"experts": {"shared": 4, "top_k": 4}}, SHARED_REMOVED),
         ({"experts": "oracle:4"}, "parameters.experts must be"),
         ({"experts": {"oracle": 4}}, "parameters.experts must be"),
         ({"experts": {}}, "parameters.experts must be"),
