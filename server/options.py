@@ -11,7 +11,7 @@ import typer
 from pydantic.fields import FieldInfo
 from rich.markup import escape
 
-from server.settings import GROUPS, Settings
+from server.settings import GROUPS, REMOVED, Settings
 
 # Not for a command line, which every process of the machine can read.
 ENVIRONMENT_ONLY: Final = ("api_keys", "admin_key")
@@ -35,10 +35,21 @@ def with_options(run: Callable[[dict[str, Any]], None], doc: str | None) -> Call
         for name in names
         if name not in ENVIRONMENT_ONLY
     ]
+    parameters += [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_hidden(name)
+        )
+        for name in REMOVED
+    ]
     command.__doc__ = doc
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return command
+
+
+def _hidden(name: str) -> Any:
+    """An option that no help shows: the settings refuse it with a sentence that says why."""
+    return Annotated[str | None, typer.Option(f"--{name.replace('_', '-')}", hidden=True)]
 
 
 def _annotation(name: str, field: FieldInfo, group: str) -> Any:

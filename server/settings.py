@@ -30,6 +30,9 @@ from server.security import (
 # What the engine reads by itself.
 ENGINE_VARIABLES: Final = frozenset({"AMBIDEX_CACHE", "AMBIDEX_NATIVE"})
 
+# Settings that are no more, and why.
+REMOVED: Final = {"priority_age_seconds": "requests have no priorities, they are served in turn"}
+
 # Which settings belong together: in `ambidex serve --help` and in docs/serving.md.
 GROUPS: Final[dict[str, tuple[str, ...]]] = {
     "Server": ("host", "port", "stream_interval", "log_level", "access_log", "traces"),
@@ -39,7 +42,6 @@ GROUPS: Final[dict[str, tuple[str, ...]]] = {
     ),
     "Scheduling": (
         *("max_num_seqs", "max_num_batched_tokens", "max_waiting", "max_waiting_tokens"),
-        "priority_age_seconds",
     ),
     "Limits of a request": (
         *("max_concurrent_requests", "max_input_tokens", "max_total_tokens", "max_body_bytes"),
@@ -114,12 +116,6 @@ class Settings(BaseSettings):
     )
     prefix_caching: bool = Field(
         default=True, description="take keys and values of known prefixes from the cache"
-    )
-    priority_age_seconds: float = Field(
-        default=10.0,
-        ge=1e-3,
-        le=86_400.0,
-        description="waiting time that counts as much as one step of priority",
     )
 
     max_concurrent_requests: int = Field(
@@ -263,6 +259,14 @@ class Settings(BaseSettings):
         default="info", description="least severe level that is logged"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _none_was_removed(cls, values: Any) -> Any:
+        for name, why in REMOVED.items():
+            if name in values:
+                raise ValueError(f"{name} was removed: {why}")
+        return values
+
     @field_validator("port", mode="before")
     @classmethod
     def _not_a_service_link(cls, value: Any) -> Any:
@@ -316,7 +320,6 @@ class Settings(BaseSettings):
             max_waiting=self.max_waiting,
             max_waiting_tokens=self.max_waiting_tokens,
             prefix_caching=self.prefix_caching,
-            priority_age_seconds=self.priority_age_seconds,
             num_threads=self.num_threads,
             cuda_graphs=self.cuda_graphs,
             sample_every=self.sample_every,
@@ -353,8 +356,12 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """A sentence for each variable of `environment` that looks like a setting and is none."""
     known = {f"AMBIDEX_{name.upper()}" for name in Settings.model_fields} | ENGINE_VARIABLES
     sentences = []
+    removed = {f"AMBIDEX_{name.upper()}": why for name, why in REMOVED.items()}
     for name in sorted(environment):
-        if name.upper().startswith("AMBIDEX_") and name.upper() not in known:
+        if name.upper() in removed:
+            why = removed[name.upper()]
+            sentences.append(f"{name[:100]} was removed and is not looked at: {why}")
+        elif name.upper().startswith("AMBIDEX_") and name.upper() not in known:
             likely = difflib.get_close_matches(name.upper(), known, 1)
             hint = f"; did you mean {likely[0]}?" if likely else ""
             sentences.append(f"{name[:100]} is no setting and is not looked at{hint}")

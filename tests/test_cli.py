@@ -319,6 +319,7 @@ REFUSED = [
     (["generate", "x", "--model", "{tmp}"], "manifest.json: missing"),
     (["inspect", "--model", "{tmp}/none"], "no such checkpoint directory"),
     (["serve", "--port", "99999"], "port: Input should be less than or equal to 65535"),
+    (["serve", "--priority-age-seconds", "5"], "priority_age_seconds was removed: requests have"),
     (["serve", "--model", "{tmp}"], "manifest.json: missing"),
     (["eval", "--data", "{tmp}"], "no text found"),
     (["eval", "--json", "{tmp}/no/where.json"], "--json"),

@@ -30,7 +30,6 @@ def test_the_environment_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AMBIDEX_MAX_TOTAL_TOKENS", "77")
     monkeypatch.setenv("AMBIDEX_ACCESS_LOG", "true")
     monkeypatch.setenv("AMBIDEX_PREFIX_CACHING", "false")
-    monkeypatch.setenv("AMBIDEX_PRIORITY_AGE_SECONDS", "2.5")
     settings = Settings()
     assert settings.port == 9000
     assert settings.access_log is True
@@ -38,7 +37,6 @@ def test_the_environment_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
         max_num_seqs=3,
         max_model_len=77,
         prefix_caching=False,
-        priority_age_seconds=2.5,
         sample_every=256,
     )
     assert Settings(port=1).port == 1  # arguments come first
@@ -65,7 +63,6 @@ def test_every_setting_is_described_and_every_number_bounded() -> None:
         {"drain_timeout": float("nan")},
         {"body_timeout": 0},
         {"max_body_bytes": 1 << 40},
-        {"priority_age_seconds": 0},
         {"prefix_caching": "perhaps"},
         {"max_input_tokens": 10, "max_total_tokens": 10},
         {"max_num_seqs": 64, "max_num_batched_tokens": 32},
@@ -110,6 +107,14 @@ def test_variables_that_are_no_settings_are_named() -> None:
         "AMBIDEX_MAX_NUM_SEQ is no setting and is not looked at; did you mean AMBIDEX_MAX_NUM_SEQS?"
     )
     assert second.startswith("AMBIDEX_NONSENSE_123 is no setting")
+
+
+def test_a_removed_setting_is_refused_in_a_sentence_that_says_why() -> None:
+    sentence = "priority_age_seconds was removed: requests have no priorities, they are served in"
+    with pytest.raises(ValidationError, match=sentence):
+        Settings(priority_age_seconds=2.5)  # type: ignore[call-arg]
+    (warning,) = unknown_variables({"AMBIDEX_PRIORITY_AGE_SECONDS": "2.5"})
+    assert warning.startswith("AMBIDEX_PRIORITY_AGE_SECONDS was removed and is not looked at: ")
 
 
 def test_what_the_engine_reads_by_itself_is_known() -> None:

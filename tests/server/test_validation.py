@@ -11,9 +11,7 @@ if TYPE_CHECKING:
     from conftest import Live
 
 JSON = {"Content-Type": "application/json"}
-SHARED_REMOVED = (
-    "parameters.experts must not be shared: that policy was removed, use top_k instead"
-)
+SHARED_REMOVED = "parameters.experts must not be shared: that policy was removed, use top_k instead"
 
 
 def refused(response: Any, status: int = 422, error_type: str = "validation") -> str:
