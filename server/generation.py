@@ -7,7 +7,9 @@ loop, checks the server's own limits, and makes sure that whatever is started is
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -98,6 +100,7 @@ class Frontend:
         self.registry = make_registry(self)
         self._compiler = ThreadPoolExecutor(1, "ambidex-grammars")
         self._compiling = 0
+        self._again = itertools.count(2)  # numbers requests whose ids are in use already
 
     @property
     def worker(self) -> Worker:
@@ -143,7 +146,7 @@ class Frontend:
     @property
     def max_total_tokens(self) -> int:
         """Prompt plus output of one request: the model's limit, and what the KV cache can hold."""
-        return total_limit(self.engine)
+        return self.engine.scheduler.max_request_len
 
     @property
     def max_input_tokens(self) -> int:
@@ -159,7 +162,12 @@ class Frontend:
     ) -> Generation:
         """Tokenise, check and submit one request. The caller must `close` what it gets.
 
-        `grammar` is what `sampling` will have: it is compiled first.
+        Args:
+            inputs: the prompt.
+            sampling: the parameters, once the prompt's length is known.
+            policy: which experts its tokens use.
+            truncate: keep only the last so many tokens of the prompt.
+            grammar: what `sampling` will have; it is compiled first.
 
         Raises:
             InvalidRequest: the request can never be served as asked.
@@ -168,11 +176,16 @@ class Frontend:
             DeadlineExceeded: tokenising and compiling alone has taken longer than the request may.
         """
 
+        request_id = _request_id()
+
         def make(engine: Engine) -> list[Request]:
             with engine.stats.counting_rejections():
-                ids = self._tokenize(engine, inputs, truncate)
-                params = sampling(total_limit(engine) - len(ids))
-            return [engine.make_request(ids, params, policy)]
+                self._check_truncate(engine, truncate)
+            fitting = self._fitting("inputs", engine, sampling)
+            request = engine.make_request(
+                inputs, fitting, policy, request_id=request_id, truncate=truncate
+            )
+            return [request]
 
         (generation,) = await self._start(1, make, grammar)
         return generation
@@ -197,14 +210,22 @@ class Frontend:
             grammar: as in `start`.
         """
         count, limit = len(prompts) * n, self.settings.max_concurrent_requests
+        request_id = _request_id()
 
         def make(engine: Engine) -> list[Request]:
             requests: list[Request] = []
-            for name, prompt in prompts.items():
+            for position, (name, prompt) in enumerate(prompts.items()):
                 with engine.stats.counting_rejections():
-                    ids = self._ids(engine, name, prompt)
-                    params = sampling(total_limit(engine) - len(ids))
-                requests += engine.make_requests(ids, params, policy, n)
+                    known = prompt(engine) if callable(prompt) else prompt
+                fitting = self._fitting(name, engine, sampling)
+                each = f"{request_id}-{position}" if len(prompts) > 1 else request_id
+                if n == 1:
+                    made = [engine.make_request(known, fitting, policy, request_id=each, name=name)]
+                else:
+                    made = engine.make_requests(
+                        known, fitting, policy, n, request_id=each, name=name
+                    )
+                requests += made
             with engine.stats.counting_rejections():
                 check(requests)
             return requests
@@ -237,6 +258,8 @@ class Frontend:
                     requests = await asyncio.to_thread(make, worker.engine)
                 validated = time.perf_counter() - started
                 for request in requests:
+                    if worker.knows(request.request_id):  # a client may send an id again
+                        request.request_id += f"~{next(self._again)}"
                     events = self._timed(await worker.submit(request), call, seconds)
                     release = self._release
                     generations.append(
@@ -334,39 +357,31 @@ class Frontend:
     def _release(self) -> None:
         self.active -= 1
 
-    def _tokenize(self, engine: Engine, inputs: str, truncate: int | None) -> list[int]:
-        limit = self.settings.input_limit(total_limit(engine))
+    def _check_truncate(self, engine: Engine, truncate: int | None) -> None:
+        limit = self.settings.input_limit(engine.scheduler.max_request_len)
         require(
             truncate is None or truncate <= limit,
             f"parameters.truncate must be from 1 to {limit}, got {truncate}",
             InvalidRequest,
         )
-        ids = engine.tokenizer.encode_prompt(inputs, truncate)
-        self._check_length("inputs", ids, limit)
-        return ids
 
-    def _ids(self, engine: Engine, name: str, prompt: Prompt) -> list[int]:
-        """The token ids of a prompt that complaints call `name`."""
-        if isinstance(prompt, str):
-            ids = engine.tokenizer.encode_prompt(prompt)
-        else:
-            ids = prompt if isinstance(prompt, list) else prompt(engine)
-        self._check_length(name, ids, self.settings.input_limit(total_limit(engine)))
-        top = engine.model_config.vocab_size - 1
-        message = f"token ids of {name} must be from 0 to {top}"
-        require(min(ids) >= 0 and max(ids) <= top, message, InvalidRequest)
-        return ids
+    def _fitting(self, name: str, engine: Engine, sampling: SamplingFor) -> SamplingFor:
+        """`sampling`, but it raises if the prompt called `name` is longer than the server takes."""
+        total = engine.scheduler.max_request_len
+        limit = self.settings.input_limit(total)
 
-    @staticmethod
-    def _check_length(name: str, ids: list[int], limit: int) -> None:
-        message = f"{name} must have from 1 to {limit} tokens, got {len(ids)}"
-        require(len(ids) >= 1, message, InvalidRequest)
-        require(len(ids) <= limit, message, ContextTooLong)
+        def fitting(room: int) -> SamplingParams:
+            length = total - room
+            message = f"{name} must have from 1 to {limit} tokens, got {length}"
+            require(length <= limit, message, ContextTooLong)
+            return sampling(room)
+
+        return fitting
 
 
-def total_limit(engine: Engine) -> int:
-    """Tokens of a prompt and its output together that `engine` can serve."""
-    return min(engine.max_model_len, engine.num_blocks * engine.config.block_size)
+def _request_id() -> str:
+    """What the engine calls the HTTP request under way, so that its log and the client agree."""
+    return calls.current().request_id or uuid.uuid4().hex
 
 
 async def close_all(generations: Iterable[Generation]) -> None:

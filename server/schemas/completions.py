@@ -52,8 +52,6 @@ def _check_prompt(name: str, prompt: Any) -> None:
         raise refuse(
             f"prompt{name} must be a string or a list of token ids, of at least 1", SENTENCE
         )
-    elif min(prompt) < 0 or max(prompt) > MAX_TOKEN_ID:
-        raise refuse(f"token ids of prompt{name} must be from 0 to {MAX_TOKEN_ID}", SENTENCE)
 
 
 _STRING: Final = {"type": "string", "minLength": 1}

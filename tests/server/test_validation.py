@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import Live
+    from conftest import Live, Serve
 
 JSON = {"Content-Type": "application/json"}
 SHARED_REMOVED = "parameters.experts must not be shared: that policy was removed, use top_k instead"
@@ -280,6 +282,58 @@ def test_request_ids_are_echoed_or_made(live: Live) -> None:
         made = answer(bad)
         assert made != bad
         assert len(made) == 32
+
+
+def test_the_engine_knows_a_request_by_its_id(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    known: list[str] = []
+    submit = live.worker.submit
+
+    async def noting(request: Any) -> Any:
+        known.append(request.request_id)
+        return await submit(request)
+
+    monkeypatch.setattr(live.worker, "submit", noting)
+
+    def post(path: str, **body: Any) -> None:
+        response = live.http.post(path, json=body, headers={"X-Request-Id": "mine"})
+        assert response.status_code == 200, response.text
+
+    chat = [{"role": "user", "content": "x"}]
+    post("/generate", inputs="x", parameters={"max_new_tokens": 1})
+    post("/generate_stream", inputs="x", parameters={"max_new_tokens": 1})
+    post("/v1/chat/completions", messages=chat, max_tokens=1)
+    assert known == ["mine"] * 3
+    known.clear()
+    post("/v1/completions", prompt="x", max_tokens=1, n=2)
+    assert known == ["mine-0", "mine-1"]
+    known.clear()
+    post("/v1/completions", prompt=["x", "y"], max_tokens=1)
+    post("/v1/completions", prompt=["x", "y"], max_tokens=1, n=2)
+    assert known[:2] == ["mine-0", "mine-1"]
+    assert known[2:] == ["mine-0-0", "mine-0-1", "mine-1-0", "mine-1-1"]
+
+
+def test_requests_that_share_an_id_are_all_answered(serve: Serve) -> None:
+    asked = {"inputs": "hello", "parameters": {"max_new_tokens": 30, "details": True}}
+    with serve(step_seconds=0.002) as live, ThreadPoolExecutor(16) as pool:
+
+        def post(number: int) -> tuple[str, list[Any]]:
+            request_id = ("same", "same-0", "same-1")[number % 3]
+            http = httpx.Client(base_url=live.url, trust_env=False, timeout=60)
+            with http:
+                headers = {"X-Request-Id": request_id}
+                if number % 4:
+                    answer = http.post("/generate", json=asked, headers=headers)
+                    text = [answer.json()["generated_text"]]
+                else:
+                    body = {"prompt": "hello", "max_tokens": 30, "n": 2, "temperature": 0}
+                    answer = http.post("/v1/completions", json=body, headers=headers)
+                    text = [choice["text"] for choice in answer.json()["choices"]]
+            assert answer.headers["x-request-id"] == request_id
+            return answer.text, text
+
+        answers = list(pool.map(post, range(24)))
+        assert len({text for _, texts in answers for text in texts}) == 1
 
 
 def test_refusals_are_counted(live: Live) -> None:
