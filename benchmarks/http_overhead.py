@@ -33,10 +33,10 @@ from benchmarks.load import Arrival, Served, random_load
 from benchmarks.models import EngineServer, model_config, random_checkpoint, shape_named
 from benchmarks.peer import Peer
 from benchmarks.records import MACHINE, VERSIONS, Record, write_records
-from benchmarks.result_file import check_writable
 from benchmarks.vllm_worker import answer_all
 from engine.checkpoint import STARTER, load, save
 from engine.config import EngineConfig, ModelConfig, check_range
+from engine.console import check_writable
 from engine.engine import Engine
 from engine.request import ExpertPolicy
 from server.settings import Settings

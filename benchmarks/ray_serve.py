@@ -32,10 +32,10 @@ from benchmarks.http_overhead import Case, case_of
 from benchmarks.http_server import http_server
 from benchmarks.load import Arrival, random_load
 from benchmarks.records import MACHINE, VERSIONS, Record, write_records
-from benchmarks.result_file import check_writable
 from deploy.ray.app import application
 from deploy.ray.options import Options
 from engine.config import check_range
+from engine.console import check_writable
 from server.settings import Settings
 
 REQUESTS: Final = 32

@@ -1,20 +1,26 @@
-"""`python -m server`: serve with the settings of the environment."""
+"""`python -m server`: the command `serve` by itself, for where `ambidex` is not installed."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from pydantic import ValidationError
 
 from engine.errors import AmbidexError
+from server.cli import settings_command
 from server.serve import serve
 from server.settings import Settings, explain
 
 
-def main() -> None:
-    """Serve; a setting or checkpoint that cannot be used ends the process with a sentence."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serve; a setting or checkpoint that cannot be used ends the process with a sentence.
+
+    `arguments` are those of the process by default.
+    """
+    command = settings_command(lambda given: serve(Settings(**given)))
     try:
-        serve(Settings())
+        command.main(arguments, prog_name="python -m server")
     except ValidationError as error:
         sys.exit(explain(error))
     except AmbidexError as error:

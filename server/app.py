@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 
+from engine.version import VERSION
 from engine.worker import Worker
 from server import access_log
 from server.calls import Call
@@ -30,7 +31,6 @@ from server.schemas.chat import ChatChunk
 from server.schemas.tgi import StreamEvent
 from server.settings import Settings
 from server.tracing import Tracing
-from server.version import VERSION
 
 DESCRIPTION: Final = """
 Serves a language model whose feed-forward layers run **dense** or as a **mixture of experts**, from

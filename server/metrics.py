@@ -23,6 +23,7 @@ from prometheus_client.registry import Collector
 
 from engine.histogram import Histogram
 from engine.stats import DECODE_BATCHES, DECODE_KINDS, Numbers
+from engine.version import VERSION
 from server.fleet import Fleet
 from server.loop_lag import LoopLag
 from server.metric_names import (
@@ -35,7 +36,6 @@ from server.metric_names import (
 )
 from server.reload import RESULTS, Reloader
 from server.settings import Settings
-from server.version import VERSION
 
 
 class Source(Protocol):

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from engine.errors import ConfigError
+from engine.version import VERSION
 from server.calls import Call, Finished
-from server.version import VERSION
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context

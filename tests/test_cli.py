@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 import json
 import shlex
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import pytest
-import rich.console
 
 import ambidex as command_line
+from engine import console
 
 
 @dataclass
@@ -37,7 +39,6 @@ def ambidex(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     def run(*arguments: str, stdin: str = "") -> Result:
         monkeypatch.setattr(sys, "argv", ["ambidex", *arguments])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        monkeypatch.setattr(command_line, "err", rich.console.Console(stderr=True))
         code: int | str | None = 0
         try:
             command_line.main()
@@ -54,13 +55,12 @@ def flat(text: str) -> str:
     return " ".join(text.replace("│", " ").split())
 
 
+BENCHMARKS = ("ffn", "train", "decode", "prefill", "serve", "start")
+
+
 @pytest.mark.parametrize(
     "command",
-    [
-        *([], ["train"], ["prepare"], ["report"], ["serve"], ["generate"], ["eval"], ["inspect"]),
-        *(["import"], ["export"]),
-        *(["bench"], *(["bench", c] for c in ("ffn", "train", "decode", "prefill", "serve"))),
-    ],
+    [[], *([name] for name in command_line.COMMANDS), *(["bench", name] for name in BENCHMARKS)],
     ids=lambda command: " ".join(command) or "ambidex",
 )
 def test_help_explains(command: list[str], ambidex: Command) -> None:
@@ -68,6 +68,46 @@ def test_help_explains(command: list[str], ambidex: Command) -> None:
     assert result.returncode == 0
     assert "Usage" in result.stdout
     assert len(result.stdout) > 300
+
+
+def test_help_lists_every_command(ambidex: Command) -> None:
+    text = ambidex("--help").stdout
+    listed = [words[1] for line in text.splitlines() if len(words := line.split(" ")) > 2]
+    assert [name for name in listed if name in command_line.COMMANDS] == [*command_line.COMMANDS]
+    text = ambidex("bench", "--help").stdout
+    assert all(f"│ {name} " in text for name in BENCHMARKS)
+    assert "No such command 'nonsense'" in ambidex("nonsense").stderr
+
+
+# Runs the command as a process of its own does, and ends with the modules that it has imported.
+MODULES = """
+import sys
+import ambidex
+try:
+    ambidex.main()
+except SystemExit as end:
+    assert end.code == 0, end.code
+print(" ".join(sys.modules))
+"""
+HEAVY = {"torch", "numpy", "safetensors", "tokenizers", "fastapi", "uvicorn", "jinja2"}
+
+
+@pytest.mark.parametrize(
+    ("command", "absent"),
+    [
+        ("", HEAVY),
+        ("train", HEAVY | {"server", "benchmarks"}),
+        ("generate", HEAVY | {"server", "training", "benchmarks"}),
+        ("serve", {"training", "benchmarks"}),
+        ("bench decode", HEAVY | {"server", "training"}),
+    ],
+)
+def test_a_command_imports_its_own_package_alone(command: str, absent: set[str]) -> None:
+    arguments = [sys.executable, "-c", MODULES, *command.split(), "--help"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    imported = {name.split(".")[0] for name in done.stdout.splitlines()[-1].split()}
+    assert "engine" in imported
+    assert not imported & absent
 
 
 def test_every_setting_of_the_server_is_an_option_in_one_group(ambidex: Command) -> None:
@@ -374,6 +414,30 @@ def test_bad_input_gets_one_sentence(
     assert sentence in flat(result.stderr)
 
 
-def test_the_installed_command_needs_no_torch_to_explain_itself() -> None:
-    code = "import sys, ambidex; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_benchmarks_are_found_in_a_checkout_alone(
+    tmp_path: Path, ambidex: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command_line, "CHECKOUT", tmp_path)
+    assert "bench" not in ambidex("--help").stdout
+    result = ambidex("bench", "ffn")
+    assert result.returncode == 1
+    assert "error: the benchmarks are not installed with ambidex" in flat(result.stderr)
+
+
+def test_an_interrupted_command_ends_as_a_shell_expects() -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        console.run(interrupted)
+    assert ended.value.code == 130
+
+
+def test_the_first_process_of_a_container_ends_on_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers: dict[int, Callable[[int, None], None]] = {}
+    monkeypatch.setattr("os.getpid", lambda: 1)
+    monkeypatch.setattr("signal.signal", handlers.__setitem__)
+    console.run(lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        handlers[signal.SIGTERM](signal.SIGTERM, None)
+    assert ended.value.code == 128 + signal.SIGTERM

@@ -10,11 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
 from engine.request import MAX_STOPS, MAX_TOP_N
+from engine.version import VERSION
 from server.errors import error_body
 from server.generation import Frontend
 from server.routes.dependencies import Front
 from server.schemas.tgi import ErrorResponse
-from server.version import VERSION
 
 router = APIRouter(tags=["operations"])
 

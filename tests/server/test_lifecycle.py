@@ -386,5 +386,5 @@ def test_what_cannot_be_served_ends_with_a_sentence(
     for name, value in settings.items():
         monkeypatch.setenv(f"AMBIDEX_{name}", value)
     with pytest.raises(SystemExit) as caught:
-        main()
+        main([])
     assert sentence in str(caught.value)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from engine.version import VERSION
 from server.settings import Settings
-from server.version import VERSION
 
 if TYPE_CHECKING:
     from conftest import Live, Serve

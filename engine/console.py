@@ -1,17 +1,41 @@
-"""The file that --json names: checked before the work, written whole after it."""
+"""What all commands share: how they end, what they say beside results, the file of --json."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
-from engine.errors import require
+from engine.errors import AmbidexError, require
 
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the results here.")]
+
+
+def run(command: Callable[[], object]) -> None:
+    """Run a command line; our own errors become one sentence and exit status 1."""
+    if os.getpid() == 1:
+        # The first process of a container ignores signals that it does not handle. Serving and
+        # training set handlers of their own, seconds from now.
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        command()
+    except (AmbidexError, OSError) as error:
+        stderr().print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def stderr() -> Console:
+    """For messages about the work; results go to standard output."""
+    return Console(stderr=True)
 
 
 def check_writable(file: Path | None) -> None:

@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.result_file import JsonFile, check_writable
+from engine.console import JsonFile, check_writable
 
+app = typer.Typer()
 bench_app = typer.Typer(
     help="Measure speed on this machine, sparse against dense.", no_args_is_help=True
 )
+app.add_typer(bench_app, name="bench")
 
 
 @bench_app.command()
