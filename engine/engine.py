@@ -44,9 +44,8 @@ from engine.stats import Stats, usage_of
 from engine.structured import Grammars
 from engine.token_experts import check_size
 
-# Parameters, or a function that gives them when it is told how many tokens the prompt leaves for
-# the output.
-SamplingFor = SamplingParams | Callable[[int], SamplingParams]
+# Gives the parameters when it is told how many tokens the prompt leaves for the output.
+SamplingFor = Callable[[int], SamplingParams]
 
 
 @dataclass
@@ -120,7 +119,7 @@ class Engine:
     def make_request(
         self,
         prompt: str | list[int],
-        sampling: SamplingFor,
+        sampling: SamplingParams | SamplingFor,
         policy: ExpertPolicy,
         *,
         request_id: str | None = None,
@@ -151,7 +150,7 @@ class Engine:
     def make_requests(
         self,
         prompt: str | list[int],
-        sampling: SamplingFor,
+        sampling: SamplingParams | SamplingFor,
         policy: ExpertPolicy,
         n: int,
         *,
@@ -180,7 +179,7 @@ class Engine:
         self,
         request_ids: Sequence[str],
         prompt: str | list[int],
-        sampling: SamplingFor,
+        sampling: SamplingParams | SamplingFor,
         policy: ExpertPolicy,
         truncate: int | None,
         name: str,

@@ -13,24 +13,24 @@ from starlette.middleware.cors import CORSMiddleware
 
 from engine.version import VERSION
 from engine.worker import Worker
-from server import access_log
-from server.calls import Call
-from server.deadlines import TIMEOUT_HEADER
-from server.errors import OPENAI_PATHS, install_handlers
-from server.generation import Frontend
-from server.middleware import (
+from server.generation.frontend import Frontend
+from server.http import access_log
+from server.http.calls import Call
+from server.http.deadlines import TIMEOUT_HEADER
+from server.http.error_responses import OPENAI_PATHS, install_handlers
+from server.http.middleware import (
     REQUEST_ID,
     BodyLimitMiddleware,
     CallMiddleware,
     HeadLimitMiddleware,
     KeyMiddleware,
 )
-from server.ratelimit import RateLimiter
+from server.http.ratelimit import RateLimiter
+from server.http.tracing import Tracing
 from server.routes import admin, chat, completions, generate, models, ops, playground, tokens
 from server.schemas.chat import ChatChunk
 from server.schemas.tgi import StreamEvent
 from server.settings import Settings
-from server.tracing import Tracing
 
 DESCRIPTION: Final = """
 Serves a language model whose feed-forward layers run **dense** or as a **mixture of experts**, from

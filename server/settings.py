@@ -16,8 +16,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from engine.checkpoint import STARTER
 from engine.config import EngineConfig
-from server.routes import playground
-from server.security import (
+from server import playground
+from server.http.security import (
     DOCS_PATHS,
     HEALTH_PATHS,
     METRICS_PATHS,

@@ -22,13 +22,14 @@ from starlette.types import Message, Receive, Scope, Send
 from deploy.ray.affinity import prompt_key
 from deploy.ray.wire import Accepted, Target, plain_scope
 from engine.errors import AmbidexError, EngineStopped, InvalidRequest, Overloaded
-from server import calls
-from server.deadlines import TIMEOUT_HEADER, late_error, timeout_of
-from server.errors import IncompleteGeneration, describe, error_response, openai_call
-from server.middleware import REQUEST_ID
+from server.errors import IncompleteGeneration
+from server.http import calls
+from server.http.deadlines import TIMEOUT_HEADER, late_error, timeout_of
+from server.http.error_responses import describe, error_response, openai_call
+from server.http.middleware import REQUEST_ID
+from server.http.streaming import EventResponse, sse_event, while_connected
 from server.routes.openai import DONE
 from server.settings import Settings
-from server.streaming import EventResponse, sse_event, while_connected
 
 ACCEPT_SECONDS: Final = 30.0  # for a replica to take a request; one that starts may be that slow
 GRACE_SECONDS: Final = 10.0  # after its deadline in which a replica says itself that it is late
@@ -169,7 +170,11 @@ class Forwarder:
             EngineStopped: no replica took the request, or each that did was lost.
             DeadlineExceeded: the replica is long past the deadline.
         """
-        seconds = timeout_of(calls.current().timeout, self.settings)
+        seconds = timeout_of(
+            calls.current().timeout,
+            self.settings.request_timeout,
+            self.settings.max_request_timeout,
+        )
         deadline = asyncio.get_running_loop().time() + seconds
         key = await self._key(scope, body)
         asked: set[str] = set()

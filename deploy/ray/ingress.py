@@ -23,9 +23,9 @@ from deploy.ray.replica import log
 from deploy.ray.wire import plain_scope
 from engine.errors import AmbidexError
 from server.app import add_middleware
-from server.errors import error_response
-from server.middleware import REQUEST_ID
-from server.ratelimit import RateLimiter
+from server.http.error_responses import error_response
+from server.http.middleware import REQUEST_ID
+from server.http.ratelimit import RateLimiter
 from server.routes.ops import METRICS_TYPE
 from server.settings import Settings
 

@@ -15,14 +15,14 @@ from starlette.types import Message
 from deploy.ray.scaling import DEMAND, demand
 from deploy.ray.wire import Accepted, Identity, Reply, Target, merged
 from engine.errors import AmbidexError, EngineStopped
-from server import access_log
 from server.app import create_app
-from server.fleet import make_worker
-from server.generation import Frontend
-from server.reload import Candidate, first_engine
+from server.engines.fleet import make_worker
+from server.engines.reload import Candidate, first_engine
+from server.generation.frontend import Frontend
+from server.http import access_log
+from server.http.tracing import Tracing, otlp_provider
 from server.routes import admin
 from server.settings import Settings
-from server.tracing import Tracing, otlp_provider
 
 
 def log(settings: Settings) -> None:
@@ -50,7 +50,7 @@ class Model:
             access_log.write_to_stderr()
         tracing = Tracing(otlp_provider()) if settings.traces else None
         gc.collect()
-        gc.freeze()  # as server.serve does
+        gc.freeze()  # as server.process.serve does
         engine = await asyncio.to_thread(first_engine, settings)
         worker = make_worker(engine, settings)
         # The rollout looks for new checkpoints, so that replicas do not load them all at once.

@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 from deploy.ray.wire import Identity, Reply
 from engine.checkpoint import content_digest
 from engine.errors import CheckpointError
-from server.reload import Candidate, candidates
+from server.engines.reload import Candidate, candidates
 
 logger = logging.getLogger("ambidex.server")
 

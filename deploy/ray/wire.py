@@ -7,7 +7,7 @@ from typing import Any, Final, Literal
 
 from starlette.types import Message, Scope
 
-from server.reload import Result
+from server.engines.reload import Result
 
 # Of an ASGI HTTP scope: what describes the request, and nothing of the server that took it.
 _FIELDS: Final = (
@@ -57,8 +57,8 @@ class Reply:
     """What came of a replica's attempt to load a checkpoint.
 
     Attributes:
-        result: one of server.reload, or "absent": the replica does not see the checkpoint, as on a
-            shared file system that shows new directories some seconds late.
+        result: what `server.engines.reload` says, or "absent": the replica does not see the
+            checkpoint, as on a shared file system that shows new directories some seconds late.
         error: what was wrong.
     """
 

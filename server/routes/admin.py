@@ -1,4 +1,4 @@
-"""`/admin/...`: what a host asks and orders; every route needs the admin key (server.security)."""
+"""`/admin/...`: what a host asks and orders. Every route needs the admin key."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.generation import Frontend
+from server.generation.frontend import Frontend
 from server.routes.dependencies import Front
 from server.schemas.fields import Strict, Text
 from server.schemas.tgi import ErrorResponse

@@ -11,8 +11,8 @@ from starlette.responses import Response
 
 from engine.engine import Engine
 from engine.request import MAX_STOPS, TokenEvent, TokenLogprob
-from server import chat as chats
-from server.events import Output
+from server.generation import chat_prompt as chats
+from server.generation.events import Output
 from server.routes.dependencies import Front
 from server.routes.openai import ERRORS, FINISH_REASONS, respond, visible_text
 from server.schemas.chat import ChatRequest, ChatResponse

@@ -11,8 +11,8 @@ from starlette.responses import Response
 
 from engine.request import TokenEvent, TokenLogprob
 from engine.tokenizer import text_offsets
-from server.events import Output
-from server.generation import Prompt
+from server.generation.events import Output
+from server.generation.submission import Prompt
 from server.routes.dependencies import Front
 from server.routes.openai import ERRORS, FINISH_REASONS, respond, visible_text
 from server.schemas.completions import CompletionRequest, CompletionResponse

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from server.generation import Frontend
+from server.generation.frontend import Frontend
 
 
 def frontend(request: Request) -> Frontend:

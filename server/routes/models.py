@@ -7,7 +7,7 @@ from typing import Any, Final, Literal
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
-from server.generation import Frontend
+from server.generation.frontend import Frontend
 from server.routes.dependencies import Front
 from server.schemas.openai import OpenAIErrorResponse
 

@@ -15,16 +15,18 @@ from typing import Any, Final, Protocol
 from fastapi import Request
 from starlette.responses import JSONResponse, Response
 
+from engine.engine import SamplingFor
 from engine.errors import AmbidexError, InvalidRequest, require
 from engine.request import Request as EngineRequest
 from engine.request import TokenEvent, Usage
-from server import calls
-from server.errors import describe
-from server.events import Output, collect_all, merged_events
-from server.generation import Frontend, Generation, Prompt, SamplingFor, close_all
+from server.generation.events import Output, collect_all, merged_events
+from server.generation.frontend import Frontend
+from server.generation.submission import Prompt, Submission, close_all
+from server.http import calls
+from server.http.error_responses import describe
+from server.http.streaming import EventResponse, sse_event, while_connected
 from server.routes.generate import CLIENT_LEFT
 from server.schemas.openai import GenerationBody, OpenAIErrorResponse
-from server.streaming import EventResponse, sse_event, while_connected
 
 logger = logging.getLogger("ambidex.server")
 
@@ -114,16 +116,16 @@ async def respond(
     starting = front.start_all(
         prompts, sampling, body.policy, body.completions, check, body.grammar
     )
-    generations = await while_connected(request.receive, starting)
-    if generations is None:  # the client left while its grammar was compiled, say
+    submissions = await while_connected(request.receive, starting)
+    if submissions is None:  # the client left while its grammar was compiled, say
         return Response(status_code=CLIENT_LEFT)
-    answer = _Answer(front, writer, generations)
+    answer = _Answer(front, writer, submissions)
     if stream:
-        return EventResponse(answer.frames(), lambda: close_all(generations), answer.prompt_header)
+        return EventResponse(answer.frames(), lambda: close_all(submissions), answer.prompt_header)
     try:
-        outputs = await while_connected(request.receive, collect_all(generations))
+        outputs = await while_connected(request.receive, collect_all(submissions))
     finally:
-        await close_all(generations)
+        await close_all(submissions)
     if outputs is None:
         return Response(status_code=CLIENT_LEFT)
     return answer.whole(outputs)
@@ -132,15 +134,15 @@ async def respond(
 class _Answer:
     """One answer: what its chunks have in common, and its sums."""
 
-    def __init__(self, front: Frontend, writer: Writer, generations: Sequence[Generation]) -> None:
+    def __init__(self, front: Frontend, writer: Writer, submissions: Sequence[Submission]) -> None:
         self.writer = writer
-        self.generations = generations
-        self.usages: dict[int, Usage] = {}  # by generation, as they finish
+        self.submissions = submissions
+        self.usages: dict[int, Usage] = {}  # by submission, as they finish
         self.common = {
             "id": f"{writer.prefix}-{uuid.uuid4().hex}",
             "created": int(calls.current().started),
             "model": front.model_name,
-            "system_fingerprint": f"fp_{generations[0].engine.checkpoint.fingerprint[:12]}",
+            "system_fingerprint": f"fp_{submissions[0].engine.checkpoint.fingerprint[:12]}",
         }
 
     @property
@@ -151,7 +153,7 @@ class _Answer:
     def _prompt_tokens(self) -> int:
         """Of each prompt once, however many completions it has."""
         each = self.writer.body.completions
-        return sum(generation.request.prompt_len for generation in self.generations[::each])
+        return sum(submission.request.prompt_len for submission in self.submissions[::each])
 
     def whole(self, outputs: Sequence[Output]) -> Response:
         """The answer at once."""
@@ -175,7 +177,7 @@ class _Answer:
     async def frames(self) -> AsyncGenerator[bytes, None]:
         """The answer as events; an error becomes the last of them but for the end."""
         try:
-            async with aclosing(merged_events(self.generations)) as events:
+            async with aclosing(merged_events(self.submissions)) as events:
                 async for which, taken in events:
                     chunks = (self._chunk(which, event) for event in taken)
                     if frames := [sse_event(chunk) for chunk in chunks if chunk is not None]:
@@ -200,7 +202,7 @@ class _Answer:
         chunk = {**self.common, "object": self.writer.chunk_kind, "choices": [choice]}
         if self.writer.body.includes_usage:
             chunk["usage"] = None
-        elif len(self.usages) == len(self.generations):
+        elif len(self.usages) == len(self.submissions):
             chunk["experts"] = self._experts()
         return chunk
 
@@ -208,7 +210,7 @@ class _Answer:
         body, usages = self.writer.body, self.usages
         generated = sum(usage.generated_tokens for usage in usages.values())
         generated = 0 if body.hides_output else generated
-        firsts = range(0, len(self.generations), body.completions)
+        firsts = range(0, len(self.submissions), body.completions)
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": generated,
@@ -223,7 +225,7 @@ class _Answer:
         activated = sum(usage.experts_activated for usage in self.usages.values())
         available = sum(usage.experts_available for usage in self.usages.values())
         return {
-            "policy": str(self.generations[0].request.policy),
+            "policy": str(self.submissions[0].request.policy),
             "activated_ratio": activated / available if available else 0.0,
             "activated": activated,
             "available": available,

@@ -11,8 +11,8 @@ from starlette.responses import JSONResponse, Response
 
 from engine.request import MAX_STOPS, MAX_TOP_N
 from engine.version import VERSION
-from server.errors import error_body
-from server.generation import Frontend
+from server.generation.frontend import Frontend
+from server.http.error_responses import error_body
 from server.routes.dependencies import Front
 from server.schemas.tgi import ErrorResponse
 

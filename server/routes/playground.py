@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 from starlette.datastructures import Headers
@@ -16,13 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-DIRECTORY: Final = Path(__file__).parents[1] / "playground"
-PAGE: Final = "/playground"
-MEDIA_TYPES: Final = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
-_FILES: Final = sorted(f for f in DIRECTORY.iterdir() if f.suffix in MEDIA_TYPES)
-PATHS: Final = frozenset(
-    {PAGE, f"{PAGE}/"} | {f"{PAGE}/{f.name}" for f in _FILES if f.suffix != ".html"}
-)
+from server.playground import FILES, MEDIA_TYPES, PAGE
 
 # The page runs its own scripts and styles alone, talks to this server alone, and is in no frame.
 POLICY: Final = "; ".join(
@@ -43,7 +36,7 @@ HEADERS: Final = {
 
 def routes() -> Iterator[Route]:
     """One route a file; they answer HEAD as well."""
-    for file in _FILES:
+    for file in FILES:
         path = PAGE if file.suffix == ".html" else f"{PAGE}/{file.name}"
         yield Route(path, _Asset(file.read_bytes(), MEDIA_TYPES[file.suffix]).answer)
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 from fastapi import APIRouter
 
 from engine.errors import InvalidRequest, require
-from server.chat import PLAIN
+from server.generation.chat_prompt import PLAIN
 from server.routes.dependencies import Front
 from server.schemas.tgi import ErrorResponse
 from server.schemas.tokens import (

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from engine.kernels.native import build
+from server.http.security import HEALTH_PATHS, METRICS_PATHS
+from server.process.serve import CLOSE_SECONDS
 from server.routes import ops
-from server.security import HEALTH_PATHS, METRICS_PATHS
-from server.serve import CLOSE_SECONDS
 from server.settings import Settings
 from tests.deploy.manifests import (
     ALL,

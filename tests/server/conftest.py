@@ -29,11 +29,11 @@ from engine.model import Decoder
 from engine.tokenizer import END_OF_TEXT, Tokenizer
 from engine.worker import Worker
 from server.app import create_app
-from server.fleet import make_worker
-from server.generation import Frontend
-from server.serve import CLOSE_SECONDS, KEEP_ALIVE_SECONDS, listen
+from server.engines.fleet import make_worker
+from server.generation.frontend import Frontend
+from server.http.tracing import Tracing
+from server.process.serve import CLOSE_SECONDS, KEEP_ALIVE_SECONDS, listen
 from server.settings import Settings
-from server.tracing import Tracing
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 CONFIG = ModelConfig(

@@ -24,7 +24,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 if TYPE_CHECKING:
-    from conftest import Live, Serve
+    from tests.server.conftest import Live, Serve
 
 EXAMPLES = int(os.environ.get("AMBIDEX_FUZZ_EXAMPLES", "9"))
 ADMIN = "admin-0123456789abcdef"

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from engine.checkpoint import STARTER
 from engine.config import EngineConfig
-from server.serve import listen
+from server.process.serve import listen
 from server.settings import ENGINE_VARIABLES, Settings, explain, unknown_variables
 
 
