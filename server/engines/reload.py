@@ -295,7 +295,7 @@ class Reloader:
         if mode != "auto":
             return mode == "beside"
         # As much again as the weights while they are packed or cast, a layer at a time at least.
-        available = available_bytes(self.settings.device)
+        available = available_bytes(self.settings.engine_config().device)
         return available is None or need * 1.25 < available
 
     async def _replace_drained(self, path: Path, config: EngineConfig) -> None:

@@ -40,6 +40,7 @@ def banner(frontend: Frontend, address: str, *, as_table: bool = True) -> Render
 
 def _rows(frontend: Frontend, address: str) -> dict[str, str]:
     engine, settings = frontend.engine, frontend.settings
+    config = engine.config
     model = engine.model_config
     experts = model.experts
     return {
@@ -47,12 +48,12 @@ def _rows(frontend: Frontend, address: str) -> dict[str, str]:
         "parameters": f"{model.num_parameters:,} in {model.num_hidden_layers} layers",
         "experts": f"{experts.num_experts} a layer, {experts.expert_size} neurons each, "
         f"default {experts.default_policy}",
-        "device": f"{settings.device}, {frontend.dtype}",
-        "memory": _memory(engine, settings),
+        "device": f"{config.device}, {frontend.dtype}",
+        "memory": _memory(engine),
         "KV cache": f"{engine.num_blocks} blocks of {engine.config.block_size} tokens, at most "
-        f"{_size(settings.kv_cache_bytes)} (AMBIDEX_KV_CACHE_BYTES)",
+        f"{_size(config.kv_cache_bytes)} (AMBIDEX_KV_CACHE_BYTES)",
         "limits": f"{frontend.max_input_tokens} input, {frontend.max_total_tokens} total tokens; "
-        f"{settings.max_num_seqs} running, {settings.max_waiting} waiting, "
+        f"{config.max_num_seqs} running, {config.max_waiting} waiting, "
         f"{settings.max_concurrent_requests} concurrent requests",
         "deadline": f"{settings.request_timeout:g} s, at most {settings.max_request_timeout:g} s "
         "by X-Request-Timeout",
@@ -64,7 +65,7 @@ def _rows(frontend: Frontend, address: str) -> dict[str, str]:
     }
 
 
-def _memory(engine: Engine, settings: Settings) -> str:
+def _memory(engine: Engine) -> str:
     model, dtype = engine.model_config, engine.checkpoint.model.embedding.weight.dtype
     weights = model.num_parameters * dtype.itemsize
     cache = engine.num_blocks * KVCache.bytes_per_block(
@@ -74,8 +75,9 @@ def _memory(engine: Engine, settings: Settings) -> str:
         model.head_dim,
         dtype,
     )
-    left = available_bytes(settings.device)
-    rest = "" if left is None else f"; {_size(left)} left on this {settings.device}"
+    device = engine.config.device
+    left = available_bytes(device)
+    rest = "" if left is None else f"; {_size(left)} left on this {device}"
     return f"weights {_size(weights)}, KV cache {_size(cache)}{rest}"
 
 

@@ -140,7 +140,7 @@ async def info(front: Front) -> Info:
         model_sha=engine.checkpoint.fingerprint,
         model_loaded_at=front.fleet.loaded_at,
         model_dtype=front.dtype,
-        model_device_type=settings.device,
+        model_device_type=engine.config.device,
         model_pipeline_tag="text-generation",
         model_parameters=model.num_parameters,
         num_layers=model.num_hidden_layers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import socket
 from pathlib import Path
@@ -13,7 +14,14 @@ from pydantic import ValidationError
 from engine.checkpoint import STARTER
 from engine.config import EngineConfig
 from server.process.serve import listen
-from server.settings import ENGINE_VARIABLES, Settings, explain, unknown_variables
+from server.settings import (
+    ENGINE_SETTINGS,
+    ENGINE_VARIABLES,
+    REMOVED,
+    Settings,
+    explain,
+    unknown_variables,
+)
 
 
 def test_defaults_are_the_engine_s_and_stay_on_this_machine() -> None:
@@ -50,6 +58,20 @@ def test_every_setting_is_described_and_every_number_bounded() -> None:
             assert "maximum" in schema, name
 
 
+def test_settings_of_the_engine_are_its_options() -> None:
+    schema = Settings.model_json_schema()["properties"]
+    for setting, name in ENGINE_SETTINGS.items():
+        (field,) = (f for f in dataclasses.fields(EngineConfig) if f.name == name)
+        option, ours = field.metadata["option"], schema[setting]
+        assert ours["description"] == option.help
+        assert ours["default"] == (256 if name == "sample_every" else field.default)
+        assert tuple(ours.get("enum", ())) == option.choices
+        assert (ours.get("minimum"), ours.get("maximum")) == (option.low, option.high)
+    names = {f.name for f in dataclasses.fields(EngineConfig)} - REMOVED.keys()
+    assert set(ENGINE_SETTINGS.values()) == names
+    assert ENGINE_SETTINGS["max_total_tokens"] == "max_model_len"
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -78,7 +100,10 @@ def test_refusals_name_the_variable() -> None:
     with pytest.raises(ValidationError) as caught:
         Settings(port=-1, max_waiting=0)
     lines = explain(caught.value).splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["AMBIDEX_PORT", "AMBIDEX_MAX_WAITING"]
+    assert sorted(lines) == [
+        "AMBIDEX_MAX_WAITING: Input should be greater than or equal to 1",
+        "AMBIDEX_PORT: Input should be greater than or equal to 0",
+    ]
 
 
 def test_input_limit_leaves_room_for_a_token() -> None:
@@ -124,4 +149,5 @@ def test_what_the_engine_reads_by_itself_is_known() -> None:
         name for text in texts for name in re.findall(r'environ[^\n]*"(AMBIDEX_[A-Z_]+)"', text)
     }
     assert read
-    assert read <= ENGINE_VARIABLES
+    settings = {f"AMBIDEX_{name.upper()}" for name in Settings.model_fields}
+    assert read <= ENGINE_VARIABLES | settings

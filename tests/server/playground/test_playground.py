@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from engine import checkpoint as checkpoints
-from server.routes.playground import DIRECTORY, PATHS
+from server import playground
+from server.playground import PATHS
 from tests.server.playground.browser import CONTROL, EXECUTABLE, Browser
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def test_the_page_needs_no_key_but_what_it_asks_for_does(serve: Serve) -> None:
 
 
 def test_the_page_uses_its_own_files_alone_and_inserts_text_as_text() -> None:
-    for file in DIRECTORY.iterdir():
+    for file in playground.FILES:
         text = file.read_text().replace("http://www.w3.org/2000/svg", "")
         assert not re.search(r"https?://|//cdn|@import|url\(", text), file.name
         assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -286,8 +287,11 @@ def test_the_example_of_the_documentation_works(live: Live) -> None:
 def test_the_handbook_names_every_setting_and_metric(serve: Serve) -> None:
     docs = Path(__file__).parents[3] / "docs"
     settings, metrics = ((docs / f"{n}.md").read_text() for n in ("serving", "metrics"))
-    for name in Settings.model_fields:
-        assert f"`AMBIDEX_{name.upper()}`" in settings, name
+    for name, setting in Settings.model_fields.items():
+        (row,) = re.findall(rf"^\| `AMBIDEX_{name.upper()}` \| (.*) \| (.*) \|$", settings, re.M)
+        assert row[1] == setting.description
+        if isinstance(setting.default, int | float):
+            assert float(row[0].replace("true", "1").replace("false", "0")) == setting.default
     with serve(expert_load=True) as live:
         families = list(live.frontend.registry.collect())
     for family in families:
