@@ -80,7 +80,7 @@ def _score(key: bytes, replica: str) -> bytes:
     return hashlib.blake2b(replica.encode(), key=hashlib.sha256(key).digest()).digest()
 
 
-def candidates(
+def preferences(
     key: bytes | None, loads: Mapping[str, int], bound: float = LOAD_BOUND
 ) -> list[list[str]]:
     """The replicas in groups, those to try first in front; within a group the least loaded is best.

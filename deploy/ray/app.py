@@ -20,7 +20,7 @@ except ImportError as error:
 
 from deploy.ray.ingress import Ingress
 from deploy.ray.options import Options, warnings
-from deploy.ray.replica import Model, log
+from deploy.ray.replica import Replica, log
 from deploy.ray.rollout import Rollout
 from server.settings import Settings, explain
 
@@ -51,7 +51,7 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 
 def application(
-    settings: Settings, options: Options, kind: type[Model] = Model
+    settings: Settings, options: Options, kind: type[Replica] = Replica
 ) -> serve.Application:
     """The three deployments, bound to each other. They get `settings` as they are here, whatever
     the environment of their machines says."""
@@ -70,7 +70,7 @@ def application(
     return ingress.bind(settings, model, rollout, options.prefix_characters, max_active)
 
 
-def _model(settings: Settings, options: Options, kind: type[Model]) -> serve.Deployment:
+def _model(settings: Settings, options: Options, kind: type[Replica]) -> serve.Deployment:
     router = RequestRouterConfig(
         request_router_class="deploy.ray.router:PrefixRouter",
         request_router_kwargs={"load_bound": options.load_bound},

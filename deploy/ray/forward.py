@@ -56,7 +56,7 @@ class Replicas(Protocol):
     def call(
         self, target: Target, scope: dict[str, Any], body: bytes
     ) -> AsyncGenerator[Accepted | list[Message], None]:
-        """As `deploy.ray.replica.Model.call`; raises ReplicaLost. Closing it aborts the request."""
+        """As `deploy.ray.replica.Replica.call`, or ReplicaLost. Closing it aborts the request."""
 
 
 @dataclass

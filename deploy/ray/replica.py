@@ -32,7 +32,7 @@ def log(settings: Settings) -> None:
     )
 
 
-class Model:
+class Replica:
     """One engine and the application around it.
 
     A Serve deployment: Serve makes it, asks it for its health, and ends it once its requests have

@@ -5,7 +5,7 @@ If a later one refuses, those before it go back to the newest that all can serve
 path still holds one: neither the configured model, from before the first checkpoint, nor a watched
 checkpoint that was replaced can be gone back to. A replica that does not see a checkpoint yet is
 asked again at the next look. One that comes later, by scaling or after a crash, is brought to the
-same weights. It knows no Ray: `Fleet` is whatever reaches the replicas.
+same weights. It knows no Ray: `AllReplicas` is whatever reaches them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger("ambidex.server")
 Outcome = Literal["served", "refused", "absent"]
 
 
-class Fleet(Protocol):
+class AllReplicas(Protocol):
     """All replicas, as a rollout needs them."""
 
     async def identities(self) -> list[Identity]:
@@ -37,16 +37,16 @@ class Fleet(Protocol):
 
 
 class Rolling:
-    """Keeps a fleet on the newest good checkpoint of a watched path.
+    """Keeps all replicas on the newest good checkpoint of a watched path.
 
     Attributes:
         lock: held while replicas are reloaded.
         target: what all should serve; None before the first look that found something.
     """
 
-    def __init__(self, root: Path, fleet: Fleet) -> None:
+    def __init__(self, root: Path, replicas: AllReplicas) -> None:
         self.root = root
-        self.fleet = fleet
+        self.replicas = replicas
         self.lock = asyncio.Lock()
         self.target: Candidate | None = None
         self._newest = -1  # nothing written before this is begun by itself
@@ -70,7 +70,7 @@ class Rolling:
                     return
                 refused = True
                 self._refused.add(candidate)
-            if refused and len({each.digest for each in await self.fleet.identities()}) > 1:
+            if refused and len({each.digest for each in await self.replicas.identities()}) > 1:
                 logger.error(
                     "replicas serve different weights, and %s holds none to go back to", self.root
                 )
@@ -97,10 +97,10 @@ class Rolling:
             logger.error("refused a checkpoint: %s", error)
             return "refused"
         path = str(candidate.path.relative_to(self.root))
-        for each in sorted(await self.fleet.identities(), key=lambda each: each.replica):
+        for each in sorted(await self.replicas.identities(), key=lambda each: each.replica):
             if each.digest == digest:
                 continue
-            reply = await self.fleet.reload(each.replica, path)
+            reply = await self.replicas.reload(each.replica, path)
             if reply is None:
                 continue
             if reply.result == "absent":

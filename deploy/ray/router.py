@@ -6,7 +6,7 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from deploy.ray.affinity import LOAD_BOUND, candidates
+from deploy.ray.affinity import LOAD_BOUND, preferences
 from deploy.ray.wire import Target
 
 
@@ -37,7 +37,7 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
             return [[by_id[target.only]]]
         loads = {name: self._load(replica) for name, replica in by_id.items()}
         fresh = {name: load for name, load in loads.items() if name not in target.avoid}
-        groups = candidates(target.key, fresh or loads, self.load_bound)
+        groups = preferences(target.key, fresh or loads, self.load_bound)
         return [[by_id[name] for name in group] for group in groups]
 
     def _load(self, replica: RunningReplica) -> int:

@@ -42,11 +42,11 @@ def request_id(headers: Headers) -> str:
 class CallMiddleware:
     """Opens a request's `Call`, echoes or makes `X-Request-Id`, turns a crash into a plain 500.
 
-    Outermost, so that every response carries the id, the 500 included.
+    It is the outermost middleware, so that every response carries the id, the 500 included.
 
     Args:
-        app: what runs inside.
-        ended: is called with every call that has ended.
+        app: the application inside.
+        ended: is called once with every call, as soon as its response is complete.
     """
 
     def __init__(self, app: ASGIApp, ended: Callable[[Call], None]) -> None:
@@ -59,12 +59,24 @@ class CallMiddleware:
             return
         call = _call(scope)
         calls.begin(call)
+        has_ended = False
+
+        def end() -> None:
+            nonlocal has_ended
+            if not has_ended:
+                has_ended = True
+                call.route = getattr(scope.get("route"), "path", None)
+                self.ended(call)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 call.status = message["status"]
                 MutableHeaders(scope=message)[REQUEST_ID] = call.request_id
             await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                # Now, not when the application has cleaned up behind its response: by then the
+                # connection's next request may have ended, and its line would come first.
+                end()
 
         try:
             await self.app(scope, receive, send_with_id)
@@ -74,8 +86,7 @@ class CallMiddleware:
                 raise
             await error_response(error)(scope, receive, send_with_id)
         finally:
-            call.route = getattr(scope.get("route"), "path", None)
-            self.ended(call)
+            end()
 
 
 def _call(scope: Scope) -> Call:

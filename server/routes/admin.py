@@ -37,7 +37,7 @@ class ModelStatus(BaseModel):
     loaded_at: float = Field(description="When they began to serve, Unix time.")
 
 
-class Status(BaseModel):
+class ServerStatus(BaseModel):
     """What happens here now."""
 
     ready: bool = Field(description="Whether requests are taken.")
@@ -74,10 +74,10 @@ class Reloaded(BaseModel):
 
 
 @router.get("/status", responses=ERRORS, summary="What the server is doing")
-async def status(front: Front) -> Status:
+async def status(front: Front) -> ServerStatus:
     """Model, queue, cache, failures and reloads."""
     fleet, numbers = front.fleet, front.numbers()
-    return Status(
+    return ServerStatus(
         ready=front.ready,
         live=fleet.failure is None,
         failure=fleet.failure,

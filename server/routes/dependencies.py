@@ -9,8 +9,11 @@ from fastapi import Depends, Request
 from server.generation.frontend import Frontend
 
 
-def frontend(request: Request) -> Frontend:
-    """The frontend of the application that serves `request`."""
+async def frontend(request: Request) -> Frontend:
+    """The frontend of the application that serves `request`.
+
+    It is a coroutine because FastAPI would run a function in a thread, for each request.
+    """
     found: Frontend = request.app.state.frontend
     return found
 

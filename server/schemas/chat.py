@@ -15,7 +15,7 @@ from pydantic import (
 
 from engine.request import MAX_TOP_N, SamplingParams
 from server.schemas.fields import MAX_TOKENS, Strict, Text, encodable, refuse, strict_object
-from server.schemas.openai import Answer, Count, GenerationBody
+from server.schemas.openai import AnswerFields, Count, GenerationBody
 from server.schemas.openai_fields import Unsupported
 from server.schemas.sentences import CONTINUATION, SENTENCE
 
@@ -181,7 +181,7 @@ class ChatChoice(BaseModel):
     )
 
 
-class ChatResponse(Answer):
+class ChatResponse(AnswerFields):
     """The answer to `POST /v1/chat/completions`."""
 
     object: Literal["chat.completion"] = Field(description="What this is.")
@@ -204,7 +204,7 @@ class ChunkChoice(BaseModel):
     finish_reason: Literal["stop", "length"] | None = Field(description="In the last piece.")
 
 
-class ChatChunk(Answer):
+class ChatChunk(AnswerFields):
     """One event of a stream."""
 
     object: Literal["chat.completion.chunk"] = Field(description="What this is.")

@@ -15,7 +15,7 @@ from pydantic import (
 
 from engine.request import MAX_COMPLETIONS, MAX_TOP_N, SamplingParams
 from server.schemas.fields import MAX_TOKENS, encodable, refuse
-from server.schemas.openai import Answer, GenerationBody
+from server.schemas.openai import AnswerFields, GenerationBody
 from server.schemas.openai_fields import MAX_TOKEN_ID, Unsupported
 from server.schemas.sentences import SENTENCE
 
@@ -166,7 +166,7 @@ class CompletionChoice(BaseModel):
     )
 
 
-class CompletionResponse(Answer):
+class CompletionResponse(AnswerFields):
     """The answer to `POST /v1/completions`, and each chunk of a stream."""
 
     object: Literal["text_completion"] = Field(description="What this is.")

@@ -232,7 +232,7 @@ class UsageInfo(BaseModel):
     prompt_tokens_details: PromptDetails = Field(description="Of the tokens of the prompt.")
 
 
-class Answer(BaseModel):
+class AnswerFields(BaseModel):
     """What answers and chunks share."""
 
     id: str = Field(description="Name of this answer.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
@@ -10,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 
 from server.http import access_log
+from server.http.calls import Call
+from server.http.middleware import CallMiddleware
 
 if TYPE_CHECKING:
     from tests.server.conftest import Live, Serve
@@ -70,6 +74,34 @@ def test_a_stream_ends_its_line_and_a_refusal_has_one(logging_server: Live, line
     assert (stream["route"], stream["generated_tokens"]) == ("/generate_stream", 3)
     assert (refused["status"], refused["key"], refused["route"]) == (401, None, None)
     assert "outcome" not in refused
+
+
+def test_a_call_ends_with_its_response_and_not_with_what_is_cleaned_up_after_it() -> None:
+    """Or the connection's next request, which begins then, could end before it."""
+    order: list[str] = []
+
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for more in (True, False):
+            await send({"type": "http.response.body", "body": b"x", "more_body": more})
+            order.append("more" if more else "complete")
+        await asyncio.sleep(0)
+        order.append("cleaned up")
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            order.append("sent")
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    def ended(call: Call) -> None:
+        assert call.status == 200
+        order.append("ended")
+
+    scope = {"type": "http", "method": "GET", "raw_path": b"/", "headers": []}
+    asyncio.run(CallMiddleware(app, ended)(scope, receive, send))
+    assert order == ["sent", "more", "sent", "ended", "complete", "cleaned up"]
 
 
 def test_a_client_that_left(logging_server: Live, lines: Lines) -> None:

@@ -14,7 +14,6 @@ from server.http import calls
 from server.http.calls import Call
 from server.http.deadlines import timeout_of
 from server.http.streaming import EventResponse
-from server.settings import Settings
 
 if TYPE_CHECKING:
     from tests.server.conftest import Live, Serve
@@ -93,12 +92,11 @@ def test_the_server_s_own_limit_holds_without_a_header(serve: Serve) -> None:
 
 
 def test_seconds_that_a_request_may_take() -> None:
-    settings = Settings(request_timeout=30, max_request_timeout=60)
-    assert timeout_of(None, settings) == 30
-    assert timeout_of(" 45.5 ", settings) == 45.5
+    assert timeout_of(None, default=30, most=60) == 30
+    assert timeout_of(" 45.5 ", default=30, most=60) == 45.5
     with pytest.raises(InvalidRequest):
-        timeout_of("61", settings)
-    assert timeout_of(None, Settings(request_timeout=90, max_request_timeout=60)) == 60
+        timeout_of("61", default=30, most=60)
+    assert timeout_of(None, default=90, most=60) == 60
 
 
 def test_a_client_that_does_not_read_is_cut_off(
