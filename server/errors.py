@@ -13,7 +13,7 @@ class GenerationFailed(AmbidexError):
 
 
 class GrammarFailed(InvalidRequest):
-    """The output cannot follow the request's grammar any further, and would not another time."""
+    """The output cannot follow the request's grammar any further; trying again would not help."""
 
 
 class IncompleteGeneration(AmbidexError):

@@ -29,10 +29,10 @@ from server.http.security import (
     read_keys,
 )
 
-# What the engine reads by itself.
+# Variables that the engine reads itself.
 ENGINE_VARIABLES: Final = frozenset({"AMBIDEX_CACHE", "AMBIDEX_NATIVE"})
 
-# Settings that are no more, and why.
+# Settings that were removed, and why.
 REMOVED: Final = {"priority_age_seconds": "requests have no priorities, they are served in turn"}
 
 # Which settings belong together: in `ambidex serve --help` and in docs/serving.md.
@@ -258,7 +258,7 @@ class Settings(_EngineSettings):
     @field_validator("port", mode="before")
     @classmethod
     def _not_a_service_link(cls, value: Any) -> Any:
-        """Kubernetes sets AMBIDEX_PORT to an URL for a Service that is named `ambidex`."""
+        """Explain a port that is an URL: Kubernetes sets it so for a Service named `ambidex`."""
         if isinstance(value, str) and "://" in value:
             raise ValueError(
                 "AMBIDEX_PORT is an URL, which Kubernetes sets for a Service named ambidex: "
@@ -274,7 +274,7 @@ class Settings(_EngineSettings):
     @field_validator("admin_key", mode="before")
     @classmethod
     def _parse_admin_key(cls, value: Any) -> Any:
-        """A name in the text is a mistake: this key is called admin."""
+        """Read the admin key. Its name is always admin, whatever name the text gives it."""
         if not isinstance(value, str):
             return value
         return Key("admin", Key.parse(value.strip()).digest) if value.strip() else None
@@ -301,7 +301,7 @@ class Settings(_EngineSettings):
         return EngineConfig(**values)
 
     def keyring(self) -> Keyring:
-        """Who may call what."""
+        """The keys, and the paths that need none."""
         from_file = read_keys(self.api_keys_file) if self.api_keys_file else ()
         public = HEALTH_PATHS
         public |= METRICS_PATHS if self.public_metrics else frozenset()
@@ -310,7 +310,7 @@ class Settings(_EngineSettings):
         return Keyring((*self.api_keys, *from_file), self.admin_key, public)
 
     def input_limit(self, max_model_len: int) -> int:
-        """Tokens that a prompt may have when it may have `max_model_len` with its output."""
+        """The most tokens of a prompt whose output must fit into `max_model_len` with it."""
         return min(self.max_input_tokens or max_model_len, max_model_len - 1)
 
 
@@ -319,7 +319,7 @@ def _listed(text: str) -> Iterable[str]:
 
 
 def explain(error: ValidationError) -> str:
-    """One line a setting that was refused, by the name of its environment variable."""
+    """A line for each setting that was refused, with the name of its environment variable."""
     lines = []
     for problem in error.errors(include_url=False, include_context=False):
         name = "_".join(str(part) for part in problem["loc"])
@@ -328,7 +328,7 @@ def explain(error: ValidationError) -> str:
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """A sentence for each variable of `environment` that looks like a setting and is none."""
+    """A sentence for each variable of `environment` that looks like a setting but is none."""
     known = {f"AMBIDEX_{name.upper()}" for name in Settings.model_fields} | ENGINE_VARIABLES
     sentences = []
     removed = {f"AMBIDEX_{name.upper()}": why for name, why in REMOVED.items()}

@@ -1,10 +1,10 @@
-"""The worker that serves now, those that still finish what they began, and what all have counted.
+"""The fleet: the worker that serves now, and those that still finish what they have accepted.
 
-A new worker takes a place in one assignment on the event loop: whoever asks from then on gets the
-new one, and what the old one has accepted it finishes, on the weights that it began with. So a
-checkpoint is replaced while requests run (`reload`), and so is an engine that has failed:
-around the same weights, at most `max_restarts` times in `restart_window` seconds. After that the
-fleet has failed for good, and only a new process helps.
+A worker is replaced in one assignment on the event loop. From then on requests go to the new
+worker, and the old one finishes those that it has accepted, on the weights that they began with.
+So a checkpoint is replaced while requests run (`reload`). An engine that has failed is replaced in
+the same way, with the same weights, at most `max_restarts` times in `restart_window` seconds. After
+that the fleet has failed for good, and only a new process helps.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ _POLL_SECONDS: Final = 0.01
 
 
 def make_worker(engine: Engine, settings: Settings) -> Worker:
-    """A worker around `engine`, as the settings want it."""
+    """A worker around `engine` with the timeouts of `settings`."""
     return Worker(engine, settings.step_timeout, settings.stream_interval)
 
 
 class Fleet:
-    """Owns every worker of a server. All methods belong to the event loop, `numbers` to anybody.
+    """Owns every worker of a server. Its methods run on the event loop, `numbers` in any thread.
 
     Attributes:
-        worker: the one that serves now.
-        retiring: those that finish what they have accepted.
-        changing: held while `worker` is about to be replaced.
+        worker: the worker that serves now.
+        retiring: replaced workers that still finish what they have accepted.
+        changing: a lock that is held while `worker` is about to be replaced.
         loaded_at: `time.time()` when the present weights began to serve.
-        restarts: engines that took the place of failed ones.
+        restarts: how many engines took the place of failed ones.
         failure: why the fleet has failed for good; None while it has not.
-        draining: set when the server is about to stop; nobody is replaced any more.
+        draining: whether the server is about to stop; then no worker is replaced any more.
         on_failure: is called when the fleet has failed for good.
     """
 
@@ -57,7 +57,7 @@ class Fleet:
         self.failure: str | None = None
         self.draining = False
         self.on_failure: Callable[[], None] = lambda: None
-        self.own = Stats(0, 0, 0)  # counts what no engine does, and keeps what past ones counted
+        self.own = Stats(0, 0, 0)  # the counts of the server itself and of past engines
         self._past_failed_steps = 0
         self._restarted: deque[float] = deque()
         self._leases: Counter[Worker] = Counter()
@@ -69,7 +69,7 @@ class Fleet:
         return self.worker.ready and not self.draining
 
     def numbers(self) -> Numbers:
-        """What all engines have counted, present and past."""
+        """The sum of what present and past engines have counted."""
         total = self.own.snapshot()
         for worker in (self.worker, *self.retiring):
             total += worker.engine.stats.snapshot()
@@ -77,7 +77,7 @@ class Fleet:
 
     @property
     def failed_steps(self) -> int:
-        """Steps that raised."""
+        """How many steps have raised."""
         workers = (self.worker, *self.retiring)
         return self._past_failed_steps + sum(worker.failed_steps for worker in workers)
 
@@ -123,7 +123,7 @@ class Fleet:
 
     @contextmanager
     def lease(self) -> Iterator[Worker]:
-        """The worker of now, which takes requests until the block has ended, replaced or not."""
+        """The present worker, which takes requests until the block ends, even if it is replaced."""
         worker = self.worker
         self._leases[worker] += 1
         try:
@@ -148,7 +148,7 @@ class Fleet:
         self._spawn(self._retire(old))
 
     async def empty(self) -> None:
-        """Drain the present worker and give its memory up; `replace` must follow."""
+        """Drain the present worker and free its memory. The caller must call `replace` next."""
         worker = self.worker
         await worker.drain(self.settings.retire_timeout)
         await asyncio.to_thread(worker.stop)
@@ -156,7 +156,7 @@ class Fleet:
             worker.engine.release()
 
     async def _retire(self, worker: Worker) -> None:
-        if worker.failure is not None:  # nothing to finish, and its thread may never return
+        if worker.failure is not None:  # it has nothing to finish, and its thread may never return
             self._forget(worker)
             return
         deadline = time.monotonic() + self.settings.retire_timeout
@@ -169,14 +169,14 @@ class Fleet:
             self._forget(worker)
 
     def _forget(self, worker: Worker) -> None:
-        """Keep what a worker has counted, and let go of it."""
+        """Add what a worker has counted to our own numbers, and drop the worker."""
         if worker in self.retiring:
             self.retiring.remove(worker)
             self.own.absorb(worker.engine.stats.snapshot())
             self._past_failed_steps += worker.failed_steps
 
     async def wait_until_alone(self) -> None:
-        """Return when no replaced worker is left, which `retire_timeout` bounds."""
+        """Return when no replaced worker is left: at the latest after `retire_timeout` seconds."""
         while self.retiring:
             await asyncio.sleep(_POLL_SECONDS)
 
@@ -210,11 +210,11 @@ class Fleet:
 
     @staticmethod
     def _rebuild(worker: Worker) -> Engine:
-        """A fresh engine around the same weights, which no step ever writes."""
+        """A new engine with the same weights: no step writes them, so they are intact."""
         return Engine(worker.engine.checkpoint, worker.engine.config)
 
     def fail(self, reason: str) -> None:
-        """Nothing here can be repaired by this process."""
+        """Note that this process cannot repair the fleet, and tell `on_failure`."""
         self.failure = reason
         logger.critical("the server has failed for good: %s", reason)
         self.on_failure()

@@ -1,4 +1,4 @@
-"""How much memory is left for another model, as far as the system tells."""
+"""How much memory the system says is left for another model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CGROUP: Final = Path("/sys/fs/cgroup")
 
 
 def available_bytes(device: str) -> int | None:
-    """Bytes that can be allocated on `device` ("cpu" or "cuda"); None where nobody tells."""
+    """Bytes that can be allocated on `device` ("cpu" or "cuda"); None if that is not known."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     known = [n for n in (_of_machine(MEMINFO), _of_group(CGROUP)) if n is not None]

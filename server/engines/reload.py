@@ -51,7 +51,7 @@ Result = Literal["success", "unchanged", "failure"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A directory that has a manifest, and what tells whether that is another one by now."""
+    """A directory with a manifest, and what shows that the manifest was replaced."""
 
     written: int  # nanoseconds
     path: Path
@@ -59,7 +59,7 @@ class Candidate:
 
     @classmethod
     def at(cls, path: Path) -> Candidate | None:
-        """None if there is no manifest."""
+        """The candidate at `path`; None if there is no manifest."""
         try:
             found = (path / MANIFEST).stat()
         except OSError:
@@ -82,9 +82,9 @@ def candidates(root: Path) -> list[Candidate]:
 
 
 def unreadable(root: Path) -> str | None:
-    """What of a watched path this process may not read, and why; None if that is nothing.
+    """A sentence about what this process may not read in a watched path; None if it may read all.
 
-    A path that is not there yet is no problem, and lost+found is the file system's.
+    A path that does not exist yet is no problem, and lost+found belongs to the file system.
     """
     try:
         for path in islice(root.iterdir(), MAX_ENTRIES):
@@ -121,8 +121,8 @@ def first_engine(settings: Settings, phase: Phase = lambda _: nullcontext()) -> 
     """The newest checkpoint of the watched path that can serve, else the configured model's.
 
     Args:
-        settings: say which.
-        phase: surrounds each phase of loading, which it is told.
+        settings: name the paths.
+        phase: a context manager around each phase of loading; its argument says which.
 
     Raises:
         CheckpointError: there is none that can be loaded.
@@ -145,7 +145,7 @@ def _load(path: Path, config: EngineConfig, phase: Phase = lambda _: nullcontext
     with phase("packing weights and making the KV cache"):
         engine = Engine(found, config)
     with phase("reading the vocabulary for grammars"):
-        engine.grammars.prepare()  # now: everything waits for it, and requests would
+        engine.grammars.prepare()  # now, because otherwise the first requests would wait for it
     return engine
 
 
@@ -163,13 +163,13 @@ class Reloader:
         self.counts: Counter[str] = Counter()
         self.last_error: str | None = None
         self._refused: set[Candidate] = set()
-        self._unreadable = unreadable(self._root)  # which the first engine has told
+        self._unreadable = unreadable(self._root)  # `first_engine` has logged this already
         self._one_at_a_time = asyncio.Lock()
         self._serving = self._find_serving()
         self._newest = self._serving.written if self._serving in candidates(self._root) else -1
 
     def _find_serving(self) -> Candidate | None:
-        """Where the present weights came from, unless something else lies there by now."""
+        """The directory of the present weights; None if it holds other ones by now."""
         checkpoint = self.fleet.worker.engine.checkpoint
         with suppress(CheckpointError):
             if checkpoints.content_digest(checkpoint.path) == checkpoint.digest:
@@ -195,15 +195,15 @@ class Reloader:
             try:
                 await self._reload(candidate)
                 return
-            except CheckpointError:  # counted, logged; then the next newest
+            except CheckpointError:  # it was counted and logged; the next newest is tried
                 self._refused.add(candidate)
             except EngineStopped:
                 return
 
     def _newer(self) -> list[Candidate]:
-        """What deserves a try, newest first: never what is older than what was served already."""
+        """Checkpoints to try, newest first; none is older than what was served already."""
         problem = unreadable(self._root)
-        if problem and problem != self._unreadable:  # once, not every few seconds
+        if problem and problem != self._unreadable:  # logged once, not every few seconds
             logger.warning("looking for checkpoints: %s", problem)
         self._unreadable = problem
         found = candidates(self._root)
@@ -212,7 +212,7 @@ class Reloader:
         return [c for c in fresh if c != self._serving and c not in self._refused]
 
     async def reload(self, given: str | None) -> Result:
-        """Serve the checkpoint `given` by its path inside the watched one, or the newest.
+        """Serve the checkpoint at the path `given` in the watched directory, or the newest.
 
         Raises:
             InvalidRequest: the path is not inside, or nothing is watched.
@@ -221,7 +221,7 @@ class Reloader:
         """
         candidate = await asyncio.to_thread(self._choose, given)
         result = await self._reload(candidate)
-        # It stays until something newer than all there is comes, even if it is an older one.
+        # An older checkpoint that was chosen stays until one comes that is newer than all of these.
         known = await asyncio.to_thread(candidates, self._root)
         self._newest = max((c.written for c in known), default=self._newest)
         return result
@@ -273,7 +273,7 @@ class Reloader:
         digest = await asyncio.to_thread(checkpoints.content_digest, path)
         if digest == self.fleet.worker.engine.checkpoint.digest:
             return "unchanged"
-        await self.fleet.wait_until_alone()  # never more than two models in memory
+        await self.fleet.wait_until_alone()  # memory never has more than two models
         need = await asyncio.to_thread(self._verify, path, config)
         if self._fits_beside(need):
             engine = await asyncio.to_thread(_load, path, config)
@@ -294,7 +294,7 @@ class Reloader:
         mode = self.settings.reload_memory
         if mode != "auto":
             return mode == "beside"
-        # As much again as the weights while they are packed or cast, a layer at a time at least.
+        # Packing or casting needs more than the weights themselves for a while.
         available = available_bytes(self.settings.engine_config().device)
         return available is None or need * 1.25 < available
 

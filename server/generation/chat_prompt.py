@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 MAX_PROMPT_CHARS: Final = 8 << 20  # several times what a body may hold
 MAX_SECONDS: Final = 2.0
 
-# A base model has seen dialogues of this kind, if any; what follows the next one's name is not its.
+# Base models have seen dialogues of this kind. An answer ends where the next turn would begin.
 PLAIN: Final = """\
 {%- for message in messages -%}
 {{ message.name or message.role | capitalize }}: {{ message.content }}
@@ -53,7 +53,7 @@ def _raise_exception(message: object) -> str:
 
 
 def _tojson(value: Any, indent: int | None = None) -> str:
-    """As in Hugging Face's templates: Jinja's own would escape for HTML."""
+    """The filter `tojson` as Hugging Face's templates expect it: Jinja's own escapes for HTML."""
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
@@ -76,8 +76,8 @@ def _compile(source: str) -> jinja2.Template:
 def _deadline(seconds: float) -> Iterator[None]:
     """Raise _TooSlow once the block has run for `seconds`, also in a loop that writes nothing.
 
-    By tracing this thread line by line: a template is a few dozen lines, so that costs little. One
-    line that takes long by itself is not interrupted.
+    It traces this thread line by line, which costs little because a template has a few dozen lines.
+    A single line that takes long is not interrupted.
     """
     end = time.monotonic() + seconds
 
@@ -106,11 +106,11 @@ def render(
     """The prompt that `messages` make, with the next turn of the assistant begun.
 
     Args:
-        source: the template; None takes a plain one.
-        messages: {"role", "content"} and what else a message may have.
-        bos_token, eos_token: how these are spelled.
-        seconds: that rendering may take.
-        max_chars: that the prompt may have.
+        source: the template; None takes `PLAIN`.
+        messages: each has "role", "content" and perhaps more.
+        bos_token, eos_token: how these tokens are spelled.
+        seconds: how long rendering may take.
+        max_chars: how many characters the prompt may have.
 
     Raises:
         TemplateError: it refuses the messages, does not work, or exceeds a bound.
@@ -139,11 +139,11 @@ def render(
 
 
 def plain_stops(messages: Sequence[Mapping[str, Any]], most: int) -> tuple[str, ...]:
-    """Where an answer by the plain template ends: where it would begin a user's next turn.
+    """Stop strings of an answer by the plain template: the beginnings of a user's next turn.
 
     Args:
-        messages: of the chat.
-        most: strings to return; of many names the latest count, `User` always does.
+        messages: the chat's messages.
+        most: how many strings to return at most: `User`, and the latest other names.
     """
     users = [m.get("name", "User") for m in reversed(messages) if m["role"] == "user"]
     latest = list(dict.fromkeys(users))[: most - 1]
@@ -159,10 +159,10 @@ def prompt_ids(
 ) -> list[int]:
     """The prompt of `messages` as token ids; see `render`.
 
-    A checkpoint's template writes itself what a prompt begins with; the plain one knows nothing of
-    that.
+    A checkpoint's template writes the tokens that begin a prompt by itself; for the plain one they
+    are added here.
     """
-    mark = secrets.token_hex(8)  # not to be guessed, so no message can contain it
+    mark = secrets.token_hex(8)  # no message can contain it, because nobody can guess it
     specials = tokenizer.special_texts
     encoded = [tokenizer.encode(text) for text in specials]
     spelled = re.compile("|".join(map(re.escape, specials)))

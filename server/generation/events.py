@@ -1,4 +1,4 @@
-"""What generations say: their events as they come, merged, or all at once."""
+"""Reads the events of submissions: as they come, merged, or all at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from server.generation.submission import Submission
 
 @dataclass
 class Output:
-    """What a finished request said."""
+    """The output of a finished request."""
 
     text: str
     events: list[TokenEvent]
@@ -40,9 +40,9 @@ def check(event: TokenEvent) -> None:
 
 
 async def checked_events(submission: Submission) -> AsyncGenerator[list[TokenEvent], None]:
-    """The events of a generation, as many at a time as have come, the terminal one last.
+    """The events of a submission, as many at a time as have come; the terminal one comes last.
 
-    Raises as `check` does, after the events before the one that it raises for.
+    It raises as `check` does, once it has yielded the events before the failure.
     """
     while taken := await submission.events.take():
         try:
@@ -58,7 +58,7 @@ async def checked_events(submission: Submission) -> AsyncGenerator[list[TokenEve
 
 
 async def collect(submission: Submission) -> Output:
-    """Everything that a generation says, once it is finished."""
+    """The whole output of a submission, once it is finished."""
     events = [event async for taken in checked_events(submission) for event in taken]
     last = events[-1]
     assert last.finish_reason is not None
@@ -67,7 +67,7 @@ async def collect(submission: Submission) -> Output:
 
 
 async def collect_all(submissions: Sequence[Submission]) -> list[Output]:
-    """What each of them says; raises as soon as one has failed."""
+    """The output of each submission; raises as soon as one has failed."""
     return list(await asyncio.gather(*map(collect, submissions)))
 
 
@@ -80,7 +80,7 @@ async def merged_events(
             async for taken in events:
                 yield 0, taken
         return
-    # A short queue: who reads slowly must not make the server keep what was not read.
+    # The queue is short, so that a slow reader does not make the server keep much.
     queue: asyncio.Queue[tuple[int, list[TokenEvent] | Exception]] = asyncio.Queue(1)
 
     async def read(which: int) -> None:

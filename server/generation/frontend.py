@@ -1,7 +1,7 @@
-"""One generation as a route sees it: from a prompt's text to token events, and its end.
+"""The frontend lies between the routes and the worker.
 
-Between HTTP and the worker: admits requests up to the server's limit, tokenises off the event
-loop, checks the server's own limits, and makes sure that whatever is started is also closed.
+It admits requests up to the server's limit, has their prompts tokenised off the event loop, checks
+the server's own limits, and makes sure that whatever is started is also closed.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ from server.metrics.collector import make_registry
 from server.metrics.loop_lag import LoopLag
 from server.settings import Settings
 
-# What clients of Hugging Face call the model of a server that has one, and a name that stays when a
-# checkpoint replaces another.
+# Names that always mean the model that is served. Clients of Hugging Face send "tgi" and "dummy"
+# to a server that has one model.
 MODEL_ALIASES: Final = ("ambidex", "tgi", "dummy")
-# New grammars that may wait to be compiled, some seconds each at worst.
+# How many new grammars may wait to be compiled; each may take some seconds.
 MAX_COMPILING: Final = 8
 
 T = TypeVar("T")
 
 
 class Frontend:
-    """The worker as the routes use it.
+    """The engine as the routes use it.
 
     Attributes:
-        fleet: steps the engine, and replaces it if it fails.
+        fleet: owns the workers, and replaces one that fails.
         reloader: gives the fleet new weights.
         settings: the server's limits.
-        active: requests admitted and not yet closed.
-        lag: how late the event loop is.
-        deadlines_exceeded: requests that were ended because they took too long.
-        key_requests: HTTP requests that generated, by key.
-        key_tokens: tokens generated for them.
-        limiter: what each key may still use.
+        active: how many requests were admitted and are not closed yet.
+        lag: measures how late the event loop is.
+        deadlines_exceeded: how many requests were ended because they took too long.
+        key_requests: how many HTTP requests generated, by key.
+        key_tokens: how many tokens were generated for them.
+        limiter: knows what each key may still use.
         registry: the metrics of this server.
     """
 
@@ -72,20 +72,20 @@ class Frontend:
         self.registry = make_registry(self)
         self._compiler = ThreadPoolExecutor(1, "ambidex-grammars")
         self._compiling = 0
-        self._again = itertools.count(2)  # numbers requests whose ids are in use already
+        self._again = itertools.count(2)  # numbers for requests whose ids are in use
 
     @property
     def worker(self) -> Worker:
-        """The one that serves now."""
+        """The worker that serves now."""
         return self.fleet.worker
 
     @property
     def engine(self) -> Engine:
-        """The one that serves now."""
+        """The engine that serves now."""
         return self.worker.engine
 
     def numbers(self) -> Numbers:
-        """What has been counted since the start."""
+        """What the engines have counted since the start."""
         return self.fleet.numbers()
 
     @property
@@ -103,7 +103,7 @@ class Frontend:
         return self.settings.model_name or self.engine.checkpoint.path.resolve().name
 
     def check_model(self, name: str | None) -> None:
-        """Raise UnknownModel unless `name` means the model that is served; None does."""
+        """Raise UnknownModel unless `name` is None or a name of the model that is served."""
         if name not in (None, self.model_name, *MODEL_ALIASES):
             raise UnknownModel(
                 f"model {name[:100]!r} is not served here; it is called {self.model_name!r}"
@@ -111,13 +111,13 @@ class Frontend:
 
     @property
     def dtype(self) -> str:
-        """Name of the type that the model runs in."""
+        """The name of the type of weights and KV cache."""
         asked = self.engine.config.dtype
         return self.engine.model_config.torch_dtype if asked == "auto" else asked
 
     @property
     def max_total_tokens(self) -> int:
-        """Prompt plus output of one request: the model's limit, and what the KV cache can hold."""
+        """Tokens of prompt and output that a request may have together."""
         return self.engine.scheduler.max_request_len
 
     @property
@@ -171,15 +171,15 @@ class Frontend:
         check: Callable[[list[Request]], None],
         grammar: Grammar | None = None,
     ) -> list[Submission]:
-        """As `start`, for `n` completions of each prompt: all of them, or none.
+        """Submit `n` completions of each prompt, all of them or none; otherwise as `start`.
 
         Args:
-            prompts: by the names that complaints use.
-            sampling: parameters of each.
-            policy: of all.
-            n: completions of each prompt.
-            check: raises InvalidRequest if they are too much together.
-            grammar: as in `start`.
+            prompts: the prompts by the names that errors give them.
+            sampling: the parameters of each, once its prompt's length is known.
+            policy: which experts their tokens use.
+            n: how many completions each prompt gets.
+            check: raises InvalidRequest if the requests are too much together.
+            grammar: what `sampling` will have; it is compiled first.
         """
         count, limit = len(prompts) * n, self.settings.max_concurrent_requests
         request_id = _request_id()
@@ -213,7 +213,7 @@ class Frontend:
         make: Callable[[Engine], list[Request]],
         grammar: Grammar | None,
     ) -> list[Submission]:
-        """Submit the `count` requests that `make` makes in a thread, after their grammar."""
+        """Compile the grammar, run `make` in a thread, and submit the `count` requests it makes."""
         started, call = time.perf_counter(), calls.current()
         with self.fleet.own.counting_rejections():
             seconds = self._timeout(call)
@@ -247,9 +247,9 @@ class Frontend:
         return submissions
 
     async def _compile(self, engine: Engine, grammar: Grammar) -> None:
-        """Have `engine` compile a grammar, after those that came before it.
+        """Have `engine` compile a grammar.
 
-        One thread does it, so that who waits for a grammar keeps no thread from tokenising.
+        One thread compiles them all, in turn, so that the threads that tokenise stay free.
         """
         if engine.grammars.knows(grammar):
             return
@@ -264,7 +264,7 @@ class Frontend:
                 self._compiling -= 1
 
     async def in_thread(self, work: Callable[[], T]) -> T:
-        """What `work` returns, off the event loop, in the place and the time of one request.
+        """Run `work` in a thread. It counts as one request, and must end by that one's deadline.
 
         Raises:
             Overloaded, EngineStopped, DeadlineExceeded: as `start` does.
@@ -287,7 +287,7 @@ class Frontend:
         return timeout_of(call.timeout, self.settings.request_timeout, most)
 
     def _timed(self, events: EventStream, call: Call, seconds: float) -> TimedEvents:
-        """`events`, counted for the call's key, until the call's deadline."""
+        """`events` until the call's deadline; they are counted for its key."""
         assert call.deadline is not None
         call.outcome = "abort"  # unless it ends otherwise
 
@@ -312,11 +312,11 @@ class Frontend:
         self.count_rejection("invalid")
 
     def count_rejection(self, reason: str) -> None:
-        """Count a request that was refused before it got here."""
+        """Count a request that was refused for `reason`, as `metrics.names` lists them."""
         self.fleet.own.reject(reason)
 
     def count_call(self, call: Call) -> None:
-        """Count an HTTP request that generated, for its key."""
+        """Count an HTTP request for its key, if it generated."""
         if call.outcome is not None:
             self.key_requests[call.key_name] += 1
             self.key_tokens[call.key_name] += call.generated_tokens
@@ -343,7 +343,7 @@ class Frontend:
         )
 
     def _fitting(self, name: str, engine: Engine, sampling: SamplingFor) -> SamplingFor:
-        """`sampling`, but it raises if the prompt called `name` is longer than the server takes."""
+        """`sampling`, which also raises if the prompt `name` is longer than the server takes."""
         total = engine.scheduler.max_request_len
         limit = self.settings.input_limit(total)
 
@@ -357,5 +357,5 @@ class Frontend:
 
 
 def _request_id() -> str:
-    """What the engine calls the HTTP request under way, so that its log and the client agree."""
+    """The id of the HTTP request under way, under which the engine knows its requests too."""
     return calls.current().request_id or uuid.uuid4().hex

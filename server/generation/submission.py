@@ -1,4 +1,4 @@
-"""A request that the engine has accepted: what routes read, and must close."""
+"""A request that the engine has accepted, as the routes hold it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,21 @@ from engine.engine import Engine
 from engine.request import Request
 from server.http.deadlines import TimedEvents
 
-# A text, token ids, or what makes ids of the engine that will serve them.
+# A text, token ids, or a function that makes token ids, given the engine that will serve them.
 Prompt = str | list[int] | Callable[[Engine], list[int]]
 
 
 @dataclass
 class Submission:
-    """An accepted request, its engine and events, and how long the steps before the engine took."""
+    """An accepted request. Who holds it reads its events, and must close it.
+
+    Attributes:
+        request: the request.
+        engine: the engine that works on it.
+        events: its token events until its deadline.
+        started: `time.perf_counter()` when it came.
+        validation_seconds: how long it took to tokenise and check it.
+    """
 
     request: Request
     engine: Engine
@@ -27,7 +35,7 @@ class Submission:
     _closed: bool = field(default=False, init=False)
 
     async def close(self) -> None:
-        """Abort what has not finished and give up the place; may be called again."""
+        """Abort the request unless it has finished, and free its place; once is enough."""
         if self._closed:
             return
         self._closed = True
@@ -38,5 +46,5 @@ class Submission:
 
 
 async def close_all(submissions: Iterable[Submission]) -> None:
-    """Close every one, whatever closing another raises."""
+    """Close every submission, even if closing another one raises."""
     await asyncio.gather(*(each.close() for each in submissions))

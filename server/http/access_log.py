@@ -1,4 +1,4 @@
-"""The access log: one JSON object a line and request, for machines and people."""
+"""The access log has one line for each request, a JSON object."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(LOGGER)
 
 
 def write_to_stderr() -> None:
-    """Log bare lines to standard error, apart from the server's other messages."""
+    """Write the lines to standard error as they are, without the prefix of other messages."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers = [handler]
@@ -24,7 +24,7 @@ def write_to_stderr() -> None:
 
 
 def record(call: Call) -> dict[str, Any]:
-    """What the line of `call` says; times in milliseconds, absent numbers are left out."""
+    """The line of `call`. Times are in milliseconds; numbers that it does not have are left out."""
     moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(call.started))
     line: dict[str, Any] = {
         "time": f"{moment}.{int(call.started % 1 * 1000):03d}Z",
@@ -50,7 +50,7 @@ def record(call: Call) -> dict[str, Any]:
 
 
 def _usage(call: Call) -> dict[str, Any]:
-    """The sums over the call's generations; the longest of their waits."""
+    """Sums over the completions of a call; of their times, the longest."""
     available = sum(u.experts_available for u in call.usages)
     activated = sum(u.experts_activated for u in call.usages)
     return {

@@ -1,8 +1,8 @@
-"""What is known of the HTTP request under way: filled in as it passes through, read at its end.
+"""A `Call` records what is known of an HTTP request: it is filled on the way, and read at the end.
 
-The outermost middleware opens a `Call`; whatever runs below it, in the same task or one that it
-starts, finds it with `current()`. So keys, deadlines, the access log and traces need no place in
-the signatures between.
+The outermost middleware opens the call. Whatever runs below it, in the same task or in one that it
+starts, finds it with `current()`. So keys, deadlines, the access log and traces need no parameters
+in the functions between.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from server.http.security import Key
 
 @dataclass(frozen=True)
 class Finished:
-    """One generation of a call: what it took, and when, in seconds from the call's beginning."""
+    """A completion of a call that has ended.
+
+    Attributes:
+        usage: what it took.
+        first_token: seconds from the call's beginning to its first token; None if there was none.
+        ended: seconds from the call's beginning to its end.
+    """
 
     usage: Usage
     first_token: float | None
@@ -31,20 +37,20 @@ class Call:
 
     Attributes:
         request_id: the client's `X-Request-Id`, or a new one.
-        method: such as POST.
-        path: percent-encoded and cut, so that it cannot forge a log line.
+        method: the HTTP method, such as POST.
+        path: the URL's path, percent-encoded and cut, so that it cannot forge a log line.
         route: the pattern of the route that answered; None if none did.
-        client: its address.
-        key: the key that it presented; None if none was asked for.
-        user: whom it names as the one who asks, in OpenAI's field `user`.
-        timeout: its `X-Request-Timeout` as it came.
-        traceparent: its W3C trace context as it came.
-        deadline: when its generation must have ended, by the event loop's clock.
-        status: of the response; 0 before it begins.
-        outcome: how its last generation ended, such as "length", "abort" or "timeout".
-        finished: its generations that have ended.
-        generated_tokens: of all its generations so far.
-        started: `time.time()` when it came.
+        client: the client's address.
+        key: the key that the client presented; None if none was asked for.
+        user: the field `user` of OpenAI's bodies.
+        timeout: the header `X-Request-Timeout` as it came.
+        traceparent: the W3C trace context as it came.
+        deadline: when its completions must have ended, by the event loop's clock.
+        status: the response's status; 0 before the response begins.
+        outcome: how its last completion ended, such as "length", "abort" or "timeout".
+        finished: its completions that have ended.
+        generated_tokens: how many tokens all its completions have so far.
+        started: `time.time()` when the request came.
     """
 
     request_id: str = ""
@@ -63,30 +69,30 @@ class Call:
     generated_tokens: int = 0
     started: float = field(default_factory=time.time)
     _clock: float = field(default_factory=time.perf_counter)
-    _first_tokens: dict[str, float] = field(default_factory=dict)  # by request
+    _first_tokens: dict[str, float] = field(default_factory=dict)  # by the engine's request id
 
     @property
     def seconds(self) -> float:
-        """Since it came."""
+        """Seconds since the request came."""
         return time.perf_counter() - self._clock
 
     @property
     def key_name(self) -> str:
-        """Who calls, for limits and metrics."""
+        """The name of the caller, for limits and metrics."""
         return self.key.name if self.key else ANONYMOUS
 
     @property
     def first_token(self) -> float | None:
-        """Seconds from its beginning to its first token."""
+        """Seconds from the request's arrival to its first token; None before that."""
         return min(self._first_tokens.values(), default=None)
 
     @property
     def usages(self) -> list[Usage]:
-        """What its finished generations took."""
+        """What its finished completions took."""
         return [each.usage for each in self.finished]
 
     def note(self, event: TokenEvent) -> None:
-        """Take an event of one of its generations into account."""
+        """Record an event of one of its completions."""
         if event.token is not None:
             self.generated_tokens += 1
             if event.request_id not in self._first_tokens:
@@ -102,7 +108,7 @@ _current: ContextVar[Call | None] = ContextVar("ambidex_call", default=None)
 
 
 def current() -> Call:
-    """The call that this task works for; outside of any, a new one."""
+    """The call that this task works for; a new one if it works for none."""
     return _current.get() or Call()
 
 

@@ -1,8 +1,8 @@
-"""Deadlines: how long a request may take from its arrival to its last token.
+"""A request has a deadline: so many seconds from its arrival to its last token.
 
-`X-Request-Timeout: SECONDS` asks for one, within the server's bound; without it the server's
-default holds. What is late is aborted in the engine and answered: with status 504 if nothing was
-sent yet, otherwise by an error event that ends the stream.
+The client chooses them by `X-Request-Timeout: SECONDS`, up to the server's bound. Without
+the header the server's default holds. A request that is late is aborted in the engine. The client gets status
+504 if nothing was sent yet, otherwise an error event that ends the stream.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ def timeout_of(header: str | None, default: float, most: float) -> float:
 
 
 class Events(Protocol):
-    """Where events come from."""
+    """A source of token events."""
 
     async def take(self) -> list[TokenEvent]: ...
     async def aclose(self) -> None: ...
 
 
 class TimedEvents:
-    """The events of one request until its deadline; then it is aborted and `DeadlineExceeded`.
+    """The events of one request; at its deadline it is aborted, and `DeadlineExceeded` is raised.
 
     Args:
-        events: of the request; a wait that is cancelled must abort it.
-        deadline: by the event loop's clock.
-        seconds: how long the request might take, for the message.
+        events: the request's events; cancelling a wait for them must abort it.
+        deadline: the time on the event loop's clock.
+        seconds: how long the request may take, for the error.
         see: is called with the events that are taken.
         late: is called when the deadline has passed.
     """
@@ -84,7 +84,7 @@ class TimedEvents:
             raise late_error(self._seconds) from None
         ended = not taken or taken[-1].finish_reason is not None
         if not ended and asyncio.get_running_loop().time() > self._deadline:
-            await self._events.aclose()  # its reader is the slow one: there are always more events
+            await self._events.aclose()  # the client reads slowly, so that events were always there
             self._late()
             raise late_error(self._seconds)
         self._see(taken)
@@ -95,6 +95,7 @@ class TimedEvents:
 
 
 def late_error(seconds: float) -> DeadlineExceeded:
+    """The error of a request that took longer than `seconds`."""
     return DeadlineExceeded(
         f"the request took longer than {seconds:g} seconds ({TIMEOUT_HEADER}, or the server's "
         "own limit)"

@@ -1,4 +1,4 @@
-"""From what went wrong to what the client reads: one table, and a shape for each interface.
+"""Turns an error into a response: a table of statuses, and a JSON shape for each interface.
 
 An error is `{"error": sentence, "error_type": kind}`, as in Hugging Face's
 text-generation-inference (TGI), under the status that its clients expect: in particular a request
@@ -44,7 +44,7 @@ MAX_ERROR_CHARS: Final = 1000
 RETRY_STOPPED_SECONDS: Final = 5
 OPENAI_PATHS: Final = "/v1/"
 
-# Most specific first: the first class that fits decides.
+# The first class that fits decides, so the most specific ones come first.
 TABLE: Final[tuple[tuple[type[Exception], int, str], ...]] = (
     (InvalidRequest, 422, "validation"),
     (UnknownModel, 404, "model_not_found"),
@@ -64,7 +64,7 @@ TABLE: Final[tuple[tuple[type[Exception], int, str], ...]] = (
 INTERNAL: Final = (500, "internal")
 HTTP_TYPES: Final = {404: "not_found", 405: "method_not_allowed"}
 
-# What is different below /v1: statuses, types by status, and codes by kind.
+# Below /v1: other statuses, the `type` of a status, and the `code` of an error_type.
 OPENAI_STATUS: Final = {422: 400, 424: 500}
 OPENAI_TYPES: Final = {
     401: "authentication_error",
@@ -89,7 +89,7 @@ def classify(error: Exception) -> tuple[int, str]:
 
 
 def cap(message: str) -> str:
-    """An error's text: short, and always encodable."""
+    """`message`, cut to `MAX_ERROR_CHARS` and without what UTF-8 cannot encode."""
     text = message.encode("utf-8", "backslashreplace").decode("utf-8")
     return text if len(text) <= MAX_ERROR_CHARS else text[: MAX_ERROR_CHARS - 3] + "..."
 
@@ -121,7 +121,7 @@ def shape(message: str, status: int, error_type: str) -> tuple[int, dict[str, An
 
 
 def describe(error: Exception) -> dict[str, Any]:
-    """The JSON object of `error`. What we did not raise on purpose stays in the log."""
+    """The JSON object of `error`. An error that we did not raise on purpose is not described."""
     return _answer(error)[1]
 
 
@@ -135,10 +135,13 @@ def _answer(error: Exception) -> tuple[int, dict[str, Any]]:
 
 
 def retry_headers(error: Exception) -> dict[str, str]:
-    """What the client should do next: `Retry-After` in whole seconds (RFC 9110, section 10.2.3)
-    where trying again makes sense, `WWW-Authenticate` where a key is missing. The `openai` client
-    would send a request again that was too late for its own deadline, unless told not to; nor is
-    there sense in what its own grammar has ended."""
+    """Headers that tell the client what to do next.
+
+    `Retry-After`, in whole seconds (RFC 9110, section 10.2.3), stands where trying again makes
+    sense, and `WWW-Authenticate` where a key is missing. The `openai` client sends a request again
+    unless it is told not to, which does not help one that missed its deadline or met the end of
+    its grammar.
+    """
     if isinstance(error, Unauthorized):
         return {"WWW-Authenticate": "Bearer"}
     if isinstance(error, Overloaded):
@@ -159,7 +162,7 @@ def error_response(error: Exception) -> JSONResponse:
 def http_error_response(
     status: int, detail: str, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
-    """The response to an error of the framework's own, such as an unknown path."""
+    """The response to an error that the framework raised, such as an unknown path."""
     error_type = HTTP_TYPES.get(status, "validation")
     if status == 400:  # FastAPI's answer to a body that is not JSON at all
         status, detail = 422, f"body: {detail}"
@@ -168,7 +171,7 @@ def http_error_response(
 
 
 def _body_of(request: Request) -> type[BaseModel] | None:
-    """What the body of `request` should have been, by its route."""
+    """The model of the body that the route of `request` takes; None if it takes none."""
     field = getattr(request.scope.get("route"), "body_field", None)
     annotation = field.field_info.annotation if field is not None else None
     kinds = (annotation, *get_args(annotation))
@@ -200,7 +203,7 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Give every error of `app` the one shape."""
+    """Have `app` answer every error in the shape of the request's interface."""
     app.add_exception_handler(AmbidexError, _on_engine_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(HTTPException, _on_http_error)

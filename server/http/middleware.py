@@ -1,6 +1,6 @@
-"""Pure ASGI middleware: a request's identity, its key, and bounds on its head and body.
+"""ASGI middleware: a request's identity, its key, and bounds on its head and body.
 
-All work on messages as they pass, so a stream stays a stream.
+It passes messages on one by one, so that a stream stays a stream.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def _call(scope: Scope) -> Call:
 class HeadLimitMiddleware:
     """Bounds the URL and the headers.
 
-    uvicorn bounds a head that arrives in many pieces, this one a head that arrives at once.
+    uvicorn bounds a head that arrives in many pieces; this middleware bounds one that arrives at
+    once.
     """
 
     def __init__(self, app: ASGIApp, max_url_bytes: int, max_header_bytes: int) -> None:
@@ -133,12 +134,12 @@ class HeadLimitMiddleware:
 
 
 class KeyMiddleware:
-    """Finds the key of a request and what it may do; nobody's body is kept before.
+    """Finds the key of a request and checks what it opens, before anything of the body is kept.
 
     Args:
-        app: what runs inside.
+        app: the application inside.
         keyring: the keys.
-        limiter: of every POST outside of /admin.
+        limiter: counts every POST outside of /admin.
         rejected: is called with the reason of a refusal.
     """
 
@@ -172,9 +173,9 @@ class KeyMiddleware:
 
 
 async def _discard_body(scope: Scope, receive: Receive) -> bool:
-    """Read a small body away; whether that was all of it.
+    """Read and drop the body if it is small. Returns whether all of it was read.
 
-    A connection that is closed over unread bytes is reset, and its client may never see the answer.
+    Closing a connection with unread bytes resets it, and the client may never see the answer.
     """
     if _declared_length(scope) > MAX_DISCARDED_BYTES:
         return False
@@ -194,8 +195,8 @@ async def _discard_body(scope: Scope, receive: Receive) -> bool:
 class BodyLimitMiddleware:
     """Reads the body, at most `max_bytes` of it within `timeout` seconds, before the app runs.
 
-    Routes then never wait for a slow sender, and every route has the same bound whatever parses
-    its body. After the body the app's `receive` reports a disconnect, as ASGI has it.
+    So routes never wait for a slow sender, and all have the same bound, whatever parses their
+    bodies. After the body the application's `receive` waits for the disconnect, as in ASGI.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, timeout: float) -> None:
@@ -243,7 +244,7 @@ class BodyLimitMiddleware:
 
 
 def _declared_length(scope: Scope) -> int:
-    """`Content-Length`, or 0 where there is none that means anything."""
+    """`Content-Length`; 0 if there is none, or no number."""
     length = Headers(scope=scope).get("content-length", "")
     # more than 18 digits are more than any limit, and int() of thousands of them is slow
     return int(length[:18]) if length.isascii() and length.isdigit() else 0

@@ -13,12 +13,12 @@ from typing import Final
 
 from engine.errors import Overloaded
 
-ANONYMOUS: Final = "anonymous"  # who calls a server that asks for no key; one bucket for all
+ANONYMOUS: Final = "anonymous"  # the name of all callers without a key; they share one bucket
 MINUTE: Final = 60.0
 
 
 class RateLimited(Overloaded):
-    """This key has used up what it may use in a minute."""
+    """The key has used up its minute."""
 
 
 class TokenBucket:
@@ -55,7 +55,7 @@ class TokenBucket:
 
 
 class RateLimiter:
-    """The buckets of every key. Keys come from the server's own settings, so they are few."""
+    """Has the buckets of each key. There are few, since keys come from the server's settings."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """API keys: who may do what. `Authorization: Bearer KEY` on every route but the public ones.
 
-Keys are kept as SHA-256 and compared in constant time against every known one, so neither the
-memory of the process nor the time of an answer tells a key. A line is
+Keys are kept as SHA-256 and compared in constant time with every known one, so neither the memory
+of the process nor the time of an answer reveals a key. A key is written as one of
 
     key
     name:key
@@ -46,7 +46,7 @@ class Forbidden(AmbidexError):
 
 @dataclass(frozen=True)
 class Key:
-    """A key that opens routes: what it is called, and the SHA-256 of what clients send."""
+    """A key: its name, and the SHA-256 of what clients send."""
 
     name: str
     digest: bytes = field(repr=False)
@@ -112,7 +112,7 @@ def read_keys(path: Path) -> tuple[Key, ...]:
 
 
 class Keyring:
-    """The keys of a server, and what each opens.
+    """The keys of a server, and which routes they open.
 
     API keys open everything but /admin; the admin key opens everything. Without API keys
     everything but /admin is open; without an admin key /admin is closed.
@@ -134,7 +134,7 @@ class Keyring:
         return self.keys if self.admin is None else (*self.keys, self.admin)
 
     def authorize(self, path: str, authorization: str) -> Key | None:
-        """The key of a request, None where none is needed or given.
+        """The key of a request; None where none is needed and none was given.
 
         Args:
             path: of the URL, decoded.
@@ -159,7 +159,7 @@ class Keyring:
         return key
 
     def _find(self, authorization: str) -> Key | None:
-        """The known key that a header presents; takes as long whichever it is, or none."""
+        """The known key in a header, or None. It takes as long in every case."""
         scheme, _, secret = authorization.strip().partition(" ")
         digest = digest_of(secret.strip()[: MAX_KEY_CHARS + 1])
         found = None

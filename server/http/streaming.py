@@ -1,4 +1,4 @@
-"""Server-sent events: framing, and a response that notices when nobody listens any more."""
+"""Server-sent events: their format, and a response that notices when the client has gone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger("ambidex.server")
 
-SLOW_READER_SECONDS: Final = 5.0  # that a client gets after its deadline to read the last event
+# How long after its deadline a client may take to read the last event.
+SLOW_READER_SECONDS: Final = 5.0
 
 # X-Accel-Buffering keeps nginx from collecting events before it passes them on.
 STREAM_HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

@@ -1,8 +1,8 @@
-"""OpenTelemetry traces: one span a request, and below it the phases of each of its generations.
+"""OpenTelemetry traces: a span for each request, and below it the phases of each completion.
 
-Spans are made when a request has ended, from times that are kept anyway, so a server without
-traces does nothing for them, and one with them nothing while it generates. Needs the extra `otel`;
-where spans go is said by OpenTelemetry's own variables, such as OTEL_EXPORTER_OTLP_ENDPOINT.
+Spans are made when a request has ended, from times that the call has anyway, so tracing costs
+nothing while it generates. The extra `otel` has the packages. OpenTelemetry's own variables, such
+as OTEL_EXPORTER_OTLP_ENDPOINT, say where spans go.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _QUIET: Final = frozenset({"/metrics", "/health", "/health/live", "/health/ready
 
 
 def otlp_provider() -> TracerProvider:
-    """Exports spans in batches over OTLP/HTTP.
+    """A provider that exports spans in batches over OTLP/HTTP.
 
     Raises:
         ConfigError: the packages of the extra are not installed.
@@ -74,7 +74,7 @@ class Tracing:
         span.end(_nanoseconds(call.started + call.seconds))
 
     def _phases(self, call: Call, finished: Finished, below: Context) -> None:
-        """Queue, prefill and decode of one generation; what it never reached is left out."""
+        """The spans of queue, prefill and decode, as far as a completion came."""
         usage, end = finished.usage, finished.ended
         admitted = end - usage.inference_seconds
         phases = [("queue", admitted - usage.queue_seconds, admitted)]
@@ -88,12 +88,12 @@ class Tracing:
             span.end(_nanoseconds(call.started + max(0.0, first, last)))
 
     def stop(self) -> None:
-        """Send what is left."""
+        """Export the spans that were not sent yet."""
         self._provider.shutdown()
 
 
 def _attributes(call: Call) -> dict[str, str | int | float]:
-    """OpenTelemetry's names for HTTP, and for generation where it has them."""
+    """The attributes of a request's span, by OpenTelemetry's names where it has them."""
     known: dict[str, str | int | float | None] = {
         "http.request.method": call.method,
         "http.route": call.route,

@@ -1,8 +1,8 @@
 """The engine's numbers in the Prometheus text format.
 
-A custom collector over one consistent snapshot: a scrape never sees half a step, and the engine
-knows nothing of Prometheus. Base units, `ambidex_` prefix, counters end in `_total`. Ratios are two
-counters, so that `rate(a) / rate(b)` works over any window.
+The collector reads one consistent snapshot, so a scrape never sees half a step, and the engine
+knows nothing of Prometheus. Names begin with `ambidex_`, counters end in `_total`, and values are in base
+units. A ratio is exported as two counters, so that `rate(a) / rate(b)` works over any window.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from server.settings import Settings
 
 
 class Source(Protocol):
-    """What is exported beside the engine's own numbers."""
+    """Where the collector reads: the engine's numbers, and what else the server exports."""
 
     def numbers(self) -> Numbers: ...
     @property
@@ -161,7 +161,7 @@ class StatsCollector(Collector):
 
 
 def _decodes(numbers: Numbers) -> Iterator[Metric]:
-    """Steps that only decoded, by what they ran and how many requests; those that there were."""
+    """Times and experts of steps that only decoded, by kind and batch as far as there were any."""
     labels = ["experts", "batch"]
     seconds = SummaryMetricFamily(
         "ambidex_decode_step_seconds",
@@ -217,7 +217,7 @@ def _by_key(name: str, text: str, values: Mapping[str, int]) -> Metric:
 def _by_reason(
     name: str, text: str, values: dict[str, int], known: Iterable[str] = FINISH_REASONS
 ) -> Metric:
-    """A counter a reason; the known ones exist from the start, so that `rate` sees their first."""
+    """A counter for each reason. Known ones begin at 0, so that `rate` sees their first event."""
     family = CounterMetricFamily(f"ambidex_{name}", text, labels=["reason"])
     for reason, value in ({**dict.fromkeys(known, 0), **values}).items():
         family.add_metric([reason], value)
@@ -225,14 +225,14 @@ def _by_reason(
 
 
 def _histogram(name: str, text: str, histogram: Histogram) -> Metric:
-    """Prometheus wants cumulative counts, the last bucket named +Inf."""
+    """A histogram as Prometheus has it: counts are cumulative, and the last bucket is +Inf."""
     bounds = [*(f"{float(b):g}" for b in histogram.bounds), "+Inf"]
     buckets = list(zip(bounds, itertools.accumulate(histogram.counts), strict=True))
     return HistogramMetricFamily(name, text, buckets=buckets, sum_value=histogram.sum)
 
 
 def make_registry(source: Source) -> CollectorRegistry:
-    """A registry of this server alone: nothing is global, so servers can share a process."""
+    """A registry for this server alone, so that several servers can share a process."""
     registry = CollectorRegistry()
     registry.register(StatsCollector(source))
     ProcessCollector(registry=registry)

@@ -1,4 +1,4 @@
-"""How late the event loop is: what every answer waits for beside the engine."""
+"""Measures how late the event loop is, which delays every answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 
 
 class LoopLag:
-    """Asks to be woken every INTERVAL seconds, and notes how much later it was."""
+    """Sleeps INTERVAL seconds again and again, and records how much later it wakes."""
 
     def __init__(self) -> None:
         self.histogram = Histogram(BUCKETS)

@@ -1,6 +1,6 @@
-"""Names and helps of what an engine counts, and where a snapshot has it.
+"""The metrics of an engine: name, help text, and how to read the value from a snapshot.
 
-Base units; counters end in `_total`. Names are without the prefix `ambidex_`.
+Names stand here without their prefix `ambidex_`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a server says when it starts: how loading goes, what is served, within which limits."""
+"""What a server prints when it starts: how loading goes, what it serves, and its limits."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from server.settings import Settings
 
 @contextmanager
 def phase(console: Console, text: str) -> Iterator[None]:
-    """Show what is being done, on a terminal with a spinner, and how long it took."""
+    """Show `text` while the block runs, with a spinner on a terminal; then how long it took."""
     started = time.perf_counter()
-    with console.status(text):  # which shows nothing where there is no terminal
+    with console.status(text):  # without a terminal this shows nothing
         yield
     seconds = time.perf_counter() - started
     console.print(f"{text}: {seconds:.1f} s", markup=False, highlight=False, soft_wrap=True)
@@ -34,7 +34,7 @@ def banner(frontend: Frontend, address: str, *, as_table: bool = True) -> Render
         return Text("\n".join(f"{name}: {value}" for name, value in rows.items()))
     table = Table(title="Ambidex", show_header=False, title_justify="left")
     for name, value in rows.items():
-        table.add_row(name, Text(value))  # not markup: a path may have brackets
+        table.add_row(name, Text(value))  # no markup, because a path may have brackets
     return table
 
 

@@ -1,4 +1,4 @@
-"""The settings as command line options, made from their descriptions: none can be forgotten."""
+"""The settings as command line options, made from the fields of `Settings`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from server.settings import GROUPS, REMOVED, Settings
 
-# Not for a command line, which every process of the machine can read.
+# Keys have no option, because every process of the machine can read command lines.
 ENVIRONMENT_ONLY: Final = ("api_keys", "admin_key")
 _TYPES: Final = (bool, int, float, Path)  # everything else is text, which the settings read
 

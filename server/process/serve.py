@@ -35,9 +35,9 @@ from server.process.banner import banner, phase
 from server.settings import Settings, unknown_variables
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
-CLOSE_SECONDS: Final = 5  # for connections to close once their requests have ended
-# Load balancers keep idle connections for 60 s; whoever reuses them must be the first to let go, or
-# a request meets a connection that the server is just closing.
+CLOSE_SECONDS: Final = 5  # the time that connections have to close once their requests have ended
+# Load balancers keep idle connections for 60 s. The server must keep them longer, or a request may
+# arrive on a connection that it is just closing.
 KEEP_ALIVE_SECONDS: Final = 75
 
 logger = logging.getLogger("ambidex.server")
@@ -66,8 +66,9 @@ def serve(settings: Settings, console: Console | None = None) -> None:
         access_log.write_to_stderr()
     console = console or Console()
     tracing = Tracing(otlp_provider()) if settings.traces else None
-    # The modules stay: looking through them for garbage again and again would stop event loop and
-    # engine for a tenth of a second each time. The engine does not, a reload may replace it.
+    # Imported modules live as long as the process. If the garbage collector searched them each
+    # time, event loop and engine would stop for a tenth of a second. The engine is made after this,
+    # since a reload may replace it.
     gc.collect()
     gc.freeze()
     engine = first_engine(settings, partial(phase, console))
@@ -87,7 +88,7 @@ def serve(settings: Settings, console: Console | None = None) -> None:
             server_header=False,
             timeout_graceful_shutdown=CLOSE_SECONDS,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            http="h11",  # whatever else is installed: this one bounds a request's head
+            http="h11",  # even where httptools is installed: h11 bounds a request's head
             h11_max_incomplete_event_size=settings.max_url_bytes + settings.max_header_bytes,
         )
         asyncio.run(_run(_Server(config), frontend, listener))
@@ -97,7 +98,7 @@ def serve(settings: Settings, console: Console | None = None) -> None:
 
 
 def listen(settings: Settings) -> socket.socket:
-    """A bound socket; binding before the banner makes the printed port true, 0 included.
+    """A bound socket. It is bound before the banner is printed, which then has the real port.
 
     Raises:
         SystemExit: the address cannot be used.
@@ -106,8 +107,8 @@ def listen(settings: Settings) -> socket.socket:
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         address = settings.host, settings.port
         listener = socket.create_server(address, family=family, backlog=2048)
-        # Connections inherit it. asyncio sets it only where the socket's protocol is spelled out,
-        # and without it a stream's first event, its second write, waits 40 ms for a delayed ACK.
+        # Connections inherit this option. asyncio sets it only if the socket names its protocol;
+        # without it a stream's first event, its second write, waits 40 ms for a delayed ACK.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listener
     except OSError as error:
@@ -137,7 +138,7 @@ async def _run(server: _Server, frontend: Frontend, listener: socket.socket) -> 
     stopping: set[asyncio.Task[None]] = set()
 
     def on_signal() -> None:
-        if stopping:  # asked twice: do not wait for anything
+        if stopping:  # at the second signal, wait for nothing
             server.force_exit = server.should_exit = True
         else:
             stopping.add(asyncio.create_task(_drain_and_exit(server, frontend)))
@@ -146,7 +147,8 @@ async def _run(server: _Server, frontend: Frontend, listener: socket.socket) -> 
         server.should_exit = True
 
     def on_failure() -> None:
-        # The next process knows nothing of this one: unless a scrape sees it, nobody is told.
+        # The process stays for `exit_delay`, so that Prometheus scrapes the failure: the next
+        # process does not know of it.
         loop.call_later(frontend.settings.exit_delay, exit_now)
 
     if frontend.settings.exit_on_failure:

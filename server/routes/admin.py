@@ -38,7 +38,7 @@ class ModelStatus(BaseModel):
 
 
 class ServerStatus(BaseModel):
-    """What happens here now."""
+    """The state of the server."""
 
     ready: bool = Field(description="Whether requests are taken.")
     live: bool = Field(description="Whether the server can become ready by itself.")
@@ -67,7 +67,7 @@ class ReloadRequest(Strict):
 
 
 class Reloaded(BaseModel):
-    """What came of a reload."""
+    """The result of a reload."""
 
     result: str = Field(description="`success`, or `unchanged` if it serves already.")
     model: ModelStatus = Field(description="The weights that serve now.")
@@ -75,7 +75,7 @@ class Reloaded(BaseModel):
 
 @router.get("/status", responses=ERRORS, summary="What the server is doing")
 async def status(front: Front) -> ServerStatus:
-    """Model, queue, cache, failures and reloads."""
+    """Reports model, queue, cache, failures and reloads."""
     fleet, numbers = front.fleet, front.numbers()
     return ServerStatus(
         ready=front.ready,
@@ -100,8 +100,8 @@ async def status(front: Front) -> ServerStatus:
 async def reload(front: Front, body: ReloadRequest | None = None) -> Reloaded:
     """Verify and load a checkpoint and serve it; requests under way finish on the old weights.
 
-    Without a body the newest one of the watched directory, or the model's own directory again. A
-    bad checkpoint is refused, and the old one keeps serving.
+    Without a body this is the newest checkpoint of the watched directory, or the model's own
+    directory again. A bad checkpoint is refused, and the old one keeps serving.
     """
     result = await front.reloader.reload(body.path if body else None)
     return Reloaded(result=result, model=_model(front))

@@ -97,7 +97,7 @@ class ChatWriter:
         }
 
     def _logprobs(self, events: Sequence[TokenEvent]) -> dict[str, Any] | None:
-        """Of the tokens of the text, which special ones have no part in."""
+        """The log-probabilities of the text's tokens. Special tokens are not part of it."""
         if not self.body.logprobs:
             return None
         content = [

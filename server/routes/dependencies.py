@@ -1,4 +1,4 @@
-"""What routes ask of the application."""
+"""What the routes get from the application."""
 
 from __future__ import annotations
 

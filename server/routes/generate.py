@@ -25,7 +25,7 @@ from server.schemas.tgi import ErrorResponse, GenerateRequest, GenerateResponse,
 logger = logging.getLogger("ambidex.server")
 router = APIRouter(tags=["generation"])
 
-CLIENT_LEFT: Final = 499  # nginx's code; nobody reads it but the access log
+CLIENT_LEFT: Final = 499  # nginx's code for the access log; the client has gone
 
 ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     408: {"model": ErrorResponse, "description": "The body did not arrive in time."},
@@ -85,7 +85,7 @@ async def generate_root(body: RootRequest, request: Request, front: Front) -> Re
 
 
 async def _start(front: Frontend, body: GenerateRequest, request: Request) -> Submission | None:
-    """The generation; None if the client left while its grammar was compiled, say."""
+    """The submission; None if the client left before, as while its grammar was compiled."""
     parameters = body.parameters
     starting = front.start(
         body.inputs,
@@ -150,7 +150,7 @@ async def _frames(body: GenerateRequest, submission: Submission) -> AsyncGenerat
 
 
 def _stream_event(event: TokenEvent, submission: Submission, text: str) -> dict[str, Any]:
-    """One event: its token, and in the last one the text and the details as well."""
+    """The JSON object of one event; the last one has the text and the details as well."""
     out: dict[str, Any] = {"index": event.index + 1, "token": _token(event)}
     if event.top_tokens:
         out["top_tokens"] = [_plain(t) for t in event.top_tokens]
@@ -194,8 +194,8 @@ def _details(body: GenerateRequest, submission: Submission, output: Output) -> d
 def _token(event: TokenEvent) -> dict[str, Any] | None:
     """A token with the text that it completed, so that the texts add up to the output.
 
-    A special token shows its own text, which readers skip, unless it set free what had been held
-    back as the possible beginning of a stop string.
+    A special token has its own text, which clients skip. But where the end of the output released
+    text that was held back as the possible beginning of a stop string, it has that text.
     """
     token = event.token
     if token is None:
@@ -228,7 +228,7 @@ def _experts(submission: Submission, usage: Usage) -> dict[str, Any]:
 
 
 def _kind_headers(front: Frontend, body: GenerateRequest) -> Mapping[str, str]:
-    """TGI's response headers that are known before the output: the device, characters read."""
+    """TGI's response headers that are known before the output: device, characters of the prompt."""
     return {
         "x-compute-type": front.engine.config.device,
         "x-compute-characters": str(len(body.inputs)),

@@ -1,6 +1,6 @@
 """What `/v1/completions` and `/v1/chat/completions` share: starting, answering, streaming.
 
-How an answer looks is left to a `Writer`; what runs, what is counted and how it ends is here.
+A `Writer` knows how an answer looks. Starting, counting and ending it is done here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ logger = logging.getLogger("ambidex.server")
 
 DONE: Final = b"data: [DONE]\n\n"
 FINISH_REASONS: Final = {"length": "length", "eos_token": "stop", "stop_sequence": "stop"}
-# Entries that are put into one answer, or a stream's first event, at once, beside other streams.
+# Entries of one answer, or of a stream's first event: more would keep other streams waiting.
 MAX_LOGPROBS: Final = 1 << 17
 
 ERRORS: Final[dict[int | str, dict[str, Any]]] = {
@@ -53,9 +53,9 @@ ERRORS: Final[dict[int | str, dict[str, Any]]] = {
 class Writer(Protocol):
     """Writes one request's answer in the shape of its route."""
 
-    prefix: str  # of the answer's id
+    prefix: str  # the beginning of the answer's id
     kind: str  # the field `object` of the answer
-    chunk_kind: str  # and of a stream's chunks
+    chunk_kind: str  # the field `object` of a stream's chunks
 
     @property
     def body(self) -> GenerationBody:
@@ -71,7 +71,7 @@ class Writer(Protocol):
 def check_logprobs(requests: Sequence[EngineRequest], *, stream: bool) -> None:
     """Raise InvalidRequest if an answer with these requests' log-probabilities is too large.
 
-    Of a stream only the prompts' count, which come at once: its output goes out token by token.
+    For a stream only those of the prompts count, which are sent at once.
     """
     entries = sum(
         (1 + request.sampling.top_n_tokens)
@@ -101,11 +101,11 @@ async def respond(
     """The answer to a request, at once or as a stream.
 
     Args:
-        front: the server.
-        request: as it came.
-        writer: of its answer.
-        prompts: by the names that complaints use.
-        sampling: parameters of each.
+        front: the frontend of the server.
+        request: the HTTP request.
+        writer: writes its answer.
+        prompts: the prompts by the names that errors give them.
+        sampling: the parameters of each, once its prompt's length is known.
         logprobs: whether the answer has log-probabilities.
     """
     body = writer.body
@@ -132,12 +132,12 @@ async def respond(
 
 
 class _Answer:
-    """One answer: what its chunks have in common, and its sums."""
+    """One answer: the fields that its chunks share, and the sums over its completions."""
 
     def __init__(self, front: Frontend, writer: Writer, submissions: Sequence[Submission]) -> None:
         self.writer = writer
         self.submissions = submissions
-        self.usages: dict[int, Usage] = {}  # by submission, as they finish
+        self.usages: dict[int, Usage] = {}  # by the place of the submission, as they finish
         self.common = {
             "id": f"{writer.prefix}-{uuid.uuid4().hex}",
             "created": int(calls.current().started),
@@ -151,7 +151,7 @@ class _Answer:
 
     @property
     def _prompt_tokens(self) -> int:
-        """Of each prompt once, however many completions it has."""
+        """The tokens of all prompts; each prompt counts once, however many completions it has."""
         each = self.writer.body.completions
         return sum(submission.request.prompt_len for submission in self.submissions[::each])
 
@@ -175,7 +175,7 @@ class _Answer:
         return JSONResponse(content, headers=headers)
 
     async def frames(self) -> AsyncGenerator[bytes, None]:
-        """The answer as events; an error becomes the last of them but for the end."""
+        """The answer as events. An error becomes the last event before `[DONE]`."""
         try:
             async with aclosing(merged_events(self.submissions)) as events:
                 async for which, taken in events:
@@ -193,7 +193,7 @@ class _Answer:
         yield DONE
 
     def _chunk(self, which: int, event: TokenEvent) -> dict[str, Any] | None:
-        """The chunk that an event makes, if any."""
+        """The chunk of an event; None if it has nothing to show."""
         if event.usage is not None:
             self.usages[which] = event.usage
         choice = self.writer.piece(which, event)
@@ -233,10 +233,10 @@ class _Answer:
 
 
 def visible_text(event: TokenEvent, stops: Sequence[str]) -> str:
-    """An event's text without the stop string that ends it: the engine leaves it in, as TGI does.
+    """An event's text without the stop string at its end, which the engine leaves in, as TGI does.
 
-    Of several that end there the longest counts; what might begin one is always held back, so the
-    last event has all of it.
+    If several stop strings end there, the longest is cut. The last event has all of it, because
+    text that might begin a stop string is held back.
     """
     if event.finish_reason != "stop_sequence":
         return event.text

@@ -31,7 +31,7 @@ class QualityPointInfo(BaseModel):
 
 
 class ExpertInfo(BaseModel):
-    """How the feed-forward layers are divided."""
+    """How the feed-forward layers are divided into experts."""
 
     num_experts: int = Field(description="Experts per layer.")
     expert_size: int = Field(description="Neurons per expert.")
@@ -90,7 +90,7 @@ NOT_READY: Final[dict[int | str, dict[str, Any]]] = {
     summary="Whether the engine makes progress and takes requests",
 )
 async def health(front: Front) -> Response:
-    """As `/health/ready`, for those who ask for one thing only."""
+    """The same as `/health/ready`."""
     return await ready(front)
 
 

@@ -26,7 +26,7 @@ Prompts = list[str | list[int]]
 
 
 def _read_prompts(value: Any) -> Prompts:
-    """A text, token ids, or a list of texts or of token ids: as a list, of at least one."""
+    """The field `prompt` as a list of at least one text or list of token ids."""
     single = isinstance(value, str) or _all_ints(value)
     prompts = [value] if single else value
     if not isinstance(prompts, list) or not 1 <= len(prompts) <= MAX_PROMPTS:
@@ -143,7 +143,7 @@ class CompletionRequest(GenerationBody):
 
 
 class CompletionLogprobs(BaseModel):
-    """The tokens of a choice, four lists of one length."""
+    """The tokens of a choice, in four lists of the same length."""
 
     tokens: list[str] = Field(description="Their texts.")
     token_logprobs: list[float | None] = Field(

@@ -1,4 +1,4 @@
-"""What the interfaces share: strict bodies, bounded numbers, texts, and the expert policy."""
+"""Fields that the interfaces share: strict bodies, bounded numbers, texts, the expert policy."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ REMOVED_POLICY: Final = "experts must not be shared: that policy was removed, us
 
 
 def refuse(message: str, kind: LiteralString = PREDICATE) -> PydanticCustomError:
-    """An error in our own words: what the field must be, or a whole SENTENCE."""
-    # through a placeholder: braces in the message itself would be read as such
+    """An error in our own words; `kind` says what the message continues (`sentences`)."""
+    # a placeholder, because braces in the message itself would be read as one
     return PydanticCustomError(kind, "{message}", {"message": message})
 
 
 def encodable(text: str) -> str:
-    """JSON can spell half of a surrogate pair, which no tokenizer can read."""
+    """`text`, unless it has half of a surrogate pair: JSON can spell it, but no tokenizer reads it."""
     if not text.isascii():
         try:
             text.encode()
@@ -44,12 +44,12 @@ def encodable(text: str) -> str:
 
 
 def _read_policy(value: Any) -> ExpertPolicy:
-    """The `experts` field, as text or as an object, within any model's bounds."""
+    """The policy that the field `experts` has, as text or as an object."""
     try:
         policy = _policy(value)
         policy.validate(MAX_EXPERTS)
     except InvalidRequest as error:
-        # the place says where, such as parameters.experts; the rest may lead on: .top_k must be
+        # the field's place, such as parameters.experts, is put in front: so .top_k must follow it
         raise refuse(str(error).removeprefix("experts"), CONTINUATION) from error
     return policy
 
@@ -77,14 +77,14 @@ def _policy(value: Any) -> ExpertPolicy:
 
 
 class Strict(BaseModel):
-    """No coercion of types, no unknown fields."""
+    """A body without coercion of types and without unknown fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     @model_validator(mode="before")
     @classmethod
     def _not_too_many(cls, value: Any) -> Any:
-        """Stop before a body of a million unknown fields becomes a million complaints."""
+        """Refuse a body of very many fields at once: each unknown one would make an error."""
         if isinstance(value, dict) and len(value) > MAX_FIELDS:
             raise refuse(f"must have at most {MAX_FIELDS} fields, got {len(value)}")
         return value
@@ -106,7 +106,7 @@ def strict_object(properties: JsonDict, *required: str) -> JsonDict:
     }
 
 
-# Any, not ExpertPolicy: its own schema is not what a client sends.
+# The type is Any, because the schema of ExpertPolicy is not what a client sends.
 Policy = Annotated[
     Any,
     PlainValidator(_read_policy),
@@ -129,5 +129,5 @@ Policy = Annotated[
 
 
 def or_default(value: float | None, default: float) -> float:
-    """null is the default."""
+    """`value`, or `default` for null."""
     return default if value is None else value
