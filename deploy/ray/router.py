@@ -1,4 +1,4 @@
-"""Serve's way to choose a replica, with the choice of deploy.ray.affinity."""
+"""Chooses a replica for Serve, as `deploy.ray.affinity` decides."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
     ) -> list[list[RunningReplica]]:
         """The replicas in groups, to be tried one after another."""
         target = _target(pending_request)
-        if pending_request is not None:  # wait before looking again when all of them are full
+        if pending_request is not None:  # if all are full, Serve waits before it looks again
             pending_request.routing_context.should_backoff = True
         by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         if target.only in by_id:

@@ -1,8 +1,8 @@
 """A request has a deadline: so many seconds from its arrival to its last token.
 
-The client chooses them by `X-Request-Timeout: SECONDS`, up to the server's bound. Without
-the header the server's default holds. A request that is late is aborted in the engine. The client gets status
-504 if nothing was sent yet, otherwise an error event that ends the stream.
+The client chooses them by `X-Request-Timeout: SECONDS`, up to the server's bound. Without the
+header the server's default holds. A request that is late is aborted in the engine. The client gets
+status 504 if nothing was sent yet, otherwise an error event that ends the stream.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The engine's numbers in the Prometheus text format.
 
 The collector reads one consistent snapshot, so a scrape never sees half a step, and the engine
-knows nothing of Prometheus. Names begin with `ambidex_`, counters end in `_total`, and values are in base
-units. A ratio is exported as two counters, so that `rate(a) / rate(b)` works over any window.
+knows nothing of Prometheus. Names begin with `ambidex_`, counters end in `_total`, and values are
+in base units. A ratio is exported as two counters, so that `rate(a) / rate(b)` works over any
+window.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def refuse(message: str, kind: LiteralString = PREDICATE) -> PydanticCustomError
 
 
 def encodable(text: str) -> str:
-    """`text`, unless it has half of a surrogate pair: JSON can spell it, but no tokenizer reads it."""
+    """`text`, unless it has half of a surrogate pair, as JSON can spell and no tokenizer read."""
     if not text.isascii():
         try:
             text.encode()
