@@ -23,8 +23,8 @@ Experts = Annotated[
     typer.Option(
         "--experts",
         help="How many experts a token may use: dense, auto (what the checkpoint recommends), "
-        "top_k:N (the N best), mass:SHARE (as few as hold that share of the predicted "
-        "activation mass), or shared:N (as top_k, but tokens that are decoded together share).",
+        "top_k:N (the N best), or mass:SHARE (as few as hold that share of the predicted "
+        "activation mass).",
     ),
 ]
 
