@@ -79,8 +79,10 @@ def _engine_settings() -> dict[str, Any]:
         option: Option = found[name].metadata["option"]
         kind = Literal[option.choices] if option.choices else kinds[name]
         default = SERVER_DEFAULTS.get(name, found[name].default)
-        bounds = {"ge": option.low, "le": option.high} if option.high is not None else {}
-        made[setting] = kind, Field(default=default, description=option.help, **bounds)
+        made[setting] = (
+            kind,
+            Field(default=default, ge=option.low, le=option.high, description=option.help),
+        )
     return made
 
 
