@@ -10,6 +10,10 @@ MINUTES ?= 10
 TARGETS ?= cpu
 # Inputs of each kind that `make fuzz` sends to each operation.
 EXAMPLES ?= 300
+# Further options of pytest for `make test`.
+OPTIONS ?=
+# A module's tests stay in one process, which makes their servers and models once.
+PARALLEL := --numprocesses logical --maxprocesses 16 --dist loadscope
 VENV := .venv
 CLIENTS := .venv-clients
 RAY := .venv-ray
@@ -32,8 +36,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 serve: install  ## Serve the packaged starter model on PORT (default 8000)
 	$(BIN)/ambidex serve --port $(PORT)
 
-test: install  ## Run the tests
-	$(BIN)/python -m pytest
+test: install  ## Run the tests, on every core
+	$(BIN)/python -m pytest $(PARALLEL) $(OPTIONS)
 
 test-clients: install $(CLIENTS)/.installed  ## Test with clients that need an environment of their own, which it makes
 	$(BIN)/python -m pytest tests/server/clients/test_other_clients.py

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from fastapi.routing import APIRoute
 
 from engine.kernels.native import build
 from server.http.security import HEALTH_PATHS, METRICS_PATHS
@@ -30,7 +31,7 @@ from tests.deploy.manifests import (
 from training.presets import read_config
 
 KEY = "client:0123456789abcdef0123456789abcdef"
-ROUTES = {route.path for route in ops.router.routes}
+ROUTES = {route.path for route in ops.router.routes if isinstance(route, APIRoute)}
 README = (KUBERNETES / "README.md").read_text()
 MINUTE = 60
 both = pytest.mark.parametrize("overlay", SERVERS)

@@ -25,7 +25,8 @@ import yaml
 
 from deploy.grafana.dashboard import FILE
 from tests.deploy import prometheus
-from tests.deploy.prometheus import Prometheus, rules_of, wait_for
+from tests.deploy.prometheus import Prometheus, rules_of
+from tests.waiting import wait_for
 
 if TYPE_CHECKING:
     from tests.server.conftest import Live, Serve
@@ -131,16 +132,16 @@ def kill_engine(live: Live) -> None:
     def boom(*_: Any) -> Any:
         raise RuntimeError("the disk is on fire")
 
-    live.engine.runner.run = boom  # type: ignore[method-assign]
+    live.engine.runner.run = boom  # type: ignore[method-assign, assignment]
     rebuild = live.frontend.fleet._rebuild
 
     def rebuild_broken(worker: Any) -> Any:
         engine = rebuild(worker)
-        engine.runner.run = boom  # type: ignore[method-assign]
+        engine.runner.run = boom  # type: ignore[method-assign, assignment]
         return engine
 
     live.frontend.fleet._rebuild = rebuild_broken  # type: ignore[method-assign]
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while live.frontend.fleet.failure is None:
         live.post("/generate", max_new_tokens=2)
         time.sleep(0.4)  # several scrapes see errors come
@@ -195,7 +196,7 @@ def in_prometheus(expr: str) -> str:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_panel_has_data(observed: Prometheus, name: str) -> None:
-    wait_for(lambda: observed.query(in_prometheus(TARGETS[name])), 20)
+    wait_for(lambda: observed.query(in_prometheus(TARGETS[name])))
 
 
 def test_variables_and_annotations_have_data(observed: Prometheus) -> None:
@@ -211,7 +212,7 @@ def test_variables_and_annotations_have_data(observed: Prometheus) -> None:
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_every_recording_rule_has_data(observed: Prometheus, name: str) -> None:
-    wait_for(lambda: observed.query(name), 20)
+    wait_for(lambda: observed.query(name))
     for sample in observed.query(name):
         assert sample["value"][1] not in ("NaN", "+Inf", "-Inf")
 

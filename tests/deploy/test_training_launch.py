@@ -77,7 +77,7 @@ def test_one_node(arguments: list[str], tmp_path: Path) -> None:
         str(target),
     ]
     done = subprocess.run(
-        command, env=environment(PROCESSES="2"), capture_output=True, text=True, timeout=120
+        command, env=environment(PROCESSES="2"), capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert report(run)["processes"] == 2
@@ -115,7 +115,7 @@ class Job:
         return (self.folder / "requeued").exists()
 
     def wait_for(self, condition: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240
         while not condition():
             assert self.process.poll() is None, self.output
             assert time.monotonic() < deadline, self.output
@@ -123,7 +123,7 @@ class Job:
 
     def end(self) -> int:
         try:
-            return self.process.wait(120)
+            return self.process.wait(240)
         finally:
             self.process.kill()
             for task in (self.folder / "tasks").read_text().split():

@@ -7,70 +7,20 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
-import tokenizers
-import torch
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from engine.checkpoint import Checkpoint
-from engine.config import EngineConfig, ExpertConfig, ModelConfig
+from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.experts import centroid_router
 from engine.model import Decoder
 from engine.request import Request, TokenEvent
-from engine.tokenizer import END_OF_TEXT, Tokenizer
-
-VOCABULARY = 300
-CORPUS = ["the cat sat on the mat and the dog sat on the log", "naïve café, größer: 東京 🙂"]
+from tests.models import tiny_config, tiny_model, tiny_tokenizer
 
 MakeEngine = Callable[..., Engine]
-
-
-def tiny_config(**changes: object) -> ModelConfig:
-    values: dict[str, object] = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "experts": ExpertConfig(num_experts=8, expert_size=8, default_policy="top_k:4"),
-        "initializer_range": 0.3,  # logits far enough apart that rounding never decides
-    }
-    return ModelConfig(**{**values, **changes})  # type: ignore[arg-type]  # checked by ModelConfig
-
-
-@torch.no_grad()
-def tiny_model(config: ModelConfig) -> Decoder:
-    """Random weights whose layers outweigh the tied embedding, so that output is not repetitive."""
-    model = Decoder(config)
-    model.initialize(torch.Generator().manual_seed(1))
-    for name, parameter in model.named_parameters():
-        if name.endswith(("attention.out.weight", "ffn.down")):
-            parameter.mul_(4)
-    for ffn in model.ffns():
-        ffn.router.copy_(centroid_router(ffn.up, config.experts.num_experts, norm=2.0))
-    return model.eval()
-
-
-def tiny_tokenizer() -> Tokenizer:
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(CORPUS * 4, trainer)
-    return Tokenizer(backend)
 
 
 @pytest.fixture(scope="session")
 def checkpoint() -> Checkpoint:
     """A random model of 2 layers, 8 experts, grouped-query attention; end of text is token 0."""
-    torch.set_num_threads(2)
     config = tiny_config()
     return Checkpoint(Path("tiny"), config, tiny_model(config), tiny_tokenizer(), {}, "0" * 64)
 

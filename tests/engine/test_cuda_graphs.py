@@ -30,7 +30,7 @@ from engine.fused_forward import fused_forward
 from engine.model import Decoder
 from engine.paged_attention import KernelAttend
 from engine.request import ExpertPolicy, Request, SamplingParams
-from tests.engine.conftest import tiny_config, tiny_model
+from tests.models import tiny_config, tiny_model
 
 DENSE, TWO, FIVE, MASS, SHARED = (
     ExpertPolicy.dense(),

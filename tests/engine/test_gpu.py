@@ -21,9 +21,8 @@ from engine.experts import ExpertFFN, PolicyBatch, Trace, sparse_ffn
 from engine.model import Decoder
 from engine.request import ExpertPolicy, SamplingParams
 from tests.engine import test_sampler as on_host
-from tests.engine.conftest import tiny_config, tiny_model, tiny_tokenizer
 from tests.engine.test_variants import VARIANTS, variant
-from tests.training.conftest import make_corpus
+from tests.models import make_corpus, tiny_config, tiny_model, tiny_tokenizer
 from training.config import ModelShape, SwitchConfig, TrainConfig
 from training.trainer import Trainer
 

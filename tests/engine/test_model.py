@@ -11,7 +11,7 @@ from engine.attention import rotate
 from engine.model import Decoder, generate
 from engine.request import ExpertPolicy
 from engine.rotary import rope_table
-from tests.engine.conftest import tiny_config, tiny_model
+from tests.models import tiny_config, tiny_model
 
 POLICIES = [ExpertPolicy.dense(), ExpertPolicy.top_k(3), ExpertPolicy.mass(0.7)]
 

@@ -21,7 +21,7 @@ from engine.kernels.native import build
 from engine.model import Decoder, generate
 from engine.native_attention import NativeAttend
 from engine.request import ExpertPolicy, Request, SamplingParams
-from tests.engine.conftest import tiny_config, tiny_model, tiny_tokenizer
+from tests.models import tiny_config, tiny_model, tiny_tokenizer
 
 POLICIES = [
     ExpertPolicy.dense(),

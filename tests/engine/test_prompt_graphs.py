@@ -22,7 +22,7 @@ from engine.model import Decoder
 from engine.prompt_graphs import PromptGraphs, PromptKey, request_bucket, token_bucket
 from engine.request import ExpertPolicy, Request, SamplingParams
 from engine.scheduler import Plan
-from tests.engine.conftest import tiny_config, tiny_model
+from tests.models import tiny_config, tiny_model
 
 DENSE, TWO, FIVE, MASS = (
     ExpertPolicy.dense(),

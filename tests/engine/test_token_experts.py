@@ -15,7 +15,7 @@ from engine.experts import Trace
 from engine.model import Decoder
 from engine.request import ExpertPolicy, SamplingParams, TokenEvent
 from engine.token_experts import MAX_BYTES, check_size, pack
-from tests.engine.conftest import tiny_config
+from tests.models import tiny_config
 
 MakeEngine = Callable[..., Engine]
 POLICIES = ["dense", "top_k:1", "top_k:3", "top_k:8", "mass:0.5", "shared:2"]

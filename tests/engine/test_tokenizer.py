@@ -11,7 +11,7 @@ from tokenizers import decoders, models, normalizers, processors
 from engine.checkpoint import STARTER, Checkpoint
 from engine.errors import CheckpointError
 from engine.tokenizer import END_OF_TEXT, IncrementalDecoder, Tokenizer, text_offsets
-from tests.engine.conftest import tiny_tokenizer
+from tests.models import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 

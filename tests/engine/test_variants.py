@@ -17,11 +17,11 @@ from engine.experts import ExpertFFN, PolicyBatch
 from engine.model import Decoder
 from engine.request import ExpertPolicy
 from engine.rotary import rotary_tables
-from tests.engine.conftest import tiny_config, tiny_model, tiny_tokenizer
 from tests.engine.test_cuda_graphs import ComputedGraphs, alone, new_cache, prefill, requests_of
 from tests.engine.test_prompt_graphs import check_step
 from tests.engine.test_prompt_graphs import graphs_of as prompt_graphs_of
 from tests.engine.test_prompt_graphs import requests_of as prompts_of
+from tests.models import tiny_config, tiny_model, tiny_tokenizer
 
 DENSE, TWO, FIVE = ExpertPolicy.dense(), ExpertPolicy.top_k(2), ExpertPolicy.top_k(5)
 

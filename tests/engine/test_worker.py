@@ -62,7 +62,7 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline, "the condition never came true"
         await asyncio.sleep(0.002)
@@ -428,10 +428,11 @@ def test_drain_aborts_at_its_timeout(
     async def test() -> None:
         with serving(engine) as worker:
             stream = await worker.submit(make(engine, 120))
+            first = await anext(stream)
+            assert first.finish_reason is None
             await worker.drain(0.1)
-            events = await asyncio.wait_for(read(stream), 1)
+            events = await asyncio.wait_for(read(stream), 60)
             assert events[-1].finish_reason == "abort"
-            assert len(events) > 1
 
     run(test)
     assert engine.stats.snapshot().aborts == 1
@@ -443,15 +444,15 @@ def test_a_hung_step(make_engine: MakeEngine) -> None:
     gate = Gate(engine)
 
     async def test() -> None:
-        with serving(engine, step_timeout=0.5) as worker:
+        with serving(engine, step_timeout=2.0) as worker:
             stream = await worker.submit(make(engine, 1))
             await until(gate.entered.is_set)
             assert worker.ready
             events = await read(stream)
             assert [event.finish_reason for event in events] == ["error"]
-            assert events[0].error == "the engine has failed: a step took longer than 0.5 s"
+            assert events[0].error == "the engine has failed: a step took longer than 2 s"
             assert (worker.ready, worker.alive) == (False, False)
-            with pytest.raises(EngineStopped, match=r"a step took longer than 0\.5 s"):
+            with pytest.raises(EngineStopped, match=r"a step took longer than 2 s"):
                 await worker.submit(make(engine))
             gate.open.set()
             await until(lambda: not worker.running)

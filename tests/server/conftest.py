@@ -15,18 +15,11 @@ from typing import Any
 
 import httpx
 import pytest
-import tokenizers
-import torch
 import uvicorn
 from fastapi import FastAPI
-from tokenizers import decoders, models, pre_tokenizers, processors
 
 from engine import checkpoint as checkpoints
-from engine.config import ExpertConfig, ModelConfig, QualityPoint
 from engine.engine import Engine
-from engine.experts import centroid_router
-from engine.model import Decoder
-from engine.tokenizer import END_OF_TEXT, Tokenizer
 from engine.worker import Worker
 from server.app import create_app
 from server.engines.fleet import make_worker
@@ -34,57 +27,8 @@ from server.generation.frontend import Frontend
 from server.http.tracing import Tracing
 from server.process.serve import CLOSE_SECONDS, KEEP_ALIVE_SECONDS, listen
 from server.settings import Settings
-
-BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
-CONFIG = ModelConfig(
-    vocab_size=1 + len(BYTES),
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=4096,
-    initializer_range=0.3,
-    experts=ExpertConfig(
-        num_experts=8,
-        expert_size=8,
-        default_policy="top_k:4",
-        quality=(QualityPoint(top_k=4, share=0.5, perplexity=20.0, relative=0.01),),
-    ),
-)
-
-
-def byte_tokenizer() -> Tokenizer:
-    """One token a byte after the end of text, so that token counts are plain in tests."""
-    vocabulary = {END_OF_TEXT: 0} | {char: i for i, char in enumerate(BYTES, start=1)}
-    backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
-    backend.add_special_tokens([END_OF_TEXT])
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    return Tokenizer(backend)
-
-
-def foreign_tokenizer() -> Tokenizer:
-    """The same, with the special tokens of Llama's, which puts one of them in front of a text."""
-    words = ["<unk>", "<s>", "</s>"]
-    vocabulary = {word: i for i, word in enumerate([*words, *BYTES])}
-    backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
-    backend.add_special_tokens(words)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
-    return Tokenizer(backend, eos_id=2, bos_id=1)
-
-
-def random_model(config: ModelConfig = CONFIG) -> Decoder:
-    """A model that never ends a text by itself when it is greedy: that logit is always 0."""
-    model = Decoder(config)
-    model.initialize(torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        model.embedding.weight[config.eos_token_id] = 0.0
-        for ffn in model.ffns():
-            ffn.router.copy_(centroid_router(ffn.up, config.experts.num_experts, norm=2.0))
-    return model.eval()
+from tests.models import SERVED_CONFIG, byte_tokenizer, foreign_tokenizer, served_model
+from tests.waiting import wait_for
 
 
 @dataclass
@@ -164,13 +108,6 @@ def read_events(text: str) -> list[dict[str, Any]]:
     return [json.loads(f.removeprefix("data: ")) for f in frames]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.005)
-
-
 def slow_down(engine: Engine, seconds: float) -> None:
     """Let each step take at least so long, as a large model's would."""
     step = engine.step
@@ -196,9 +133,8 @@ def fail_steps(engine: Engine, after: int) -> None:
 
 @pytest.fixture(scope="session")
 def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(2)
     path = tmp_path_factory.mktemp("model") / "tiny"
-    checkpoints.save(path, random_model(), byte_tokenizer(), {"steps": 0})
+    checkpoints.save(path, served_model(), byte_tokenizer(), {"steps": 0})
     return path
 
 
@@ -207,10 +143,10 @@ def foreign_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with a tokenizer as imported ones have it."""
     tokenizer = foreign_tokenizer()
     config = dataclasses.replace(
-        CONFIG, vocab_size=tokenizer.vocab_size, bos_token_id=1, eos_token_id=2
+        SERVED_CONFIG, vocab_size=tokenizer.vocab_size, bos_token_id=1, eos_token_id=2
     )
     path = tmp_path_factory.mktemp("model") / "foreign"
-    checkpoints.save(path, random_model(config), tokenizer, {"steps": 0})
+    checkpoints.save(path, served_model(config), tokenizer, {"steps": 0})
     return path
 
 

@@ -1,9 +1,8 @@
-"""A small corpus and a training configuration that runs in seconds."""
+"""A small corpus, a tiny checkpoint and a training configuration that runs in seconds."""
 
 from __future__ import annotations
 
 import dataclasses
-import random
 from pathlib import Path
 
 import pytest
@@ -11,21 +10,9 @@ import torch
 
 from engine.checkpoint import Checkpoint
 from engine.model import Decoder
-from training import data
+from tests.models import make_corpus, word_tokenizer
 from training.config import ModelShape, SwitchConfig, TrainConfig
 from training.conversion import refresh_router
-
-WORDS = ["the", "cat", "dog", "sat", "on", "mat", "log", "and", "then", "ran", "under", "tree"]
-
-
-def make_corpus(path: Path, documents: int = 30, words: int = 400) -> Path:
-    """Folder of text files with enough structure for a loss to fall."""
-    path.mkdir()
-    source = random.Random(0)
-    for number in range(documents):
-        text = " ".join(source.choice(WORDS) for _ in range(words))
-        (path / f"{number:03d}.txt").write_text(f"document {number}: {text}.\n", encoding="utf-8")
-    return path
 
 
 @pytest.fixture
@@ -62,7 +49,7 @@ def micro() -> TrainConfig:
 @pytest.fixture
 def tiny(micro: TrainConfig) -> Checkpoint:
     """A random model with a context of 64 and a tokenizer that knows WORDS; end of text is 0."""
-    tokenizer = data.train_tokenizer([" ".join(WORDS * 20)], 280)
+    tokenizer = word_tokenizer()
     config = micro.model.model_config(64, tokenizer.eos_id, "float32")
     # logits far enough apart that rounding never decides
     model = Decoder(dataclasses.replace(config, initializer_range=0.3))

@@ -25,8 +25,8 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed import HashStore
 
+from tests.models import make_corpus
 from tests.training import distributed_run
-from tests.training.conftest import make_corpus
 from training import distributed
 from training.config import TrainConfig
 from training.distributed import Team
@@ -76,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for rank in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -186,6 +186,7 @@ def torchrun(corpus: Path, run: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--master-port", free_port(), "-m", "ambidex", "train", "--preset", "smoke"]
     command += ["--steps", "12", "--set", "parallel=fsdp", "--set", "model.vocab_size=300"]
+    command += ["--set", "evaluate_tokens=1024"]
     command += ["--data", str(corpus), "--out", str(run)]
     return subprocess.Popen(
         command,
@@ -206,20 +207,20 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(tmp_path: Path) -> 
     corpus, run = make_corpus(tmp_path / "corpus"), tmp_path / "run"
     launcher = torchrun(corpus, run)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not any(run.glob("state-*")):
             assert time.monotonic() < deadline
             assert launcher.poll() is None, launcher.communicate()[0]
             time.sleep(0.01)
         os.kill(worker_of(launcher), signal.SIGKILL)
-        output, _ = launcher.communicate(timeout=60)
+        output, _ = launcher.communicate(timeout=240)
     finally:
         launcher.terminate()
         launcher.wait()
     assert launcher.returncode != 0, output
     launcher = torchrun(corpus, run)
     try:
-        output, _ = launcher.communicate(timeout=90)
+        output, _ = launcher.communicate(timeout=240)
     finally:
         launcher.terminate()
         launcher.wait()

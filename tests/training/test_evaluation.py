@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_without_files_the_held_out_part_of_the_training_text_is_evaluated(
         (tmp_path / f"{i}.py").write_text(f"the cat sat on {i} " * 40)
     monkeypatch.setattr("training.corpus.standard_library", lambda: find_files([tmp_path]))
     corpus = data.load_corpus([], 0.3, 7)
-    report = {
+    report: dict[str, Any] = {
         "config": {"valid_share": 0.3, "seed": 7},
         "corpus": {"fingerprint": corpus.fingerprint, "description": corpus.description},
     }

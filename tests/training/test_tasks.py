@@ -14,10 +14,10 @@ import torch
 
 from engine.checkpoint import Checkpoint
 from engine.request import ExpertPolicy
+from tests.models import WORDS
 from training.errors import DataError
 from training.tasks import EncodedTask, TaskResult, read_task
 
-WORDS = ["the", "cat", "dog", "sat", "on", "mat", "log", "and", "then", "ran", "under", "tree"]
 CHOICE = {"question": "the cat sat on", "choices": ["the mat", "tree"], "answer": 0}
 
 

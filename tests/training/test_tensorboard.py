@@ -14,6 +14,7 @@ from training.errors import TrainingError
 from training.study import ActivationStudy, LayerStudy
 from training.tensorboard import TensorBoardLog
 
+reader: Any
 try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

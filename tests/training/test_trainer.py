@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine.checkpoint import load
-from tests.training.conftest import make_corpus
+from tests.models import make_corpus
 from training import run_state
 from training.config import OptimizerConfig, TrainConfig
 from training.errors import DataError, NonFiniteLoss, StorageError, TrainingError
@@ -82,6 +82,7 @@ def test_two_runs_of_one_seed_are_the_same(
 
 def start(corpus: Path, run: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "ambidex", "train", "--preset", "smoke", "--steps", "24"]
+    command += ["--set", "evaluate_tokens=1024"]
     command += ["--data", str(corpus), "--out", str(run)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -120,13 +121,13 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(
     """Killed, or asked to end: then it says in a sentence where it stopped, with status 1."""
     run = tmp_path / "run"
     process = start(words, run)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while max(saved_steps(run), default=0) < 8:
         assert time.monotonic() < deadline
         assert process.poll() is None, "the run ended before it could be interrupted"
         time.sleep(0.005)
     process.send_signal(end)
-    said = " ".join(process.communicate(timeout=120)[0].split())
+    said = " ".join(process.communicate(timeout=240)[0].split())
     if end is signal.SIGTERM:
         assert process.returncode == 1
         (step,) = saved_steps(run)

@@ -15,7 +15,8 @@ import torch
 
 from engine import checkpoint as checkpoints
 from tests.deploy.ray.load import under_load, wait_for_more
-from tests.server.conftest import byte_tokenizer, random_model, wait_for
+from tests.models import byte_tokenizer, served_model
+from tests.waiting import wait_for
 
 if TYPE_CHECKING:
     from tests.deploy.ray.cluster import OnRay, Start
@@ -153,7 +154,7 @@ def ready(served: OnRay) -> set[str]:
 
 def write(path: Path, seed: int) -> None:
     """A checkpoint with weights of its own."""
-    model = random_model()
+    model = served_model()
     with torch.no_grad():
         noise = torch.randn(model.embedding.weight.shape, generator=torch.manual_seed(seed))
         model.embedding.weight[1:] += 0.1 * noise[1:]

@@ -14,7 +14,7 @@ from engine.kernels.expert_ffn import activate_reference
 from engine.kernels.grouped_training import grouped_ffn
 from engine.kernels.routing import Routing, route_scores_reference
 from engine.request import ExpertPolicy
-from tests.engine.conftest import tiny_config
+from tests.models import tiny_config
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

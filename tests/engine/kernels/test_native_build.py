@@ -206,7 +206,7 @@ def test_a_racing_process_sees_no_library_or_a_whole_one(
     finally:
         (tmp_path / "go").touch()
         here.join(30)
-        output, _ = racing.communicate(timeout=30)
+        output, _ = racing.communicate(timeout=120)
     assert output.strip() == "whole"
     assert found[0].read_text(encoding="utf-8") == "whole"
     assert list(cache.iterdir()) == found

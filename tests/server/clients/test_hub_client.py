@@ -35,6 +35,8 @@ def test_text_generation(client: huggingface_hub.InferenceClient, live: Live) ->
     best = client.text_generation(
         "hello", max_new_tokens=2, details=True, top_n_tokens=2, decoder_input_details=True
     )
+    assert best.details
+    assert best.details.top_tokens
     assert len(best.details.prefill) == 5
     assert len(best.details.top_tokens[0]) == 2
 

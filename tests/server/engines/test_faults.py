@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,19 +14,13 @@ import httpx
 import pytest
 
 from engine.worker import MAX_FAILED_STEPS
+from tests.waiting import wait_for as wait
 
 if TYPE_CHECKING:
     from tests.server.conftest import Live, Serve
 
 CLIENTS = 12
 PARAMETERS = {"max_new_tokens": 40}
-
-
-def wait(condition: Callable[[], object], seconds: float = 15.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.005)
 
 
 def outcome(url: str, number: int) -> str:
@@ -109,7 +103,7 @@ def test_a_step_that_raises(serve: Serve, monkeypatch: pytest.MonkeyPatch, where
 def test_a_step_that_hangs_is_left_to_itself(serve: Serve) -> None:
     """Requests end at once, a fresh engine serves, and the late step harms nobody."""
     release = threading.Event()
-    with serve(step_seconds=0.005, max_num_seqs=4, step_timeout=0.5) as live:
+    with serve(step_seconds=0.005, max_num_seqs=4, step_timeout=2.0) as live:
         try:
             with load(live) as outcomes:
                 run = live.engine.runner.run
@@ -170,11 +164,11 @@ def test_too_many_restarts_are_the_end(serve: Serve, monkeypatch: pytest.MonkeyP
     with serve(max_restarts=2, restart_window=600) as live:
         live.frontend.fleet.on_failure = told.set
         answers: list[str] = []
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while live.frontend.fleet.failure is None:
             answers.append(outcome(live.url, len(answers) % 2))
             assert time.monotonic() < deadline
-        assert told.wait(10)
+        assert told.wait(60)
         assert answers.count("generation") >= 3 * (MAX_FAILED_STEPS + 1)
         assert set(answers) <= {"generation", "healthcheck"}
         for path in ("/health", "/health/live", "/health/ready"):

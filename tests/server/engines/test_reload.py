@@ -27,6 +27,7 @@ from server.engines import memory
 from server.engines.fleet import Fleet
 from server.engines.reload import Candidate, Reloader, candidates, first_engine, inside, unreadable
 from server.settings import Settings
+from tests.waiting import wait_for as wait
 
 if TYPE_CHECKING:
     from tests.server.conftest import Live, Serve
@@ -35,13 +36,6 @@ ADMIN = "admin-0123456789abcdef"
 HEADERS = {"Authorization": f"Bearer {ADMIN}"}
 PARAMETERS = {"max_new_tokens": 24}
 NUMBER = 6  # different checkpoints
-
-
-def wait(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -458,7 +452,7 @@ def test_who_never_gives_a_lease_back_does_not_keep_the_old_weights(
         with fleet.lease() as old:
             publish(models[1], tmp_path, "second")
             assert reload(live).json()["result"] == "success"
-            wait(lambda: not fleet.retiring, 10)
+            wait(lambda: not fleet.retiring)
             assert not old.running
         assert live.generate(max_new_tokens=3)
 

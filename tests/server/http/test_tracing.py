@@ -29,7 +29,7 @@ def traced(serve: Serve) -> Any:
     provider.add_span_processor(SimpleSpanProcessor(exporter))
 
     def spans(count: int) -> Spans:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while len(exporter.get_finished_spans()) < count:
             assert time.monotonic() < deadline
             time.sleep(0.01)

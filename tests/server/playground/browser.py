@@ -42,7 +42,7 @@ async selector => {
   return [box.x + box.width / 2, box.y + box.height / 2];
 }
 """
-SECONDS: Final = 20.0  # that anything may take
+SECONDS: Final = 120.0  # that anything may take
 KEYS: Final[dict[str, tuple[int, str]]] = {  # virtual key code, text
     "Tab": (9, ""),
     "Enter": (13, "\r"),

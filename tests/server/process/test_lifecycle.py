@@ -27,18 +27,12 @@ from server.__main__ import main
 from server.process.serve import listen
 from server.process.serve import serve as serve_process
 from server.settings import Settings
+from tests.waiting import wait_for as wait
 
 if TYPE_CHECKING:
     from tests.server.conftest import Live, Serve
 
 ROOT = Path(__file__).parents[3]
-
-
-def wait(condition: Any, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.005)
 
 
 class Client(threading.Thread):
@@ -74,7 +68,7 @@ def test_an_unforeseen_error_is_an_answer_without_its_insides(serve: Serve) -> N
         def broken(*_args: Any) -> Any:
             raise RuntimeError("secret insides")
 
-        live.engine.make_request = broken  # type: ignore[method-assign]
+        live.engine.make_request = broken  # type: ignore[method-assign, assignment]
         response = live.http.post(
             "/generate", json={"inputs": "x"}, headers={"X-Request-Id": "mine"}
         )
@@ -112,7 +106,7 @@ def with_loop(serve: Serve) -> Any:
                 live.app.state.loop = asyncio.get_running_loop()
                 return await original(*args)
 
-            frontend.start = noting  # type: ignore[method-assign]
+            frontend.start = noting  # type: ignore[method-assign, assignment]
             live.generate(max_new_tokens=1)
             yield live
 
@@ -212,7 +206,7 @@ def test_sigterm_lets_a_stream_finish_and_refuses_new_requests(checkpoint_dir: P
         last = client.last_event()
         assert statuses[-1] == 503
         assert last["details"]["generated_tokens"] == 300
-        assert child.wait(15) == 0
+        assert child.wait(60) == 0
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/health", trust_env=False)
 
@@ -275,7 +269,7 @@ def test_sigterm_ends_what_does_not_finish_in_time(checkpoint_dir: Path) -> None
 def ends(url: str, number: int) -> str:
     """How a request ended; every second one streams. Asserts that the end is said once."""
     client = Client(url, "/generate_stream" if number % 2 else "/generate", max_new_tokens=600)
-    client.join(60)
+    client.join(240)
     assert not client.is_alive()
     if client.status != 200 or number % 2 == 0:
         return json.loads(client.text).get("error_type", "done")
@@ -285,7 +279,7 @@ def ends(url: str, number: int) -> str:
     return said[0].get("error_type", "done")
 
 
-@pytest.mark.parametrize("drain_timeout", [0.3, 60.0])
+@pytest.mark.parametrize("drain_timeout", [0.3, 240.0])
 def test_sigterm_under_load_leaves_nobody_without_an_answer(
     checkpoint_dir: Path, drain_timeout: float
 ) -> None:
@@ -298,8 +292,8 @@ def test_sigterm_under_load_leaves_nobody_without_an_answer(
             signal_this_process(signal.SIGTERM)
             wait(lambda: not is_up(url))
             late = [pool.submit(ends, url, n) for n in range(4)]
-            assert {answer.result(60) for answer in late} == {"healthcheck"}
-            answers = Counter(answer.result(60) for answer in early)
+            assert {answer.result(240) for answer in late} == {"healthcheck"}
+            answers = Counter(answer.result(240) for answer in early)
         assert sum(answers.values()) == 10
         if drain_timeout > 1:
             assert answers == {"done": 10}
@@ -336,10 +330,10 @@ def test_a_process_whose_engine_has_failed_for_good_says_so_and_ends(
                 response = httpx.post(f"{url}/generate", json=body, trust_env=False, timeout=30)
                 statuses.append(response.status_code)
         assert set(statuses) == {503}
-        assert time.monotonic() - failed > 0.8
+        assert time.monotonic() - failed > 1.0
 
     with pytest.raises(SystemExit, match=r"failed for good.*disk is on fire"):
-        serve_here(checkpoint_dir, visit, max_restarts=0, exit_delay=1.0)
+        serve_here(checkpoint_dir, visit, max_restarts=0, exit_delay=3.0)
 
 
 def test_a_second_signal_does_not_wait(checkpoint_dir: Path) -> None:

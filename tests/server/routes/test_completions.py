@@ -134,6 +134,7 @@ def test_logit_bias_penalties_and_extensions_reach_the_engine(live: Live) -> Non
     ):
         assert complete(live, max_tokens=30, **fields)["choices"][0]["text"] != plain
     heat = {"temperature": 2.0, "max_tokens": 30}
+    fields: dict[str, Any]
     for fields in ({"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}):
         assert complete(live, **heat, **fields)["choices"][0]["text"] == plain
     assert complete(live, max_tokens=30, top_k=-1)["choices"][0]["text"] == plain
@@ -312,7 +313,7 @@ def test_a_client_that_leaves_aborts_all_its_completions(serve: Serve) -> None:
             body = {"prompt": ["a", "b"], "n": 2, "max_tokens": 2000, "stream": streams}
             before = slow.metrics()["ambidex_aborts_total"]
             # Streams are left after their first event, others when patience ends.
-            patient = slow.http.stream("POST", PATH, json=body, timeout=0.5)
+            patient = slow.http.stream("POST", PATH, json=body, timeout=60 if streams else 2)
             with suppress(httpx.ReadTimeout), patient as response:
                 next(response.iter_raw())
             slow.wait_until_idle()

@@ -16,7 +16,8 @@ import pytest
 from engine import structured
 from engine.grammar import MAX_GRAMMAR_BYTES
 from server.generation.frontend import MAX_COMPILING
-from tests.server.conftest import read_events, wait_for
+from tests.server.conftest import read_events
+from tests.waiting import wait_for
 
 if TYPE_CHECKING:
     from tests.server.conftest import Live, Serve
@@ -163,7 +164,7 @@ def test_who_leaves_while_a_grammar_is_compiled_is_given_up(
             for path in PATHS:
                 body = body_for(path, {"const": path})
                 with suppress(httpx.ReadTimeout):
-                    live.http.post(path, json=body, timeout=0.3)
+                    live.http.post(path, json=body, timeout=1.0)
                 assert compiling.is_set()
                 wait_for(lambda: live.frontend.active == 0)
         finally:
@@ -192,7 +193,7 @@ def test_the_queue_of_new_grammars_is_bounded(
         assert f"{MAX_COMPILING} new grammars are waiting" in refused.json()["error"]
         assert live.generate(max_new_tokens=3)  # who has none need not wait
         answers = [each.result() for each in waiting]
-        assert time.monotonic() - started < MAX_COMPILING * 0.5 + 10
+        assert time.monotonic() - started < MAX_COMPILING * 0.5 + 60  # and not minutes for each
         assert {answer.status_code for answer in answers} == {422}
         assert all("takes more than 0.5 s" in answer.json()["error"] for answer in answers)
         grammar = {"type": "regex", "value": "[0-9]{2}"}

@@ -170,7 +170,7 @@ def test_a_fault_of_our_own_says_nothing_of_itself(serve: Serve) -> None:
         def crash(*_: Any) -> None:
             raise ZeroDivisionError("a secret")
 
-        live.frontend.check_model = crash  # type: ignore[method-assign]
+        live.frontend.check_model = crash  # type: ignore[method-assign, assignment]
         error = refused(live.http.post(COMPLETIONS, json={"prompt": "x"}), 500)
         assert (error["type"], error["code"]) == ("server_error", "internal")
         assert "secret" not in error["message"]

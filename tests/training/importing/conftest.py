@@ -11,20 +11,19 @@ import torch
 
 from engine import checkpoint
 from engine.model import Decoder
+from tests.models import word_tokenizer
 from training.config import TrainConfig
-from training.data import train_tokenizer
 from training.importing import pipeline
 from training.importing.options import ImportOptions
 from training.importing.quality import Quality
 
 Run = Callable[..., Quality]
-WORDS = ["the", "cat", "dog", "sat", "on", "mat", "log", "and", "then", "ran", "under", "tree"]
 
 
 @pytest.fixture
 def model_dir(tmp_path: Path, micro: TrainConfig) -> Path:
     """Three layers of 32 neurons in random order of four planted kinds, context 16, float32."""
-    tokenizer = train_tokenizer([" ".join(WORDS * 20)], 280)
+    tokenizer = word_tokenizer()
     shape = micro.model.model_config(16, tokenizer.eos_id, "float32")
     config = dataclasses.replace(shape, num_hidden_layers=3, initializer_range=0.3)
     model = Decoder(config)

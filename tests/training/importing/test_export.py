@@ -16,7 +16,7 @@ from engine.errors import ConfigError
 from engine.experts import ExpertLayout
 from engine.model import Decoder
 from engine.request import ExpertPolicy
-from tests.engine.conftest import tiny_config, tiny_tokenizer
+from tests.models import tiny_config, tiny_tokenizer
 from tests.training.importing.models import (
     MAKERS,
     change_config,

@@ -16,7 +16,7 @@ from engine.experts import PolicyBatch, Trace
 from engine.kernels import native
 from engine.model import Decoder
 from engine.request import NO_MASS_LIMIT, ExpertPolicy, SamplingParams
-from tests.engine.conftest import tiny_tokenizer
+from tests.models import tiny_tokenizer
 from tests.training.importing.models import (
     MAKERS,
     VOCABULARY,

@@ -42,7 +42,7 @@ def peak(folder: Path, layers: int) -> int:
     text = "<|endoftext|>\n".join("abcd"[n % 4] * 500 for n in range(40))
     (folder / "text.txt").write_text(text, encoding="utf-8")
     command = [sys.executable, "-c", SCRIPT, str(folder)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=120, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=240, text=True)
     return int(done.stdout)
 
 

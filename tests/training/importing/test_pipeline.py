@@ -22,7 +22,7 @@ from training.importing.options import ImportOptions
 from training.importing.reader import KEPT_FILES, SOURCE_CONFIG
 
 if TYPE_CHECKING:
-    from conftest import Run
+    from tests.training.importing.conftest import Run
 
 
 def loaded(path: Path) -> Checkpoint:
@@ -288,7 +288,7 @@ def test_weights_that_are_not_finite_are_refused_in_the_end(
     broken = tmp_path / "broken"
     before = loaded(model_dir)
     with torch.no_grad():
-        before.model.layers[2].ffn.down[3] = float("inf")  # type: ignore[union-attr, index]
+        before.model.layers[2].ffn.down[3] = float("inf")  # type: ignore[union-attr, index, operator]
     checkpoint.save(broken, before.model, before.tokenizer, {})
     with pytest.raises(TrainingError, match="dense loss on the held-out text is not finite"):
         run(tmp_path / "out", source=broken)
