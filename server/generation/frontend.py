@@ -147,7 +147,6 @@ class Frontend:
             EngineStopped: the server is draining or its engine has failed.
             DeadlineExceeded: tokenising and compiling alone has taken longer than the request may.
         """
-
         request_id = _request_id()
 
         def make(engine: Engine) -> list[Request]:
