@@ -66,7 +66,7 @@ fuzz: install  ## Send every route EXAMPLES valid and invalid inputs, new ones e
 
 test-gpu: install  ## Run the tests that need a CUDA device, then check and time its kernels
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m pytest tests/engine/kernels
+	$(BIN)/python -m pytest tests/engine/gpu
 	$(BIN)/python benchmarks/gpu.py
 
 check: install  ## Lint, format and types

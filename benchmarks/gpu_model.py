@@ -13,7 +13,7 @@ have random states, and random routers give each its own experts: real routing l
 operator, waiting for Python; `device` rows the device's time of that alone; `graph` rows the replay
 of the engine's prompt graphs (engine.prompt_graphs), whose attention reads the paged cache, and
 `graph step` rows what the engine waits for then. `TMA` rows take the products of
-engine.kernels.grouped_tma. `mixed` rows have decoding requests beside the chunk.
+engine.gpu.ffn.grouped_tma. `mixed` rows have decoding requests beside the chunk.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ from functools import partial
 from typing import Any
 
 import torch
+from engine.gpu.forward import fused_forward
 
 from benchmarks.gpu_kernels import Case
 from benchmarks.gpu_timing import DEVICE, ROUNDS, Call, eager_us, interleaved_us, replay_ms
 from benchmarks.records import Record
-from engine.attention import KVCache, SequenceSpan
 from engine.config import ExpertConfig, ModelConfig
-from engine.cuda_graphs import DecodeGraph, DecodeGraphs, GraphKey, Replay, StaticBatch
-from engine.experts import PolicyBatch
-from engine.fused_forward import fused_forward
-from engine.model import Decoder
-from engine.paged_attention import KernelAttend
-from engine.prompt_graphs import PromptGraphs, PromptKey
-from engine.request import ExpertPolicy, Request, SamplingParams
-from engine.scheduler import Plan, Scheduled
+from engine.gpu.attention.batches import KernelAttend
+from engine.gpu.decode_graphs import DecodeGraph, DecodeGraphs, GraphKey, Replay, StaticBatch
+from engine.gpu.prompt_graphs import PromptGraphs, PromptKey
+from engine.model.attention import KVCache, SequenceSpan
+from engine.model.decoder import Decoder
+from engine.model.policy_batch import PolicyBatch
+from engine.policy import ExpertPolicy
+from engine.serving.request import Request, SamplingParams
+from engine.serving.scheduler import Plan, Scheduled
 
 BLOCK = 16
 # Rounds in which graphs are captured, and in which they learn what a batch uses.

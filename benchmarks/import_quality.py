@@ -23,7 +23,7 @@ import torch
 from benchmarks.records import Record, write_records
 from engine.checkpoint import read_json
 from engine.config import check_range
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 from training.corpus import Part, Survey, find_sources
 from training.importing import pipeline
 from training.importing.calibration import VALID_SHARE, sample_tokens

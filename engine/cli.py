@@ -47,8 +47,9 @@ def generate(
 ) -> None:
     """Continue a text, token by token; says afterwards which share of the experts it used."""
     from engine.config import EngineConfig
-    from engine.engine import Engine
-    from engine.request import ExpertPolicy, SamplingParams
+    from engine.policy import ExpertPolicy
+    from engine.serving.engine import Engine
+    from engine.serving.request import SamplingParams
 
     if temperature is None:
         temperature = 1.0 if top_k or top_p < 1.0 or seed is not None else 0.0

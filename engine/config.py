@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
 from engine.errors import ConfigError, InvalidRequest, require
-from engine.request import ExpertPolicy
+from engine.policy import ExpertPolicy
 
 MODEL_TYPE: Final = "ambidex"
 DTYPES: Final = ("float32", "bfloat16", "float16")
@@ -403,9 +403,6 @@ class EngineConfig:
     max_waiting: int = _option(256, "requests that may wait", 1, 1 << 20)
     max_waiting_tokens: int = _option(1 << 18, "prompt tokens that may wait", 1, 1 << 30)
     prefix_caching: bool = _option(True, "take keys and values of known prefixes from the cache")
-    priority_age_seconds: float = _option(
-        10.0, "waiting time that counts as much as one step of priority", 1e-3, 86_400.0
-    )
     num_threads: int = _option(0, "CPU threads; 0 leaves torch's choice", 0, 1024)
     cuda_graphs: bool = _option(True, "on CUDA, replay decoding steps from captured graphs")
     sample_every: int = _option(

@@ -11,8 +11,8 @@ from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 
+from engine.serving.worker import Worker
 from engine.version import VERSION
-from engine.worker import Worker
 from server.generation.frontend import Frontend
 from server.http import access_log
 from server.http.calls import Call

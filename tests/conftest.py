@@ -48,7 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Compile the CPU kernels before the workers start, which would all compile them at once."""
     if getattr(config.option, "numprocesses", None):
-        from engine.kernels import native
+        from engine.cpu import native
 
         native.available()
 

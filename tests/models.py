@@ -15,9 +15,9 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from engine.config import ExpertConfig, ModelConfig, QualityPoint
-from engine.experts import centroid_router
-from engine.model import Decoder
-from engine.tokenizer import END_OF_TEXT, Tokenizer
+from engine.model.decoder import Decoder
+from engine.model.experts import centroid_router
+from engine.text.tokenizer import END_OF_TEXT, Tokenizer
 from training.data import train_tokenizer
 
 VOCABULARY: Final = 300

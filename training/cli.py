@@ -476,7 +476,7 @@ def _inspect_activations(
 ) -> None:
     """Study a checkpoint's activations, and compare them with another's."""
     from engine.errors import require
-    from engine.request import ExpertPolicy
+    from engine.policy import ExpertPolicy
     from training.correspondence import compare
     from training.study import study, text_probe
 

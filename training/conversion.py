@@ -16,8 +16,9 @@ from torch import Tensor
 
 from engine.config import check_choice
 from engine.errors import require
-from engine.experts import ExpertFFN, ExpertLayout, centroid_router
-from engine.model import Decoder
+from engine.model.decoder import Decoder
+from engine.model.experts import ExpertLayout, centroid_router
+from engine.model.ffn import ExpertFFN
 from training.activation import deciding_rows, ffn_inputs, hidden
 from training.clustering import Clustering, balanced_kmeans
 from training.coactivation import coactivation_rows

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from engine.checkpoint import Checkpoint
 from engine.config import QualityPoint
-from engine.experts import Trace
-from engine.model import Decoder
-from engine.request import ExpertPolicy
+from engine.model.decoder import Decoder
+from engine.model.trace import Trace
+from engine.policy import ExpertPolicy
 from training import data
 from training.errors import DataError
 from training.expert_use import ExpertUse

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from engine import checkpoint
-from engine.model import Decoder
+from engine.model.decoder import Decoder
 from training.activation import observe
 from training.config import TrainConfig
 from training.conversion import calibrate_routers

@@ -11,8 +11,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from engine.experts import Trace
-from engine.model import Decoder
+from engine.model.decoder import Decoder
+from engine.model.trace import Trace
 from training.conversion import refresh_router
 from training.router import OnlineRouter
 

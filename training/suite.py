@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.checkpoint import Checkpoint
 from engine.errors import ConfigError, InvalidRequest, require
-from engine.request import ExpertPolicy
+from engine.policy import ExpertPolicy
 from training.errors import DataError, TrainingError
 from training.evaluation import SHARES, Evaluation, TextSet, evaluate, read_text, top_k_of
 from training.tasks import EncodedTask, Measure, TaskResult, read_task

@@ -22,9 +22,9 @@ from typing import Any, Final, Protocol
 import torch
 
 from engine.checkpoint import check_device
-from engine.model import Decoder
-from engine.request import ExpertPolicy
-from engine.tokenizer import Tokenizer
+from engine.model.decoder import Decoder
+from engine.policy import ExpertPolicy
+from engine.text.tokenizer import Tokenizer
 from training import data, run_state
 from training.activation import ActivationPattern, observe, similarity
 from training.config import TrainConfig

@@ -15,13 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
-from engine.engine import Engine, SamplingFor
 from engine.errors import EngineStopped, InvalidRequest, Overloaded, require
-from engine.event_stream import EventStream
-from engine.grammar import Grammar
-from engine.request import ExpertPolicy, Request, SamplingParams, TokenEvent
-from engine.stats import Numbers
-from engine.worker import Worker
+from engine.policy import ExpertPolicy
+from engine.serving.engine import Engine, SamplingFor
+from engine.serving.event_stream import EventStream
+from engine.serving.request import Request, SamplingParams, TokenEvent
+from engine.serving.stats import Numbers
+from engine.serving.worker import Worker
+from engine.text.grammar import Grammar
 from server.engines.fleet import Fleet
 from server.engines.reload import Reloader
 from server.errors import ContextTooLong, UnknownModel

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from engine.engine import Engine
-from engine.request import Request
+from engine.serving.engine import Engine
+from engine.serving.request import Request
 from server.http.deadlines import TimedEvents
 
 # A text, token ids, or a function that makes token ids, given the engine that will serve them.

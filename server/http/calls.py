@@ -11,7 +11,7 @@ import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from engine.request import TokenEvent, Usage
+from engine.serving.request import TokenEvent, Usage
 from server.http.ratelimit import ANONYMOUS
 from server.http.security import Key
 

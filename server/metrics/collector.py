@@ -22,8 +22,8 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from engine.histogram import Histogram
-from engine.stats import DECODE_BATCHES, DECODE_KINDS, Numbers
+from engine.serving.histogram import Histogram
+from engine.serving.stats import DECODE_BATCHES, DECODE_KINDS, Numbers
 from engine.version import VERSION
 from server.engines.fleet import Fleet
 from server.engines.reload import RESULTS, Reloader

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from engine.errors import AmbidexError, InvalidRequest, require
-from engine.request import TokenEvent, TokenLogprob, Usage
+from engine.serving.request import TokenEvent, TokenLogprob, Usage
 from server.generation.events import Output, checked_events, collect
 from server.generation.frontend import Frontend
 from server.generation.submission import Submission

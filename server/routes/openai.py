@@ -15,10 +15,10 @@ from typing import Any, Final, Protocol
 from fastapi import Request
 from starlette.responses import JSONResponse, Response
 
-from engine.engine import SamplingFor
 from engine.errors import AmbidexError, InvalidRequest, require
-from engine.request import Request as EngineRequest
-from engine.request import TokenEvent, Usage
+from engine.serving.engine import SamplingFor
+from engine.serving.request import Request as EngineRequest
+from engine.serving.request import TokenEvent, Usage
 from server.generation.events import Output, collect_all, merged_events
 from server.generation.frontend import Frontend
 from server.generation.submission import Prompt, Submission, close_all

@@ -9,7 +9,7 @@ from prometheus_client import generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
-from engine.request import MAX_STOPS, MAX_TOP_N
+from engine.serving.request import MAX_STOPS, MAX_TOP_N
 from engine.version import VERSION
 from server.generation.frontend import Frontend
 from server.http.error_responses import error_body

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fastapi.routing import APIRoute
 
-from engine.kernels.native import build
+from engine.cpu import build
 from server.http.security import HEALTH_PATHS, METRICS_PATHS
 from server.process.serve import CLOSE_SECONDS
 from server.routes import ops

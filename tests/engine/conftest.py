@@ -10,9 +10,9 @@ import pytest
 
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
-from engine.engine import Engine
-from engine.model import Decoder
-from engine.request import Request, TokenEvent
+from engine.model.decoder import Decoder
+from engine.serving.engine import Engine
+from engine.serving.request import Request, TokenEvent
 from tests.models import tiny_config, tiny_model, tiny_tokenizer
 
 MakeEngine = Callable[..., Engine]

@@ -19,8 +19,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from engine import checkpoint as checkpoints
-from engine.engine import Engine
-from engine.worker import Worker
+from engine.serving.engine import Engine
+from engine.serving.worker import Worker
 from server.app import create_app
 from server.engines.fleet import make_worker
 from server.generation.frontend import Frontend

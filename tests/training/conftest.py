@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.checkpoint import Checkpoint
-from engine.model import Decoder
+from engine.model.decoder import Decoder
 from tests.models import make_corpus, word_tokenizer
 from training.config import ModelShape, SwitchConfig, TrainConfig
 from training.conversion import refresh_router

@@ -11,7 +11,7 @@ import pytest
 import torch
 import zstandard
 
-from engine.tokenizer import END_OF_TEXT
+from engine.text.tokenizer import END_OF_TEXT
 from training import data
 from training.errors import DataError
 from training.text import standard_library

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from engine.checkpoint import Checkpoint
-from engine.model import Decoder
-from engine.request import ExpertPolicy
+from engine.model.decoder import Decoder
+from engine.policy import ExpertPolicy
 from training import data
 from training.config import TrainConfig
 from training.conversion import refresh_router

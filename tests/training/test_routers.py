@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.experts import Trace, centroid_router
-from engine.model import Decoder
-from engine.request import ExpertPolicy
+from engine.model.decoder import Decoder
+from engine.model.experts import centroid_router
+from engine.model.trace import Trace
+from engine.policy import ExpertPolicy
 from training.config import TrainConfig
 from training.conversion import build_experts
 from training.router import share_loss, true_shares

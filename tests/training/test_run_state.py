@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 from training import run_state
 from training.config import TrainConfig
 from training.errors import StorageError

@@ -11,8 +11,8 @@ import torch
 
 from engine.config import ExpertConfig, ModelConfig
 from engine.errors import ConfigError
-from engine.experts import ExpertLayout
-from engine.model import Decoder
+from engine.model.decoder import Decoder
+from engine.model.experts import ExpertLayout
 from training.activation import ffn_inputs, observe
 from training.conversion import build_experts, permute_neurons, refresh_router
 from training.data import read_paths, train_tokenizer

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engine.errors import CheckpointError
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 from training.corpus import Document
 from training.errors import DataError
 from training.text import Fragment

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 from training.corpus import Part, Survey, find_sources
 from training.errors import DataError
 from training.vocabulary import Tokens

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from engine.checkpoint import atomic_directory, write_json
 from engine.config import ModelConfig
-from engine.kernels import native
-from engine.kernels.native.build import processor
-from engine.tokenizer import Tokenizer
+from engine.cpu import native
+from engine.cpu.build import processor
+from engine.text.tokenizer import Tokenizer
 from training.errors import TrainingError, writing
 from training.importing import source as sources
 from training.importing.calibration import MOST_LENGTH, CalibrationText, read_calibration
