@@ -40,7 +40,7 @@ test: install  ## Run the tests, on every core
 	$(BIN)/python -m pytest $(PARALLEL) $(OPTIONS)
 
 test-clients: install $(CLIENTS)/.installed  ## Test with clients that need an environment of their own, which it makes
-	$(BIN)/python -m pytest tests/server/test_other_clients.py
+	$(BIN)/python -m pytest tests/server/clients/test_other_clients.py
 
 $(CLIENTS)/.installed: tests/server/clients/requirements.txt
 	$(PYTHON) -m venv $(CLIENTS)
@@ -54,7 +54,7 @@ test-ray bench-ray: export RAY_USAGE_STATS_ENABLED = 0
 
 test-ray: $(RAY)/.installed  ## Test many machines: two replicas on this one, in an environment of their own (minutes)
 	AMBIDEX_TEST_RAY=1 $(RAY)/bin/python -m pytest -W ignore tests/deploy/ray
-	AMBIDEX_TEST_RAY=1 $(RAY)/bin/python -m pytest -W ignore tests/server/test_openai_client.py tests/server/test_hub_client.py
+	AMBIDEX_TEST_RAY=1 $(RAY)/bin/python -m pytest -W ignore tests/server/clients/test_openai_client.py tests/server/clients/test_hub_client.py
 
 $(RAY)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(RAY)

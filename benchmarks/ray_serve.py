@@ -141,9 +141,12 @@ def on_ray(case: Case) -> Iterator[dict[str, str]]:
         urls = {}
         for replicas in (1, 2):
             threads = max(1, cores // replicas)
-            settings = Settings(
-                model=case.path, kv_cache_bytes=KV_BYTES, sample_every=0, num_threads=threads
-            )
+            engine: dict[str, Any] = {
+                "kv_cache_bytes": KV_BYTES,
+                "sample_every": 0,
+                "num_threads": threads,
+            }
+            settings = Settings(model=case.path, **engine)
             options = Options(min_replicas=replicas, max_replicas=replicas, cpus=threads)
             name = f"replicas-{replicas}"
             serve.run(application(settings, options), name=name, route_prefix=f"/{name}")

@@ -342,55 +342,79 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class EngineConfig:
-    """What a host decides about running a model.
+class Option:
+    """What a field of `EngineConfig` means, and which values it takes.
 
     Attributes:
-        device: "cpu" or "cuda".
-        dtype: of weights, activations and KV cache; "auto" takes the checkpoint's.
-        block_size: tokens per KV block.
-        kv_cache_bytes: memory for the KV cache.
-        max_model_len: prompt plus output tokens of one request; 0 takes the model's limit.
-        max_num_seqs: requests that run at the same time.
-        max_num_batched_tokens: tokens of one step's flat batch (decodes and prompt chunks).
-        max_waiting: requests that may wait; beyond that `Overloaded`.
-        max_waiting_tokens: prompt tokens that may wait; beyond that `Overloaded`.
-        prefix_caching: take keys and values of known prefixes from the cache.
-        num_threads: CPU threads of one step; 0 leaves torch's choice.
-        cuda_graphs: on CUDA, replay decoding steps from captured graphs, which costs some memory
-            and a pause whenever a new batch size is first seen.
-        sample_every: of every n-th step measure what its router missed, on a few of its tokens; 0:
-            of none. A sampled step computes their whole first product, and runs without graphs.
+        help: what it means.
+        low, high: the range of a number.
+        choices: the texts that a text may be; a field with neither is true or false.
     """
 
-    device: str = "cpu"
-    dtype: str = "auto"
-    block_size: int = 16
-    kv_cache_bytes: int = field(default=256 << 20)
-    max_model_len: int = 0
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
-    max_waiting: int = 256
-    max_waiting_tokens: int = 1 << 18
-    prefix_caching: bool = True
-    num_threads: int = 0
-    cuda_graphs: bool = True
-    sample_every: int = 0
+    help: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise ConfigError unless the field `name` takes `value`."""
+        if self.choices:
+            check_choice(name, value, self.choices)
+        elif self.low is not None and self.high is not None:
+            check_range(name, value, self.low, self.high)
+        else:
+            whether = isinstance(value, bool)
+            require(whether, f"{name} must be true or false, got {value!r}")
+
+
+def _option(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
+    return field(default=default, metadata={"option": Option(help, low, high)})
+
+
+def _choice(default: str, help: str, *choices: str) -> Any:
+    return field(default=default, metadata={"option": Option(help, choices=choices)})
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What a host decides about running a model. Each field has an `Option` in its metadata, from
+    which the server makes its settings and the help of its command line.
+
+    On CUDA, graphs cost some memory, and a pause whenever a new batch size is first seen. Of every
+    step that `sample_every` names, what its router missed is measured on a few of its tokens: such
+    a step computes their whole first product, and runs without graphs. With more than `max_waiting`
+    requests, or `max_waiting_tokens` prompt tokens, in the queue the next one is refused as
+    `Overloaded`.
+    """
+
+    device: str = _choice("cpu", "where the model runs", "cpu", "cuda")
+    dtype: str = _choice(
+        "auto", "type of weights and KV cache; auto takes the checkpoint's", "auto", *DTYPES
+    )
+    block_size: int = _option(16, "tokens per KV block", 1, 1024)
+    kv_cache_bytes: int = _option(256 << 20, "memory of the KV cache, bytes", 1 << 10, 1 << 44)
+    max_model_len: int = _option(
+        0, "prompt plus output tokens; 0 takes the model's limit", 0, 1 << 20
+    )
+    max_num_seqs: int = _option(64, "requests that run at the same time", 1, 4096)
+    max_num_batched_tokens: int = _option(
+        512, "tokens of one step: decodes and prompt chunks", 1, 1 << 17
+    )
+    max_waiting: int = _option(256, "requests that may wait", 1, 1 << 20)
+    max_waiting_tokens: int = _option(1 << 18, "prompt tokens that may wait", 1, 1 << 30)
+    prefix_caching: bool = _option(True, "take keys and values of known prefixes from the cache")
+    num_threads: int = _option(0, "CPU threads; 0 leaves torch's choice", 0, 1024)
+    cuda_graphs: bool = _option(True, "on CUDA, replay decoding steps from captured graphs")
+    sample_every: int = _option(
+        0,
+        "measure router coverage in every n-th step, which takes longer; 0: never",
+        0,
+        1 << 20,
+    )
 
     def __post_init__(self) -> None:
-        check_choice("device", self.device, ("cpu", "cuda"))
-        check_choice("dtype", self.dtype, ("auto", *DTYPES))
-        check_range("block_size", self.block_size, 1, 1024)
-        check_range("kv_cache_bytes", self.kv_cache_bytes, 1 << 10, 1 << 44)
-        check_range("max_model_len", self.max_model_len, 0, 1 << 20)
-        check_range("max_num_seqs", self.max_num_seqs, 1, 4096)
-        check_range("max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 17)
-        check_range("max_waiting", self.max_waiting, 1, 1 << 20)
-        check_range("max_waiting_tokens", self.max_waiting_tokens, 1, 1 << 30)
-        flag = isinstance(self.prefix_caching, bool)
-        require(flag, f"prefix_caching must be true or false, got {self.prefix_caching!r}")
-        check_range("sample_every", self.sample_every, 0, 1 << 20)
-        check_range("num_threads", self.num_threads, 0, 1024)
+        for each in dataclasses.fields(self):
+            each.metadata["option"].check(each.name, getattr(self, each.name))
         require(
             self.max_num_seqs <= self.max_num_batched_tokens,
             f"max_num_seqs {self.max_num_seqs} must not exceed max_num_batched_tokens "

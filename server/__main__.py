@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from engine.errors import AmbidexError
 from server.cli import settings_command
-from server.serve import serve
+from server.process.serve import serve
 from server.settings import Settings, explain
 
 

@@ -1,4 +1,4 @@
-"""The application: routes, errors and limits around one worker, whose life it owns."""
+"""The application puts routes, errors and limits around a worker, which it starts and stops."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from starlette.middleware.cors import CORSMiddleware
 
 from engine.serving.worker import Worker
 from engine.version import VERSION
-from server import access_log
-from server.calls import Call
-from server.deadlines import TIMEOUT_HEADER
-from server.errors import OPENAI_PATHS, install_handlers
-from server.generation import Frontend
-from server.middleware import (
+from server.generation.frontend import Frontend
+from server.http import access_log
+from server.http.calls import Call
+from server.http.deadlines import TIMEOUT_HEADER
+from server.http.error_responses import OPENAI_PATHS, install_handlers
+from server.http.middleware import (
     REQUEST_ID,
     BodyLimitMiddleware,
     CallMiddleware,
     HeadLimitMiddleware,
     KeyMiddleware,
 )
-from server.ratelimit import RateLimiter
+from server.http.ratelimit import RateLimiter
+from server.http.tracing import Tracing
 from server.routes import admin, chat, completions, generate, models, ops, playground, tokens
 from server.schemas.chat import ChatChunk
 from server.schemas.tgi import StreamEvent
 from server.settings import Settings
-from server.tracing import Tracing
 
 DESCRIPTION: Final = """
 Serves a language model whose feed-forward layers run **dense** or as a **mixture of experts**, from
@@ -54,10 +54,10 @@ TAGS: Final = [
 
 
 class App(FastAPI):
-    """FastAPI whose document also describes the events of streams."""
+    """A FastAPI application whose OpenAPI document also describes the events of streams."""
 
     def openapi(self) -> dict[str, Any]:
-        """The OpenAPI document; made once."""
+        """The OpenAPI document, which is made once."""
         if self.openapi_schema is None:
             document = super().openapi()
             components, schemas = document["components"], document["components"]["schemas"]
@@ -72,7 +72,7 @@ class App(FastAPI):
 
 
 def _drop_default_errors(document: dict[str, Any]) -> None:
-    """Take out FastAPI's own 422, which no route answers: those that have one describe it."""
+    """Remove FastAPI's own description of 422, since no route answers so."""
     for path, operations in document["paths"].items():
         for operation in operations.values():
             if path.startswith(OPENAI_PATHS):
@@ -87,10 +87,10 @@ def create_app(
     """The application around `worker`, which it starts, drains and stops.
 
     Args:
-        worker: not started yet.
-        settings: limits and timeouts; the engine inside `worker` has its own already.
-        tracing: makes spans of requests; none are made without.
-        watch: look at the watched path by itself; otherwise only when it is told to reload.
+        worker: must not be started yet.
+        settings: limits and timeouts; those of the engine are in `worker` already.
+        tracing: makes the spans of requests; None makes none.
+        watch: whether to look for new checkpoints by itself, and not only when told to reload.
     """
     frontend = Frontend(worker, settings)
     app = App(
@@ -127,12 +127,14 @@ def add_middleware(
     rejected: Callable[[str], None],
     ended: Callable[[Call], None],
 ) -> None:
-    """Give `app` the bounds of `settings`. From the inside out: the last one sees a request first.
+    """Surround `app` with middleware that enforces the bounds of `settings`.
+
+    Middleware is added from the inside out: what is added last sees a request first.
 
     Args:
-        app: what the middleware surrounds.
+        app: the application inside.
         settings: the bounds, and the keys.
-        limiter: of each key.
+        limiter: counts what each key uses.
         rejected: is called with the reason of a refusal.
         ended: is called with every call that has ended.
     """
@@ -147,7 +149,7 @@ def add_middleware(
         max_url_bytes=settings.max_url_bytes,
         max_header_bytes=settings.max_header_bytes,
     )
-    if settings.cors_origins:  # outside of keys: a browser asks first without one
+    if settings.cors_origins:  # outside of keys, because a browser's first question carries none
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,

@@ -30,7 +30,7 @@ def serve() -> None:
 
 def settings_command(run: Callable[[dict[str, Any]], None]) -> Any:
     """A command (of click) with every setting as an option; it calls `run` with those given."""
-    from server.options import with_options
+    from server.process.options import with_options
 
     complete = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     complete.command("serve")(with_options(run, serve.__doc__))
@@ -41,7 +41,7 @@ def _serve(given: dict[str, Any]) -> None:
     from pydantic import ValidationError
 
     from engine.errors import ConfigError
-    from server.serve import serve as run_server
+    from server.process.serve import serve as run_server
     from server.settings import Settings
 
     try:

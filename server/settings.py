@@ -1,23 +1,25 @@
 """What a host decides about serving, from `AMBIDEX_*` environment variables or keyword arguments.
 
-Every setting has a range and a description; a value outside it is refused at start-up, never
-later. `Settings.engine_config` is the part that the engine sees.
+Every setting has a range and a description; a value outside the range is refused at start-up, never
+later. The engine's options (`EngineConfig`) are settings as they stand there: their names, types,
+defaults, ranges and descriptions are read from its fields. `Settings.engine_config` is that part.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, get_type_hints
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, create_model, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from engine.checkpoint import STARTER
-from engine.config import EngineConfig
-from server.routes import playground
-from server.security import (
+from engine.config import EngineConfig, Option
+from server import playground
+from server.http.security import (
     DOCS_PATHS,
     HEALTH_PATHS,
     METRICS_PATHS,
@@ -27,8 +29,11 @@ from server.security import (
     read_keys,
 )
 
-# What the engine reads by itself.
+# Variables that the engine reads itself.
 ENGINE_VARIABLES: Final = frozenset({"AMBIDEX_CACHE", "AMBIDEX_NATIVE"})
+
+# Settings that were removed, and why.
+REMOVED: Final = {"priority_age_seconds": "requests have no priorities, they are served in turn"}
 
 # Which settings belong together: in `ambidex serve --help` and in docs/serving.md.
 GROUPS: Final[dict[str, tuple[str, ...]]] = {
@@ -58,8 +63,38 @@ GROUPS: Final[dict[str, tuple[str, ...]]] = {
     "Measuring": ("sample_every", "expert_load"),
 }
 
+SERVER_DEFAULTS: Final = {"sample_every": 256}  # of the engine's options, where a server's differ
+SERVER_NAMES: Final = {"max_model_len": "max_total_tokens"}
+# The engine's option for each setting that is one.
+ENGINE_SETTINGS: Final = {
+    SERVER_NAMES.get(f.name, f.name): f.name for f in fields(EngineConfig) if f.name not in REMOVED
+}
 
-class Settings(BaseSettings):
+
+def _engine_settings() -> dict[str, Any]:
+    """The pydantic field of each setting that is an option of the engine."""
+    kinds, found = get_type_hints(EngineConfig), {f.name: f for f in fields(EngineConfig)}
+    made: dict[str, Any] = {}
+    for setting, name in ENGINE_SETTINGS.items():
+        option: Option = found[name].metadata["option"]
+        kind = Literal[option.choices] if option.choices else kinds[name]
+        default = SERVER_DEFAULTS.get(name, found[name].default)
+        made[setting] = (
+            kind,
+            Field(default=default, ge=option.low, le=option.high, description=option.help),
+        )
+    return made
+
+
+if TYPE_CHECKING:  # mypy cannot see these fields: whoever wants types reads `engine_config`
+
+    class _EngineSettings(BaseSettings):
+        def __getattr__(self, name: str) -> Any: ...
+else:
+    _EngineSettings = create_model("_EngineSettings", __base__=BaseSettings, **_engine_settings())
+
+
+class Settings(_EngineSettings):
     """Settings of one server process; `AMBIDEX_PORT=9000` sets `port`.
 
     Raises:
@@ -87,34 +122,6 @@ class Settings(BaseSettings):
         description="what OpenAI's clients call the model; default: its directory's name",
     )
 
-    device: Literal["cpu", "cuda"] = Field(default="cpu", description="where the model runs")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="type of weights and KV cache; auto takes the checkpoint's"
-    )
-    kv_cache_bytes: int = Field(
-        default=256 << 20, ge=1 << 10, le=1 << 44, description="memory of the KV cache, bytes"
-    )
-    block_size: int = Field(default=16, ge=1, le=1024, description="tokens per KV block")
-    num_threads: int = Field(
-        default=0, ge=0, le=1024, description="CPU threads; 0 leaves torch's choice"
-    )
-    cuda_graphs: bool = Field(
-        default=True, description="on CUDA, replay decoding steps from captured graphs"
-    )
-    max_num_seqs: int = Field(
-        default=64, ge=1, le=4096, description="requests that run at the same time"
-    )
-    max_num_batched_tokens: int = Field(
-        default=512, ge=1, le=1 << 17, description="tokens of one step: decodes and prompt chunks"
-    )
-    max_waiting: int = Field(default=256, ge=1, le=1 << 20, description="requests that may wait")
-    max_waiting_tokens: int = Field(
-        default=1 << 18, ge=1, le=1 << 30, description="prompt tokens that may wait"
-    )
-    prefix_caching: bool = Field(
-        default=True, description="take keys and values of known prefixes from the cache"
-    )
-
     max_concurrent_requests: int = Field(
         default=256, ge=1, le=1 << 16, description="requests in the server at once; beyond that 429"
     )
@@ -123,12 +130,6 @@ class Settings(BaseSettings):
         ge=0,
         le=1 << 20,
         description="tokens of a prompt; 0 takes one less than the total",
-    )
-    max_total_tokens: int = Field(
-        default=0,
-        ge=0,
-        le=1 << 20,
-        description="prompt plus output tokens; 0 takes the model's limit",
     )
     max_body_bytes: int = Field(
         default=2 << 20, ge=1 << 10, le=1 << 30, description="size of a request's body, bytes"
@@ -239,12 +240,6 @@ class Settings(BaseSettings):
         description="origins whose pages may call, by commas; * is any",
     )
 
-    sample_every: int = Field(
-        default=256,
-        ge=0,
-        le=1 << 20,
-        description="measure router coverage in every n-th step, which takes longer; 0: never",
-    )
     expert_load: bool = Field(
         default=False, description="export how often sampled tokens chose each expert"
     )
@@ -256,10 +251,18 @@ class Settings(BaseSettings):
         default="info", description="least severe level that is logged"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _none_was_removed(cls, values: Any) -> Any:
+        for name, why in REMOVED.items():
+            if name in values:
+                raise ValueError(f"{name} was removed: {why}")
+        return values
+
     @field_validator("port", mode="before")
     @classmethod
     def _not_a_service_link(cls, value: Any) -> Any:
-        """Kubernetes sets AMBIDEX_PORT to an URL for a Service that is named `ambidex`."""
+        """Explain a port that is an URL: Kubernetes sets it so for a Service named `ambidex`."""
         if isinstance(value, str) and "://" in value:
             raise ValueError(
                 "AMBIDEX_PORT is an URL, which Kubernetes sets for a Service named ambidex: "
@@ -275,7 +278,7 @@ class Settings(BaseSettings):
     @field_validator("admin_key", mode="before")
     @classmethod
     def _parse_admin_key(cls, value: Any) -> Any:
-        """A name in the text is a mistake: this key is called admin."""
+        """Read the admin key. Its name is always admin, whatever name the text gives it."""
         if not isinstance(value, str):
             return value
         return Key("admin", Key.parse(value.strip()).digest) if value.strip() else None
@@ -287,35 +290,22 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.max_total_tokens and self.max_input_tokens >= self.max_total_tokens:
+        total = self.engine_config().max_model_len  # the engine's own rules hold at start-up too
+        if total and self.max_input_tokens >= total:
             raise ValueError(
                 f"max_input_tokens {self.max_input_tokens} must be below max_total_tokens "
-                f"{self.max_total_tokens}: a request generates at least one token"
+                f"{total}: a request generates at least one token"
             )
-        self.engine_config()  # its own rules hold at start-up too
         self.keyring()
         return self
 
     def engine_config(self) -> EngineConfig:
         """The engine's part of these settings."""
-        return EngineConfig(
-            device=self.device,
-            dtype=self.dtype,
-            block_size=self.block_size,
-            kv_cache_bytes=self.kv_cache_bytes,
-            max_model_len=self.max_total_tokens,
-            max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            max_waiting=self.max_waiting,
-            max_waiting_tokens=self.max_waiting_tokens,
-            prefix_caching=self.prefix_caching,
-            num_threads=self.num_threads,
-            cuda_graphs=self.cuda_graphs,
-            sample_every=self.sample_every,
-        )
+        values = {name: getattr(self, setting) for setting, name in ENGINE_SETTINGS.items()}
+        return EngineConfig(**values)
 
     def keyring(self) -> Keyring:
-        """Who may call what."""
+        """The keys, and the paths that need none."""
         from_file = read_keys(self.api_keys_file) if self.api_keys_file else ()
         public = HEALTH_PATHS
         public |= METRICS_PATHS if self.public_metrics else frozenset()
@@ -324,7 +314,7 @@ class Settings(BaseSettings):
         return Keyring((*self.api_keys, *from_file), self.admin_key, public)
 
     def input_limit(self, max_model_len: int) -> int:
-        """Tokens that a prompt may have when it may have `max_model_len` with its output."""
+        """The most tokens of a prompt whose output must fit into `max_model_len` with it."""
         return min(self.max_input_tokens or max_model_len, max_model_len - 1)
 
 
@@ -333,7 +323,7 @@ def _listed(text: str) -> Iterable[str]:
 
 
 def explain(error: ValidationError) -> str:
-    """One line a setting that was refused, by the name of its environment variable."""
+    """A line for each setting that was refused, with the name of its environment variable."""
     lines = []
     for problem in error.errors(include_url=False, include_context=False):
         name = "_".join(str(part) for part in problem["loc"])
@@ -342,11 +332,15 @@ def explain(error: ValidationError) -> str:
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """A sentence for each variable of `environment` that looks like a setting and is none."""
+    """A sentence for each variable of `environment` that looks like a setting but is none."""
     known = {f"AMBIDEX_{name.upper()}" for name in Settings.model_fields} | ENGINE_VARIABLES
     sentences = []
+    removed = {f"AMBIDEX_{name.upper()}": why for name, why in REMOVED.items()}
     for name in sorted(environment):
-        if name.upper().startswith("AMBIDEX_") and name.upper() not in known:
+        if name.upper() in removed:
+            why = removed[name.upper()]
+            sentences.append(f"{name[:100]} was removed and is not looked at: {why}")
+        elif name.upper().startswith("AMBIDEX_") and name.upper() not in known:
             likely = difflib.get_close_matches(name.upper(), known, 1)
             hint = f"; did you mean {likely[0]}?" if likely else ""
             sentences.append(f"{name[:100]} is no setting and is not looked at{hint}")

@@ -112,7 +112,7 @@ def test_a_command_imports_its_own_package_alone(command: str, absent: set[str])
 
 
 def test_every_setting_of_the_server_is_an_option_in_one_group(ambidex: Command) -> None:
-    from server.options import ENVIRONMENT_ONLY
+    from server.process.options import ENVIRONMENT_ONLY
     from server.settings import GROUPS, Settings
 
     grouped = [name for names in GROUPS.values() for name in names]
@@ -130,7 +130,7 @@ def test_options_of_serve_become_settings(
     from server.settings import Settings
 
     served: list[Settings] = []
-    monkeypatch.setattr("server.serve.serve", served.append)
+    monkeypatch.setattr("server.process.serve.serve", served.append)
     monkeypatch.setenv("AMBIDEX_PORT", "9000")
     monkeypatch.setenv("AMBIDEX_MAX_WAITING", "7")
     options = ["--port", "9001", "--no-prefix-caching", "--watch", "runs", "--request-timeout", "5"]
@@ -360,6 +360,7 @@ REFUSED = [
     (["generate", "x", "--model", "{tmp}"], "manifest.json: missing"),
     (["inspect", "--model", "{tmp}/none"], "no such checkpoint directory"),
     (["serve", "--port", "99999"], "port: Input should be less than or equal to 65535"),
+    (["serve", "--priority-age-seconds", "5"], "priority_age_seconds was removed: requests have"),
     (["serve", "--model", "{tmp}"], "manifest.json: missing"),
     (["eval", "--data", "{tmp}"], "no text found"),
     (["eval", "--json", "{tmp}/no/where.json"], "--json"),

@@ -1,6 +1,6 @@
-"""Which replica a request prefers: those that begin alike go to the same one, within a bound.
+"""Which replica a request prefers: prompts that begin alike go to the same one, within a bound.
 
-A replica keeps the keys and values of prompts that it has seen, so a prompt that begins as an
+A replica keeps the keys and values of prompts that it has seen, so a prompt that begins like an
 earlier one is cheaper there. The beginning of the prompt is the key of rendezvous hashing (Thaler
 and Ravishankar, 1998): every replica has a score for every key, the highest is preferred. Nothing
 is remembered, so every ingress decides alike, and a replica that comes or goes moves only the keys
@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-PREFIX_CHARACTERS: Final = 256  # some 5 KV blocks; prompts that share less gain little
+PREFIX_CHARACTERS: Final = 256  # about 5 KV blocks; prompts that share less gain little
 LOAD_BOUND: Final = 1.5
 _CHARACTERS_PER_TOKEN: Final = 4
 
@@ -25,12 +25,12 @@ _CHARACTERS_PER_TOKEN: Final = 4
 def prompt_key(body: bytes, characters: int = PREFIX_CHARACTERS) -> bytes | None:
     """What identifies the beginning of the prompt in a request's JSON body.
 
-    Of TGI's `inputs` and OpenAI's `prompt` it is the first `characters`, or as many token ids as
-    make about that many; of several prompts the first counts. Of a chat it is what comes up to the
-    first message of the user, so that a conversation keeps its key as it grows.
+    For TGI's `inputs` and OpenAI's `prompt` these are the first `characters`, or as many token ids
+    as make about that many; of several prompts the first counts. For a chat it is the text up to
+    the first message of the user, so that a conversation keeps its key as it grows.
 
     Returns:
-        None if there is no prompt in it: the replica says what is wrong.
+        The key; None if the body has no prompt. The replica then says what is wrong.
     """
     try:
         document = json.loads(body)
@@ -46,7 +46,7 @@ def prompt_key(body: bytes, characters: int = PREFIX_CHARACTERS) -> bytes | None
 
 
 def _text(prompt: Any, characters: int) -> str:
-    """A text, token ids, or the first of a list of either."""
+    """The beginning of a text, of token ids, or of the first of a list of either."""
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
         prompt = prompt[0]
     if isinstance(prompt, list):
@@ -80,15 +80,15 @@ def _score(key: bytes, replica: str) -> bytes:
     return hashlib.blake2b(replica.encode(), key=hashlib.sha256(key).digest()).digest()
 
 
-def candidates(
+def preferences(
     key: bytes | None, loads: Mapping[str, int], bound: float = LOAD_BOUND
 ) -> list[list[str]]:
-    """The replicas in groups, those to try first in front; within a group the least loaded is best.
+    """The replicas in groups to be tried in turn. Within a group the least loaded one is best.
 
     Args:
-        key: of the prompt's beginning; without one all replicas are alike.
-        loads: requests at each replica.
-        bound: how much of the mean load, this request included, the preferred one may have.
+        key: the key of the prompt's beginning; with None all replicas are alike.
+        loads: how many requests each replica has.
+        bound: how many times the mean load, this request included, the preferred one may have.
     """
     if key is None or not loads:
         return [list(loads)] if loads else []

@@ -20,18 +20,16 @@ except ImportError as error:
 
 from deploy.ray.ingress import Ingress
 from deploy.ray.options import Options, warnings
-from deploy.ray.replica import Model, log
+from deploy.ray.replica import Replica, log
 from deploy.ray.rollout import Rollout
 from server.settings import Settings, explain
 
 logger = logging.getLogger("ambidex.server")
 
-SPARE_SECONDS: Final = 15.0  # that Serve gives a replica beyond its own drain
-SPARE_REQUESTS: Final = (
-    64  # for health, metrics and the like, which the limit of requests leaves out
-)
-MAX_QUEUED: Final = 1024  # at each of Ray's proxies when the ingress is full
-LIGHT: Final = {"num_cpus": 0}  # what waits most of the time takes no CPU from the replicas
+SPARE_SECONDS: Final = 15.0  # the time that Serve gives a replica beyond its own drain
+SPARE_REQUESTS: Final = 64  # for health and metrics, which do not count as requests
+MAX_QUEUED: Final = 1024  # requests that wait at each of Ray's proxies when the ingress is full
+LIGHT: Final = {"num_cpus": 0}  # for actors that wait most of the time: the replicas get the CPUs
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -51,10 +49,12 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 
 def application(
-    settings: Settings, options: Options, kind: type[Model] = Model
+    settings: Settings, options: Options, kind: type[Replica] = Replica
 ) -> serve.Application:
-    """The three deployments, bound to each other. They get `settings` as they are here, whatever
-    the environment of their machines says."""
+    """The three deployments, bound to each other.
+
+    They get `settings` as they are here; the environments of their machines do not matter.
+    """
     model = _model(settings, options, kind).bind(settings)
     rollout = _deploy(Rollout, num_replicas=1, ray_actor_options=LIGHT).bind(settings, model)
     max_active = settings.max_concurrent_requests * options.max_replicas
@@ -70,7 +70,7 @@ def application(
     return ingress.bind(settings, model, rollout, options.prefix_characters, max_active)
 
 
-def _model(settings: Settings, options: Options, kind: type[Model]) -> serve.Deployment:
+def _model(settings: Settings, options: Options, kind: type[Replica]) -> serve.Deployment:
     router = RequestRouterConfig(
         request_router_class="deploy.ray.router:PrefixRouter",
         request_router_kwargs={"load_bound": options.load_bound},
@@ -79,7 +79,7 @@ def _model(settings: Settings, options: Options, kind: type[Model]) -> serve.Dep
         kind,
         name="Model",
         **_how_many(options),
-        # The server refuses with 429 what is too much; requests must not wait in Serve instead.
+        # Requests must not wait in Serve: the server itself refuses with 429 when it has too many.
         max_ongoing_requests=settings.max_concurrent_requests + SPARE_REQUESTS,
         request_router_config=router,
         health_check_period_s=5,
@@ -107,6 +107,6 @@ def _how_many(options: Options) -> dict[str, Any]:
 
 
 def _deploy(kind: type[Any], **values: Any) -> serve.Deployment:
-    quiet = LoggingConfig(enable_access_log=False)  # AMBIDEX_ACCESS_LOG has more
+    quiet = LoggingConfig(enable_access_log=False)  # because our own access log says more
     deployment: serve.Deployment = serve.deployment(kind, logging_config=quiet, **values)
     return deployment

@@ -29,8 +29,11 @@ class _Merged(Collector):
 
 
 def merge(pages: Iterable[tuple[str, bytes]]) -> bytes:
-    """(replica, its page in Prometheus' text format) of each, as one page: every sample gets the
-    label `replica`."""
+    """Merge the pages of all replicas into one, in which every sample has the label `replica`.
+
+    Args:
+        pages: (replica, its page in Prometheus' text format) of each.
+    """
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Merged({replica: page.decode() for replica, page in pages}))
     return generate_latest(registry)

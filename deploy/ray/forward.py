@@ -1,8 +1,8 @@
-"""From the ingress to a replica and back: one request, and exactly one terminal answer.
+"""Forwards a request from the ingress to a replica; it gets exactly one answer, whatever happens.
 
-What streams is passed on as it comes; anything else is held until it is complete, so that until
-then another replica can give it. If a replica dies under a stream, the ingress ends the stream with
-the error event that the replica itself would have sent at its end. It knows no Ray: `Replicas` is
+A stream is passed on as it comes. Any other answer is held until it is complete, so that until then
+another replica can give it. If a replica dies during a stream, the ingress ends the stream with the
+error event that the replica itself would have sent. This module knows no Ray: `Replicas` is
 whatever reaches them.
 """
 
@@ -22,25 +22,28 @@ from starlette.types import Message, Receive, Scope, Send
 from deploy.ray.affinity import prompt_key
 from deploy.ray.wire import Accepted, Target, plain_scope
 from engine.errors import AmbidexError, EngineStopped, InvalidRequest, Overloaded
-from server import calls
-from server.deadlines import TIMEOUT_HEADER, late_error, timeout_of
-from server.errors import IncompleteGeneration, describe, error_response, openai_call
-from server.middleware import REQUEST_ID
+from server.errors import IncompleteGeneration
+from server.http import calls
+from server.http.deadlines import TIMEOUT_HEADER, late_error, timeout_of
+from server.http.error_responses import describe, error_response, openai_call
+from server.http.middleware import REQUEST_ID
+from server.http.streaming import EventResponse, sse_event, while_connected
 from server.routes.openai import DONE
 from server.settings import Settings
-from server.streaming import EventResponse, sse_event, while_connected
 
-ACCEPT_SECONDS: Final = 30.0  # for a replica to take a request; one that starts may be that slow
-GRACE_SECONDS: Final = 10.0  # after its deadline in which a replica says itself that it is late
+# In this time a replica must take a request; one that just starts may be slow.
+ACCEPT_SECONDS: Final = 30.0
+# So long after its deadline the replica itself may still say that a request was late.
+GRACE_SECONDS: Final = 10.0
 MOST_REFUSALS: Final = 3  # replicas that may answer 503 before the client gets that answer
-# A request that a replica died of must not be allowed to end one after another.
+# A request may be what its replica died of, so it must not end one replica after another.
 MOST_LOSSES: Final = 2
 REJECTED: Final[dict[type[AmbidexError], str]] = {
     InvalidRequest: "invalid",
     Overloaded: "overloaded",
     EngineStopped: "stopped",
 }
-INLINE_BYTES: Final = 64 << 10  # of a body that is parsed on the event loop
+INLINE_BYTES: Final = 64 << 10  # a body up to this size is parsed on the event loop
 
 logger = logging.getLogger("ambidex.server")
 
@@ -55,7 +58,7 @@ class Replicas(Protocol):
     def call(
         self, target: Target, scope: dict[str, Any], body: bytes
     ) -> AsyncGenerator[Accepted | list[Message], None]:
-        """As `deploy.ray.replica.Model.call`; raises ReplicaLost. Closing it aborts the request."""
+        """As `deploy.ray.replica.Replica.call`, or ReplicaLost. Closing it aborts the request."""
 
 
 @dataclass
@@ -63,10 +66,10 @@ class Counts:
     """What an ingress has seen.
 
     Attributes:
-        retried: requests that another replica was asked for.
-        broken: streams whose replica was lost.
-        active: requests under way.
-        rejections: requests that it refused itself, by the reasons that servers have.
+        retried: how many requests went to another replica as well.
+        broken: how many streams lost their replica.
+        active: how many requests are under way.
+        rejections: how many requests it refused itself, by reason as in the server's metrics.
     """
 
     retried: int = 0
@@ -80,10 +83,10 @@ class _Answer:
     """A response on its way to the client.
 
     Attributes:
-        send: to the client.
-        started: something was sent, so that no other replica can answer.
-        held: what was not sent yet.
-        replica: who answers.
+        send: sends a message to the client.
+        started: whether something was sent, so that no other replica can answer.
+        held: the messages that were not sent yet.
+        replica: the replica that answers.
     """
 
     send: Send
@@ -97,7 +100,7 @@ class _Answer:
         return not self.started and bool(self.held) and self.held[0]["status"] == 503
 
     async def take(self, messages: list[Message]) -> None:
-        """Messages of the replica: send them if they stream, otherwise hold them."""
+        """Take messages of the replica: send them on if they are a stream, otherwise hold them."""
         self.held += messages
         if self.started or _streams(self.held[0]):
             await self.flush()
@@ -109,7 +112,7 @@ class _Answer:
             await self.send(message)
 
     def forget(self) -> None:
-        """Another replica begins anew."""
+        """Drop what was held, because another replica answers."""
         assert not self.started
         self.held, self.replica = [], None
 
@@ -123,10 +126,10 @@ class Forwarder:
     """An ASGI application that lets one replica answer each request.
 
     Args:
-        replicas: who can.
-        settings: theirs.
-        characters: of a prompt that decide which replica it prefers.
-        max_active: requests at once; beyond that 429.
+        replicas: reaches the replicas.
+        settings: the settings of the replicas.
+        characters: how many characters of a prompt decide which replica it prefers.
+        max_active: how many requests there may be at once; others get 429.
     """
 
     def __init__(
@@ -139,7 +142,7 @@ class Forwarder:
         self.counts = Counts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = (await receive()).get("body", b"")  # whole: BodyLimitMiddleware has read it
+        body = (await receive()).get("body", b"")  # whole, by BodyLimitMiddleware
         answer = _Answer(send)
         self.counts.active += 1
         try:
@@ -169,7 +172,11 @@ class Forwarder:
             EngineStopped: no replica took the request, or each that did was lost.
             DeadlineExceeded: the replica is long past the deadline.
         """
-        seconds = timeout_of(calls.current().timeout, self.settings)
+        seconds = timeout_of(
+            calls.current().timeout,
+            self.settings.request_timeout,
+            self.settings.max_request_timeout,
+        )
         deadline = asyncio.get_running_loop().time() + seconds
         key = await self._key(scope, body)
         asked: set[str] = set()
@@ -230,10 +237,10 @@ def _streams(start: Message) -> bool:
 
 
 def _headers(scope: Scope, deadline: float | None) -> list[tuple[bytes, bytes]]:
-    """The request's headers, with its identity, and what is left of its time if it is sent again.
+    """The request's headers with its id; if it is sent again, also with the time that is left.
 
     Raises:
-        TimeoutError: nothing is left.
+        TimeoutError: no time is left.
     """
     mine = {REQUEST_ID: calls.current().request_id}
     if deadline is not None:

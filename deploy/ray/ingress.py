@@ -1,4 +1,4 @@
-"""What stands between Ray's proxies and the replicas: our bounds and keys, then the forwarder."""
+"""The ingress between Ray's proxies and the replicas: our bounds and keys, then the forwarder."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from deploy.ray.replica import log
 from deploy.ray.wire import plain_scope
 from engine.errors import AmbidexError
 from server.app import add_middleware
-from server.errors import error_response
-from server.middleware import REQUEST_ID
-from server.ratelimit import RateLimiter
+from server.http.error_responses import error_response
+from server.http.middleware import REQUEST_ID
+from server.http.ratelimit import RateLimiter
 from server.routes.ops import METRICS_TYPE
 from server.settings import Settings
 
@@ -41,11 +41,11 @@ class Ingress:
     """A Serve deployment that answers HTTP.
 
     Args:
-        settings: of the server.
-        model: the replicas.
-        rollout: what reloads them.
-        characters: of a prompt that decide which replica it prefers.
-        max_active: requests at once.
+        settings: the settings of the server.
+        model: a handle of the replicas.
+        rollout: a handle of the deployment that reloads them.
+        characters: how many characters of a prompt decide which replica it prefers.
+        max_active: how many requests there may be at once.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class Ingress:
             ("POST", "/admin/reload"): self._reload,
         }
 
-    def __serve_build_asgi_app__(self) -> ASGIApp:  # Serve's name for it
+    def __serve_build_asgi_app__(self) -> ASGIApp:  # Serve calls it by this name
         app = Starlette(routes=[Mount("/", app=self._answer)])
 
         def rejected(reason: str) -> None:
             self.forwarder.counts.rejections[reason] += 1
 
-        # Requests a minute are limited by the replicas, which see the tokens as well.
+        # The replicas limit the requests of a minute, because they see the tokens as well.
         add_middleware(app, self.settings, RateLimiter(0, 0), rejected, lambda _call: None)
         return _as_on_one_machine(app)
 
@@ -108,8 +108,11 @@ class Ingress:
 
 
 def _as_on_one_machine(app: ASGIApp) -> ASGIApp:
-    """`app` without what Ray's proxy adds: the route's prefix in front of every path, and a second
-    X-Request-Id in every response."""
+    """Remove what Ray's proxy adds, so that `app` answers as on one machine.
+
+    The proxy puts the route's prefix in front of every path, and a second X-Request-Id into every
+    response.
+    """
 
     async def call(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -134,7 +137,7 @@ def _as_on_one_machine(app: ASGIApp) -> ASGIApp:
 
 
 class _Own(Collector):
-    """What an ingress counts itself."""
+    """Exports what an ingress counts itself."""
 
     def __init__(self, ingress: Ingress) -> None:
         self.ingress = ingress

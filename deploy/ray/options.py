@@ -1,4 +1,4 @@
-"""What a host decides about the application beside the settings of the server."""
+"""Options of the Serve application, beside the settings of the server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from server.settings import Settings, unknown_variables
 
 
 def warnings(settings: Settings, environment: Mapping[str, str]) -> list[str]:
-    """Sentences about what is allowed and seldom meant, as the server says them when it starts."""
+    """Warnings about settings that are allowed but seldom meant; the server logs them too."""
     sentences = unknown_variables(environment)
     if not settings.keyring().keys:
         sentences.append(
@@ -61,7 +61,7 @@ class Options(BaseModel):
 
     @classmethod
     def of(cls, args: Mapping[str, Any]) -> Self:
-        """Those of a Serve file's `args`, or of `serve run`'s arguments, which are texts.
+        """Read the `args` of a Serve file, or the arguments of `serve run`, which are texts.
 
         Raises:
             ValueError: what is wrong, in a sentence.

@@ -1,4 +1,4 @@
-"""How ingress and rollout reach the replicas: Serve's handle, and its errors in our words."""
+"""Ingress and rollout reach the replicas by Serve's handle, whose errors become ours."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from deploy.ray.forward import ReplicaLost
 from deploy.ray.wire import Accepted, Identity, Reply, Target
 from engine.errors import EngineStopped
 
-EVERYBODY_SECONDS: Final = 10.0  # for all replicas to say something about themselves
-RELOAD_SECONDS: Final = 1800.0  # for all replicas, one after another, to load a checkpoint
+EVERYBODY_SECONDS: Final = 10.0  # in which all replicas must have answered
+RELOAD_SECONDS: Final = 1800.0  # in which all replicas must have loaded a checkpoint, in turn
 
 logger = logging.getLogger("ambidex.server")
 
@@ -28,20 +28,20 @@ class Reach:
 
     def __init__(self, model: DeploymentHandle[Any]) -> None:
         self._model = model
-        # Over gRPC rather than Ray's object store: half the time for a stream of small pieces.
+        # gRPC takes half the time of Ray's object store for a stream of small pieces.
         self._calls = model.options(method_name="call", stream=True, _by_reference=False)
 
     async def call(
         self, target: Target, scope: dict[str, Any], body: bytes
     ) -> AsyncGenerator[Accepted | list[Message], None]:
-        """One HTTP request to one replica; see `deploy.ray.forward.Replicas`."""
+        """Send one HTTP request to one replica; see `deploy.ray.forward.Replicas`."""
         stream = self._calls.remote(target, scope, body)
         complete = False
         try:
             async for item in stream:
                 yield item
             complete = True
-        except RayTaskError as error:  # the replica lives, its code raised
+        except RayTaskError as error:  # the replica lives, but its code has raised
             complete = True
             raise RuntimeError("a replica's code raised") from error
         except DeploymentUnavailableError as error:
@@ -52,7 +52,7 @@ class Reach:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            raise ReplicaLost("it was shut down") from None  # the replica cancelled, not we
+            raise ReplicaLost("it was shut down") from None  # it was the replica that cancelled
         finally:
             if not complete:
                 stream.cancel()
@@ -69,7 +69,7 @@ class Reach:
         return [each for each in found if not isinstance(each, BaseException)]
 
     async def identities(self) -> list[Identity]:
-        """What every replica serves."""
+        """Which weights every replica serves."""
         return await self.everybody("identity")
 
     async def reload(self, replica: str, path: str) -> Reply | None:
@@ -86,7 +86,7 @@ class Reach:
 async def reload_all(
     rollout: DeploymentHandle[Any], scope: dict[str, Any], body: bytes
 ) -> list[Message]:
-    """What the rollout answers to `POST /admin/reload`.
+    """Ask the rollout to answer `POST /admin/reload`; returns the messages of its response.
 
     Raises:
         EngineStopped: no replica runs, or nobody can say what came of it.

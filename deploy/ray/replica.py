@@ -1,4 +1,4 @@
-"""A replica: the server as it is on one machine, its requests coming from the ingress."""
+"""A replica is the server as it is on one machine, but its requests come from the ingress."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from starlette.types import Message
 from deploy.ray.scaling import DEMAND, demand
 from deploy.ray.wire import Accepted, Identity, Reply, Target, merged
 from engine.errors import AmbidexError, EngineStopped
-from server import access_log
 from server.app import create_app
-from server.fleet import make_worker
-from server.generation import Frontend
-from server.reload import Candidate, first_engine
+from server.engines.fleet import make_worker
+from server.engines.reload import Candidate, first_engine
+from server.generation.frontend import Frontend
+from server.http import access_log
+from server.http.tracing import Tracing, otlp_provider
 from server.routes import admin
 from server.settings import Settings
-from server.tracing import Tracing, otlp_provider
 
 
 def log(settings: Settings) -> None:
@@ -32,14 +32,14 @@ def log(settings: Settings) -> None:
     )
 
 
-class Model:
+class Replica:
     """One engine and the application around it.
 
     A Serve deployment: Serve makes it, asks it for its health, and ends it once its requests have
     ended. Its methods run on one event loop.
 
     Args:
-        settings: of the server.
+        settings: the settings of the server.
     """
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
@@ -50,7 +50,7 @@ class Model:
             access_log.write_to_stderr()
         tracing = Tracing(otlp_provider()) if settings.traces else None
         gc.collect()
-        gc.freeze()  # as server.serve does
+        gc.freeze()  # server.process.serve says why
         engine = await asyncio.to_thread(first_engine, settings)
         worker = make_worker(engine, settings)
         # The rollout looks for new checkpoints, so that replicas do not load them all at once.
@@ -71,8 +71,8 @@ class Model:
         """Serve one HTTP request.
 
         Yields:
-            Accepted, then the messages of the response as they come, several at once if they do.
-            Closing the generator, or cancelling it, is to the application a client that has left.
+            Accepted, then lists of the response's messages as they come. Closing the generator, or
+            cancelling it, looks to the application like a client that has left.
         """
         taken = target.only in (None, self.replica)
         yield Accepted(self.replica, taken)
@@ -92,16 +92,16 @@ class Model:
                 ended = batch[-1] is None
                 if some := [message for message in batch if message is not None]:
                     yield merged(some)
-            await asyncio.shield(running)  # who stops waiting must not cancel it
+            await asyncio.shield(running)  # a caller that stops waiting must not cancel it
         finally:
-            # As any ASGI server: the application ends by itself what its client has left. To cancel
-            # it while it does so would leave requests half closed.
+            # The application sees a disconnect, as from any ASGI server, and ends by itself. If it
+            # were cancelled while it does, requests would be left half closed.
             left.set()
 
     def _forget(self, ended: asyncio.Task[None]) -> None:
         self._running.discard(ended)
         if not ended.cancelled():
-            ended.exception()  # CallMiddleware has logged it; whoever still waits gets it too
+            ended.exception()  # CallMiddleware has logged the error; who still waits gets it too
 
     async def _run(
         self,
@@ -110,7 +110,7 @@ class Model:
         messages: asyncio.Queue[Message | None],
         left: asyncio.Event,
     ) -> None:
-        """The application on one request, its messages into the queue, None at its end."""
+        """Run the application on a request; its messages go into the queue, and None at the end."""
         unread = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive() -> Message:
@@ -133,7 +133,7 @@ class Model:
         """Raise once the engine has failed for good: Serve then puts another replica here.
 
         While an engine is replaced, or a checkpoint loaded in the place of another, requests get
-        503 and the ingress asks the next replica: no reason to start from scratch.
+        503 and the ingress asks the next replica, so this replica stays.
         """
         failure = self.front.fleet.failure
         if failure is not None:

@@ -1,11 +1,11 @@
-"""New checkpoints for many replicas: one after another, and none after the first refusal.
+"""Gives a new checkpoint to one replica after another, and stops at the first that refuses it.
 
-The first replica that loads a checkpoint is the trial: what it refuses, no other one is asked for.
-If a later one refuses, those before it go back to the newest that all can serve, where the watched
-path still holds one: neither the configured model, from before the first checkpoint, nor a watched
-checkpoint that was replaced can be gone back to. A replica that does not see a checkpoint yet is
-asked again at the next look. One that comes later, by scaling or after a crash, is brought to the
-same weights. It knows no Ray: `Fleet` is whatever reaches the replicas.
+The first replica to load a checkpoint is the trial: what it refuses is offered to no other. If a
+later one refuses, those before it go back to the newest checkpoint that all can serve, if the
+watched path still holds one. They cannot go back to the configured model from before the first
+checkpoint, nor to a watched checkpoint that was replaced. A replica that does not see a checkpoint
+yet is asked again at the next look. A replica that comes later, by scaling or after a crash, is
+brought to the same weights. This module knows no Ray: `AllReplicas` is whatever reaches them.
 """
 
 from __future__ import annotations
@@ -18,38 +18,41 @@ from typing import Literal, Protocol
 from deploy.ray.wire import Identity, Reply
 from engine.checkpoint import content_digest
 from engine.errors import CheckpointError
-from server.reload import Candidate, candidates
+from server.engines.reload import Candidate, candidates
 
 logger = logging.getLogger("ambidex.server")
 
 Outcome = Literal["served", "refused", "absent"]
 
 
-class Fleet(Protocol):
+class AllReplicas(Protocol):
     """All replicas, as a rollout needs them."""
 
     async def identities(self) -> list[Identity]:
-        """Those that run now."""
+        """The replicas that run now, and what they serve."""
 
     async def reload(self, replica: str, path: str) -> Reply | None:
-        """Let one serve the checkpoint `path`, relative to the watched one; None if it is gone, or
-        about to be."""
+        """Let a replica serve the checkpoint at `path` in the watched directory.
+
+        Returns:
+            What came of it; None if the replica has gone or is about to.
+        """
 
 
 class Rolling:
-    """Keeps a fleet on the newest good checkpoint of a watched path.
+    """Keeps all replicas on the newest good checkpoint of a watched path.
 
     Attributes:
-        lock: held while replicas are reloaded.
-        target: what all should serve; None before the first look that found something.
+        lock: is held while replicas are reloaded.
+        target: the checkpoint that all should serve; None until a look has found one.
     """
 
-    def __init__(self, root: Path, fleet: Fleet) -> None:
+    def __init__(self, root: Path, replicas: AllReplicas) -> None:
         self.root = root
-        self.fleet = fleet
+        self.replicas = replicas
         self.lock = asyncio.Lock()
         self.target: Candidate | None = None
-        self._newest = -1  # nothing written before this is begun by itself
+        self._newest = -1  # older checkpoints are not begun without an order
         self._refused: set[Candidate] = set()
 
     async def look(self) -> None:
@@ -70,37 +73,37 @@ class Rolling:
                     return
                 refused = True
                 self._refused.add(candidate)
-            if refused and len({each.digest for each in await self.fleet.identities()}) > 1:
+            if refused and len({each.digest for each in await self.replicas.identities()}) > 1:
                 logger.error(
                     "replicas serve different weights, and %s holds none to go back to", self.root
                 )
 
     async def keep(self, path: Path) -> None:
-        """`path` was chosen by hand: it stays until something newer than all that is there comes.
+        """Keep the checkpoint `path`, chosen by hand, until one comes that is newer than all.
 
         The lock must be held.
         """
         found = await asyncio.to_thread(candidates, self.root)
         self._newest = max((candidate.written for candidate in found), default=self._newest)
         chosen = await asyncio.to_thread(Candidate.at, path)
-        # The same directory may be called otherwise in `found`: relative, or through a link.
+        # `found` may name the same directory otherwise: by a relative path, or through a link.
         same = (each for each in found if chosen and _same(each, chosen))
         self.target = next(same, chosen)
         if self.target is not None:
             self._refused.discard(self.target)
 
     async def _bring(self, candidate: Candidate) -> Outcome:
-        """Let one replica after another serve `candidate`, until one does not."""
+        """Let one replica after another serve `candidate`, until one refuses it."""
         try:
             digest = await asyncio.to_thread(content_digest, candidate.path)
         except CheckpointError as error:
             logger.error("refused a checkpoint: %s", error)
             return "refused"
         path = str(candidate.path.relative_to(self.root))
-        for each in sorted(await self.fleet.identities(), key=lambda each: each.replica):
+        for each in sorted(await self.replicas.identities(), key=lambda each: each.replica):
             if each.digest == digest:
                 continue
-            reply = await self.fleet.reload(each.replica, path)
+            reply = await self.replicas.reload(each.replica, path)
             if reply is None:
                 continue
             if reply.result == "absent":

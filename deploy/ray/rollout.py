@@ -30,8 +30,8 @@ class Rollout:
     A Serve deployment of one replica. If it dies nothing is lost: the next one looks again.
 
     Args:
-        settings: of the server.
-        model: the replicas.
+        settings: the settings of the server.
+        model: a handle of the replicas.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -53,19 +53,19 @@ class Rollout:
         while True:
             try:
                 await self.rolling.look()
-            except EngineStopped:  # no replica runs, as in the first seconds
+            except EngineStopped:  # no replica runs yet, as in the first seconds
                 pass
             except Exception:
                 logger.exception("could not look for checkpoints in %s", self.rolling.root)
             await asyncio.sleep(interval)
 
     async def reload(self, scope: dict[str, Any], body: bytes) -> list[Message]:
-        """The answer to `POST /admin/reload`: the last replica's, or the first refusal. Nothing if
-        no replica runs.
+        """Answer `POST /admin/reload` with the last replica's answer, or the first refusal.
 
-        It goes on if nobody waits for it any more: replicas must not be left on different weights.
+        It returns no messages if no replica runs. It goes on even if nobody waits for it any more,
+        so that replicas are not left on different weights.
         """
-        # Outside the request's context, with which Serve would cancel the calls to the replicas.
+        # In a context of its own: with the request's, Serve would cancel the calls to the replicas.
         running = asyncio.create_task(self._reload(scope, body), context=Context())
         self._reloading.add(running)
         running.add_done_callback(self._reloading.discard)
@@ -92,7 +92,7 @@ class Rollout:
 async def _answer(
     replicas: Replicas, name: str, scope: dict[str, Any], body: bytes
 ) -> list[Message]:
-    """What one replica says to a request; nothing if it is gone."""
+    """The messages of one replica's response to a request; none if the replica has gone."""
     messages: list[Message] = []
     try:
         async with aclosing(replicas.call(Target(only=name), scope, body)) as replies:

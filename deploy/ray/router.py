@@ -1,4 +1,4 @@
-"""Serve's way to choose a replica, with the choice of deploy.ray.affinity."""
+"""Chooses a replica for Serve, as `deploy.ray.affinity` decides."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from deploy.ray.affinity import LOAD_BOUND, candidates
+from deploy.ray.affinity import LOAD_BOUND, preferences
 from deploy.ray.wire import Target
 
 
@@ -30,14 +30,14 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
     ) -> list[list[RunningReplica]]:
         """The replicas in groups, to be tried one after another."""
         target = _target(pending_request)
-        if pending_request is not None:  # wait before looking again when all of them are full
+        if pending_request is not None:  # if all are full, Serve waits before it looks again
             pending_request.routing_context.should_backoff = True
         by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         if target.only in by_id:
             return [[by_id[target.only]]]
         loads = {name: self._load(replica) for name, replica in by_id.items()}
         fresh = {name: load for name, load in loads.items() if name not in target.avoid}
-        groups = candidates(target.key, fresh or loads, self.load_bound)
+        groups = preferences(target.key, fresh or loads, self.load_bound)
         return [[by_id[name] for name in group] for group in groups]
 
     def _load(self, replica: RunningReplica) -> int:

@@ -36,7 +36,7 @@ def demand(running: int, waiting: int, max_running: int, kv_used: float) -> floa
 
 
 class ScalingPolicy:
-    """So many replicas that each is in use to the share `target`."""
+    """Asks for as many replicas as keep each in use to the share `target`."""
 
     def __init__(self, target: float = TARGET_DEMAND) -> None:
         if not 0 < target <= 1:
@@ -52,7 +52,7 @@ class ScalingPolicy:
     def replicas(self, reported: Mapping[Any, float], current: int) -> int | None:
         """How many there should be; None if too little is known to say.
 
-        Replicas that have not reported yet, as they start, count as the mean of the others.
+        Replicas that just start and have not reported yet count as the mean of the others.
         """
         if not reported or not current:
             return None

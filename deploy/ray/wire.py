@@ -7,9 +7,9 @@ from typing import Any, Final, Literal
 
 from starlette.types import Message, Scope
 
-from server.reload import Result
+from server.engines.reload import Result
 
-# Of an ASGI HTTP scope: what describes the request, and nothing of the server that took it.
+# The fields of an ASGI HTTP scope that describe the request and not the server that took it.
 _FIELDS: Final = (
     *("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string"),
     *("root_path", "headers", "client", "server"),
@@ -21,9 +21,9 @@ class Target:
     """Which replica a call is for.
 
     Attributes:
-        key: what the prompt begins with (deploy.ray.affinity).
-        avoid: replicas that had their chance; they come last.
-        only: the one that is meant; another one that gets the call refuses it.
+        key: the key of the prompt's beginning (deploy.ray.affinity).
+        avoid: replicas that were asked already; they come last.
+        only: the only replica that may take the call; None: any.
     """
 
     key: bytes | None = None
@@ -33,7 +33,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Accepted:
-    """The first thing that a replica says to a call: who it is, and whether it takes it."""
+    """The first item of a replica's answer to a call: who it is, and whether it takes the call."""
 
     replica: str
     taken: bool = True
@@ -44,8 +44,8 @@ class Identity:
     """Which weights a replica serves.
 
     Attributes:
-        replica: its id.
-        digest: of the checkpoint's content.
+        replica: the replica's id.
+        digest: the digest of its checkpoint's content.
     """
 
     replica: str
@@ -57,8 +57,8 @@ class Reply:
     """What came of a replica's attempt to load a checkpoint.
 
     Attributes:
-        result: one of server.reload, or "absent": the replica does not see the checkpoint, as on a
-            shared file system that shows new directories some seconds late.
+        result: what `server.engines.reload` says, or "absent": the replica does not see the
+            checkpoint, as on a shared file system that shows new directories some seconds late.
         error: what was wrong.
     """
 
@@ -67,12 +67,12 @@ class Reply:
 
 
 def plain_scope(scope: Scope) -> dict[str, Any]:
-    """`scope` as it travels to another process."""
+    """The part of `scope` that is sent to another process."""
     return {name: scope[name] for name in _FIELDS if name in scope}
 
 
 def merged(messages: list[Message]) -> list[Message]:
-    """The same response in fewer messages: pieces of the body that follow each other are one."""
+    """The same response in fewer messages: consecutive pieces of the body are joined."""
     out: list[Message] = []
     for message in messages:
         last = out[-1] if out else None

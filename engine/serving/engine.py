@@ -14,7 +14,7 @@ import secrets
 import time
 import uuid
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,6 +44,9 @@ from engine.serving.stats import Stats, usage_of
 from engine.serving.token_experts import check_size
 from engine.text.output import RequestText
 from engine.text.structured import Grammars
+
+# Gives the parameters when it is told how many tokens the prompt leaves for the output.
+SamplingFor = Callable[[int], SamplingParams]
 
 
 @dataclass
@@ -117,11 +120,12 @@ class Engine:
     def make_request(
         self,
         prompt: str | list[int],
-        sampling: SamplingParams,
+        sampling: SamplingParams | SamplingFor,
         policy: ExpertPolicy,
         *,
         request_id: str | None = None,
         truncate: int | None = None,
+        name: str = "inputs",
     ) -> Request:
         """Tokenise and validate a request, and compile its grammar, which may take seconds.
 
@@ -133,23 +137,25 @@ class Engine:
             policy: which experts its tokens use; `auto` becomes what the checkpoint recommends.
             request_id: its name; None makes one.
             truncate: keep only the last so many tokens of the prompt.
+            name: what errors call the prompt.
 
         Raises:
             InvalidRequest: if it can never be served as asked.
             Overloaded: if its grammar has to wait too long for others to be compiled.
         """
         request_id = request_id or uuid.uuid4().hex
-        return self._make([request_id], prompt, sampling, policy, truncate)[0]
+        return self._make([request_id], prompt, sampling, policy, truncate, name)[0]
 
     def make_requests(
         self,
         prompt: str | list[int],
-        sampling: SamplingParams,
+        sampling: SamplingParams | SamplingFor,
         policy: ExpertPolicy,
         n: int,
         *,
         request_id: str | None = None,
         truncate: int | None = None,
+        name: str = "inputs",
     ) -> list[Request]:
         """`n` requests that complete one prompt differently: as `make_request`, but for
 
@@ -163,29 +169,32 @@ class Engine:
         with self.stats.counting_rejections():
             message = f"n must be between 1 and {MAX_COMPLETIONS}, got {n}"
             require(1 <= n <= MAX_COMPLETIONS, message, InvalidRequest)
-        name = request_id or uuid.uuid4().hex
-        names = [f"{name}-{i}" for i in range(n)]
-        return self._make(names, prompt, sampling, policy, truncate)
+        request_id = request_id or uuid.uuid4().hex
+        request_ids = [f"{request_id}-{i}" for i in range(n)]
+        return self._make(request_ids, prompt, sampling, policy, truncate, name)
 
     def _make(
         self,
         request_ids: Sequence[str],
         prompt: str | list[int],
-        sampling: SamplingParams,
+        sampling: SamplingParams | SamplingFor,
         policy: ExpertPolicy,
         truncate: int | None,
+        name: str,
     ) -> list[Request]:
         """One request per name, with different seeds; the prompt is tokenised once."""
         with self.stats.counting_rejections():
-            prompt_ids = self._prompt_ids(prompt, truncate)
+            prompt_ids = self._prompt_ids(prompt, truncate, name)
+            if not isinstance(sampling, SamplingParams):
+                sampling = sampling(self.scheduler.max_request_len - len(prompt_ids))
             self._check_ids("logit_bias", [token_id for token_id, _ in sampling.logit_bias])
             self._check_ids("stop_token_ids", sampling.stop_token_ids)
             check_size(sampling, self.model_config)
             resolved = self._resolve(policy)
             seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
             requests = [
-                Request(name, prompt_ids, sampling, resolved, completion_seed(seed, index))
-                for index, name in enumerate(request_ids)
+                Request(each, prompt_ids, sampling, resolved, completion_seed(seed, index))
+                for index, each in enumerate(request_ids)
             ]
             self.scheduler.check_fits(requests[0])
             if sampling.grammar is not None:
@@ -193,20 +202,20 @@ class Engine:
                     request.matcher = self.grammars.matcher(sampling.grammar)
         return requests
 
-    def _prompt_ids(self, prompt: str | list[int], truncate: int | None) -> list[int]:
+    def _prompt_ids(self, prompt: str | list[int], truncate: int | None, name: str) -> list[int]:
         if truncate is not None:
             require(truncate >= 1, f"truncate must be at least 1, got {truncate}", InvalidRequest)
         if isinstance(prompt, str):
             ids = self.tokenizer.encode_prompt(prompt, truncate)
         else:
             ids = prompt[-truncate:] if truncate else list(prompt)
-        require(bool(ids), "inputs must have at least 1 token", InvalidRequest)
-        self._check_ids("inputs", ids)
+        require(bool(ids), f"{name} must have at least 1 token", InvalidRequest)
+        self._check_ids(name, ids)
         return ids
 
     def _check_ids(self, name: str, ids: Sequence[int]) -> None:
         top = self.model_config.vocab_size - 1
-        message = f"token ids of {name} must be between 0 and {top}"
+        message = f"token ids of {name} must be from 0 to {top}"
         require(not ids or (min(ids) >= 0 and max(ids) <= top), message, InvalidRequest)
 
     def _resolve(self, policy: ExpertPolicy) -> ExpertPolicy:
@@ -223,7 +232,7 @@ class Engine:
         """Accept a request: from now on it owes exactly one terminal event.
 
         Raises:
-            InvalidRequest: it can never fit, or its id is in use.
+            InvalidRequest: its id is in use.
             Overloaded: the queue is full.
         """
         with self.stats.counting_rejections():

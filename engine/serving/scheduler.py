@@ -84,10 +84,14 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._by_id)
 
+    @property
+    def max_request_len(self) -> int:
+        """Tokens of prompt and output together that a request may have."""
+        return min(self.max_model_len, self.allocator.num_blocks * self.allocator.block_size)
+
     def check_fits(self, request: Request) -> None:
         """Raise InvalidRequest if the request is too long to be served even when it is alone."""
-        tokens = self.allocator.num_blocks * self.allocator.block_size
-        limit = min(self.max_model_len, tokens)
+        limit = self.max_request_len
         require(
             request.max_len <= limit,
             f"input tokens + max_new_tokens must be at most {limit}, got {request.prompt_len} + "
@@ -116,10 +120,10 @@ class Scheduler:
             )
 
     def add(self, request: Request) -> None:
-        """Put a request in its place in the line.
+        """Put a request in its place in the line. It has passed `check_fits`.
 
         Raises:
-            InvalidRequest: it can never fit, or its id is in use.
+            InvalidRequest: its id is in use.
             Overloaded: the queue is full.
         """
         require(
@@ -127,7 +131,7 @@ class Scheduler:
             f"request_id {request.request_id[:64]!r} is already in use",
             InvalidRequest,
         )
-        self.check_fits(request)
+        assert request.max_len <= self.max_request_len, "a request that never fits blocks the line"
         self.check_room(request.prompt_len)
         self._by_id[request.request_id] = request
         request.rank = next(self._arrivals)

@@ -73,7 +73,7 @@ class Worker:
         self._wake = threading.Event()
         self._lock = threading.Lock()
         self._inbox: list[Request] = []
-        self._aborts: list[str] = []
+        self._aborts: set[str] = set()
         self._streams: dict[str, EventStream] = {}
         self._outboxes: dict[asyncio.AbstractEventLoop, Outbox] = {}
         self._stepping = False
@@ -116,10 +116,10 @@ class Worker:
         self._watchdog.start()
 
     async def submit(self, request: Request) -> EventStream:
-        """Accept a request and return its events. Does not wait.
+        """Accept a request that this worker's engine has made; returns its events. Does not wait.
 
         Raises:
-            InvalidRequest: it can never fit, or its id is in use.
+            InvalidRequest: its id is in use.
             Overloaded: the queue is full.
             EngineStopped: no requests are taken: not started, draining, stopped, failed or hung.
         """
@@ -142,10 +142,13 @@ class Worker:
             f"request_id {request.request_id[:64]!r} is already in use",
             InvalidRequest,
         )
-        scheduler = self.engine.scheduler
-        scheduler.check_fits(request)
         tokens = sum(earlier.prompt_len for earlier in self._inbox)
-        scheduler.check_room(request.prompt_len, len(self._inbox), tokens)
+        self.engine.scheduler.check_room(request.prompt_len, len(self._inbox), tokens)
+
+    def knows(self, request_id: str) -> bool:
+        """Whether an accepted request of this id still owes its terminal event."""
+        with self._lock:
+            return request_id in self._streams
 
     def why_not_ready(self) -> str:
         """A sentence, for when it is not."""
@@ -160,7 +163,8 @@ class Worker:
     def abort(self, request_id: str) -> None:
         """End a request early: an "abort" event, unless it has ended. Thread-safe."""
         with self._lock:
-            self._aborts.append(request_id)
+            if request_id in self._streams:
+                self._aborts.add(request_id)
         self._wake.set()
 
     async def drain(self, timeout: float) -> None:
@@ -171,7 +175,7 @@ class Worker:
         self._draining = True
         await self._wait_until_empty(timeout)
         with self._lock:
-            self._aborts += self._streams
+            self._aborts |= self._streams.keys()
         self._wake.set()
         await self._wait_until_empty(_ABORT_SECONDS)
         self._end_streams("abort")
@@ -252,7 +256,7 @@ class Worker:
     def _take_messages(self) -> None:
         """Move submitted requests and aborts into the engine."""
         with self._lock:
-            aborts, self._aborts = self._aborts, []
+            aborts, self._aborts = self._aborts, set()
             # Added under the lock, so that a request is always either in the inbox or queued when
             # `submit` counts them.
             for request in self._inbox:
@@ -292,6 +296,8 @@ class Worker:
                     posts[stream.loop].append((stream, event))
                     if event.finish_reason is not None:
                         del self._streams[event.request_id]
+                        # An abort that comes too late must not meet a later request of this id.
+                        self._aborts.discard(event.request_id)
             # Under the lock: who finds no streams left may rely on their events being on the way.
             for loop, batch in posts.items():
                 self._outboxes[loop].send(batch)

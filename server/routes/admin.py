@@ -1,4 +1,4 @@
-"""`/admin/...`: what a host asks and orders; every route needs the admin key (server.security)."""
+"""`/admin/...`: what a host asks and orders. Every route needs the admin key."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.generation import Frontend
+from server.generation.frontend import Frontend
 from server.routes.dependencies import Front
 from server.schemas.fields import Strict, Text
 from server.schemas.tgi import ErrorResponse
@@ -37,8 +37,8 @@ class ModelStatus(BaseModel):
     loaded_at: float = Field(description="When they began to serve, Unix time.")
 
 
-class Status(BaseModel):
-    """What happens here now."""
+class ServerStatus(BaseModel):
+    """The state of the server."""
 
     ready: bool = Field(description="Whether requests are taken.")
     live: bool = Field(description="Whether the server can become ready by itself.")
@@ -67,17 +67,17 @@ class ReloadRequest(Strict):
 
 
 class Reloaded(BaseModel):
-    """What came of a reload."""
+    """The result of a reload."""
 
     result: str = Field(description="`success`, or `unchanged` if it serves already.")
     model: ModelStatus = Field(description="The weights that serve now.")
 
 
 @router.get("/status", responses=ERRORS, summary="What the server is doing")
-async def status(front: Front) -> Status:
-    """Model, queue, cache, failures and reloads."""
+async def status(front: Front) -> ServerStatus:
+    """Reports model, queue, cache, failures and reloads."""
     fleet, numbers = front.fleet, front.numbers()
-    return Status(
+    return ServerStatus(
         ready=front.ready,
         live=fleet.failure is None,
         failure=fleet.failure,
@@ -100,8 +100,8 @@ async def status(front: Front) -> Status:
 async def reload(front: Front, body: ReloadRequest | None = None) -> Reloaded:
     """Verify and load a checkpoint and serve it; requests under way finish on the old weights.
 
-    Without a body the newest one of the watched directory, or the model's own directory again. A
-    bad checkpoint is refused, and the old one keeps serving.
+    Without a body this is the newest checkpoint of the watched directory, or the model's own
+    directory again. A bad checkpoint is refused, and the old one keeps serving.
     """
     result = await front.reloader.reload(body.path if body else None)
     return Reloaded(result=result, model=_model(front))

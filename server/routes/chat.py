@@ -11,8 +11,8 @@ from starlette.responses import Response
 
 from engine.serving.engine import Engine
 from engine.serving.request import MAX_STOPS, TokenEvent, TokenLogprob
-from server import chat as chats
-from server.events import Output
+from server.generation import chat_prompt as chats
+from server.generation.events import Output
 from server.routes.dependencies import Front
 from server.routes.openai import ERRORS, FINISH_REASONS, respond, visible_text
 from server.schemas.chat import ChatRequest, ChatResponse
@@ -97,7 +97,7 @@ class ChatWriter:
         }
 
     def _logprobs(self, events: Sequence[TokenEvent]) -> dict[str, Any] | None:
-        """Of the tokens of the text, which special ones have no part in."""
+        """The log-probabilities of the text's tokens. Special tokens are not part of it."""
         if not self.body.logprobs:
             return None
         content = [

@@ -11,8 +11,8 @@ from starlette.responses import Response
 
 from engine.serving.request import TokenEvent, TokenLogprob
 from engine.text.tokenizer import text_offsets
-from server.events import Output
-from server.generation import Prompt
+from server.generation.events import Output
+from server.generation.submission import Prompt
 from server.routes.dependencies import Front
 from server.routes.openai import ERRORS, FINISH_REASONS, respond, visible_text
 from server.schemas.completions import CompletionRequest, CompletionResponse
@@ -50,7 +50,7 @@ async def completions(body: CompletionRequest, request: Request, front: Front) -
 
 
 async def _text(front: Front, prompt: str | list[int]) -> str:
-    """A prompt to echo. Many ids take a while to spell."""
+    """The text of a prompt to echo, made in a thread because spelling many ids takes a while."""
     if isinstance(prompt, str):
         return prompt
     return await front.in_thread(partial(front.engine.tokenizer.spell, prompt))
@@ -61,8 +61,8 @@ class CompletionWriter:
 
     Args:
         body: the request.
-        prompts: the texts to echo; none without echo.
-        start: tokens in front of a prompt that is text, which are no part of it.
+        prompts: the texts to echo; empty without echo.
+        start: how many tokens the tokenizer puts in front of a prompt that is text.
     """
 
     prefix = "cmpl"
@@ -73,7 +73,7 @@ class CompletionWriter:
         self.body = body
         self._prompts = prompts
         self._start = start
-        self._offsets: dict[int, int] = {}  # by choice: characters of the text so far
+        self._offsets: dict[int, int] = {}  # characters of each choice's text so far
 
     def choice(self, index: int, output: Output) -> dict[str, Any]:
         """A whole choice."""
@@ -86,7 +86,7 @@ class CompletionWriter:
         return None if empty and choice["finish_reason"] is None else choice
 
     def _choice(self, index: int, events: Sequence[TokenEvent]) -> dict[str, Any]:
-        """Some events of a choice, its first or next ones."""
+        """The part of a choice that `events`, its first or next ones, make."""
         echo = self._prompts[index // self.body.completions] if self._prompts else ""
         echo = echo if events[0].index == 0 else ""
         shown = [] if self.body.hides_output else events
@@ -131,7 +131,10 @@ class CompletionWriter:
 
 
 def _top(token: TokenLogprob, top: Sequence[TokenLogprob]) -> dict[str, float] | None:
-    """The likeliest tokens and the one that stands there; of equal texts the likeliest counts."""
+    """The log-probabilities of the likeliest tokens and of the token itself, by text.
+
+    Where two tokens have the same text, the likelier one counts.
+    """
     if token.logprob is None:
         return None
     best: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""What routes ask of the application."""
+"""What the routes get from the application."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from server.generation import Frontend
+from server.generation.frontend import Frontend
 
 
-def frontend(request: Request) -> Frontend:
-    """The frontend of the application that serves `request`."""
+async def frontend(request: Request) -> Frontend:
+    """The frontend of the application that serves `request`.
+
+    It is a coroutine because FastAPI would run a function in a thread, for each request.
+    """
     found: Frontend = request.app.state.frontend
     return found
 

@@ -14,17 +14,18 @@ from starlette.responses import JSONResponse, Response
 
 from engine.errors import AmbidexError, InvalidRequest, require
 from engine.serving.request import TokenEvent, TokenLogprob, Usage
-from server.errors import describe
-from server.events import Output, checked_events, collect
-from server.generation import Frontend, Generation
+from server.generation.events import Output, checked_events, collect
+from server.generation.frontend import Frontend
+from server.generation.submission import Submission
+from server.http.error_responses import describe
+from server.http.streaming import EventResponse, sse_event, while_connected
 from server.routes.dependencies import Front
 from server.schemas.tgi import ErrorResponse, GenerateRequest, GenerateResponse, RootRequest
-from server.streaming import EventResponse, sse_event, while_connected
 
 logger = logging.getLogger("ambidex.server")
 router = APIRouter(tags=["generation"])
 
-CLIENT_LEFT: Final = 499  # nginx's code; nobody reads it but the access log
+CLIENT_LEFT: Final = 499  # nginx's code for the access log; the client has gone
 
 ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     408: {"model": ErrorResponse, "description": "The body did not arrive in time."},
@@ -83,8 +84,8 @@ async def generate_root(body: RootRequest, request: Request, front: Front) -> Re
     return await _respond(front, body, request, as_list=True)
 
 
-async def _start(front: Frontend, body: GenerateRequest, request: Request) -> Generation | None:
-    """The generation; None if the client left while its grammar was compiled, say."""
+async def _start(front: Frontend, body: GenerateRequest, request: Request) -> Submission | None:
+    """The submission; None if the client left before, as while its grammar was compiled."""
     parameters = body.parameters
     starting = front.start(
         body.inputs,
@@ -99,17 +100,17 @@ async def _start(front: Frontend, body: GenerateRequest, request: Request) -> Ge
 async def _respond(
     front: Frontend, body: GenerateRequest, request: Request, *, as_list: bool
 ) -> Response:
-    generation = await _start(front, body, request)
-    if generation is None:
+    submission = await _start(front, body, request)
+    if submission is None:
         return Response(status_code=CLIENT_LEFT)
     try:
-        output = await while_connected(request.receive, collect(generation))
+        output = await while_connected(request.receive, collect(submission))
     finally:
-        await generation.close()
+        await submission.close()
     if output is None:
         return Response(status_code=CLIENT_LEFT)
-    answer = _answer(body, generation, output)
-    headers = {**_kind_headers(front, body), **_headers(generation, output)}
+    answer = _answer(body, submission, output)
+    headers = {**_kind_headers(front, body), **_headers(submission, output)}
     return JSONResponse([answer] if as_list else answer, headers=headers)
 
 
@@ -119,37 +120,37 @@ async def _stream(front: Frontend, body: GenerateRequest, request: Request) -> R
         "parameters.decoder_input_details must be false for a stream",
         InvalidRequest,
     )
-    generation = await _start(front, body, request)
-    if generation is None:
+    submission = await _start(front, body, request)
+    if submission is None:
         return Response(status_code=CLIENT_LEFT)
     headers = {
         **_kind_headers(front, body),
-        "x-prompt-tokens": str(generation.request.prompt_len),
-        "x-validation-time": _milliseconds(generation.validation_seconds),
+        "x-prompt-tokens": str(submission.request.prompt_len),
+        "x-validation-time": _milliseconds(submission.validation_seconds),
     }
-    return EventResponse(_frames(body, generation), generation.close, headers)
+    return EventResponse(_frames(body, submission), submission.close, headers)
 
 
-async def _frames(body: GenerateRequest, generation: Generation) -> AsyncGenerator[bytes, None]:
+async def _frames(body: GenerateRequest, submission: Submission) -> AsyncGenerator[bytes, None]:
     """The stream's events; an error becomes the last of them."""
     text = body.inputs if body.parameters.return_full_text else ""
     try:
-        async with aclosing(checked_events(generation)) as events:
+        async with aclosing(checked_events(submission)) as events:
             async for taken in events:
                 frames = []
                 for event in taken:
                     text += event.text
-                    frames.append(sse_event(_stream_event(event, generation, text)))
+                    frames.append(sse_event(_stream_event(event, submission, text)))
                 yield b"".join(frames)
     except AmbidexError as error:
         yield sse_event(describe(error))
     except Exception as error:
-        logger.exception("request %s failed", generation.request.request_id)
+        logger.exception("request %s failed", submission.request.request_id)
         yield sse_event(describe(error))
 
 
-def _stream_event(event: TokenEvent, generation: Generation, text: str) -> dict[str, Any]:
-    """One event: its token, and in the last one the text and the details as well."""
+def _stream_event(event: TokenEvent, submission: Submission, text: str) -> dict[str, Any]:
+    """The JSON object of one event; the last one has the text and the details as well."""
     out: dict[str, Any] = {"index": event.index + 1, "token": _token(event)}
     if event.top_tokens:
         out["top_tokens"] = [_plain(t) for t in event.top_tokens]
@@ -161,20 +162,20 @@ def _stream_event(event: TokenEvent, generation: Generation, text: str) -> dict[
             "generated_tokens": event.usage.generated_tokens,
             "input_length": event.usage.prompt_tokens,
             "seed": event.usage.seed,
-            "experts": _experts(generation, event.usage),
+            "experts": _experts(submission, event.usage),
         }
     return out
 
 
-def _answer(body: GenerateRequest, generation: Generation, output: Output) -> dict[str, Any]:
+def _answer(body: GenerateRequest, submission: Submission, output: Output) -> dict[str, Any]:
     prompt = body.inputs if body.parameters.return_full_text else ""
     answer: dict[str, Any] = {"generated_text": prompt + output.text}
     if body.parameters.wants_details:
-        answer["details"] = _details(body, generation, output)
+        answer["details"] = _details(body, submission, output)
     return answer
 
 
-def _details(body: GenerateRequest, generation: Generation, output: Output) -> dict[str, Any]:
+def _details(body: GenerateRequest, submission: Submission, output: Output) -> dict[str, Any]:
     tokens = [e for e in output.events if e.token is not None]
     prefill = [t for e in output.events for t in e.prompt]
     details: dict[str, Any] = {
@@ -186,15 +187,15 @@ def _details(body: GenerateRequest, generation: Generation, output: Output) -> d
     }
     if body.parameters.top_n_tokens:
         details["top_tokens"] = [[_plain(t) for t in e.top_tokens] for e in tokens]
-    details["experts"] = _experts(generation, output.usage)
+    details["experts"] = _experts(submission, output.usage)
     return details
 
 
 def _token(event: TokenEvent) -> dict[str, Any] | None:
     """A token with the text that it completed, so that the texts add up to the output.
 
-    A special token shows its own text, which readers skip, unless it set free what had been held
-    back as the possible beginning of a stop string.
+    A special token has its own text, which clients skip. But where the end of the output released
+    text that was held back as the possible beginning of a stop string, it has that text.
     """
     token = event.token
     if token is None:
@@ -217,9 +218,9 @@ def _plain(token: TokenLogprob) -> dict[str, Any]:
     }
 
 
-def _experts(generation: Generation, usage: Usage) -> dict[str, Any]:
+def _experts(submission: Submission, usage: Usage) -> dict[str, Any]:
     return {
-        "policy": str(generation.request.policy),
+        "policy": str(submission.request.policy),
         "activated_ratio": usage.activated_ratio,
         "activated": usage.experts_activated,
         "available": usage.experts_available,
@@ -227,20 +228,20 @@ def _experts(generation: Generation, usage: Usage) -> dict[str, Any]:
 
 
 def _kind_headers(front: Frontend, body: GenerateRequest) -> Mapping[str, str]:
-    """TGI's response headers that are known before the output: the device, characters read."""
+    """TGI's response headers that are known before the output: device, characters of the prompt."""
     return {
         "x-compute-type": front.engine.config.device,
         "x-compute-characters": str(len(body.inputs)),
     }
 
 
-def _headers(generation: Generation, output: Output) -> Mapping[str, str]:
+def _headers(submission: Submission, output: Output) -> Mapping[str, str]:
     """TGI's response headers (times in milliseconds, x-compute-time in seconds), and ours."""
-    usage, total = output.usage, time.perf_counter() - generation.started
+    usage, total = output.usage, time.perf_counter() - submission.started
     return {
         "x-compute-time": f"{total:.6f}",
         "x-total-time": _milliseconds(total),
-        "x-validation-time": _milliseconds(generation.validation_seconds),
+        "x-validation-time": _milliseconds(submission.validation_seconds),
         "x-queue-time": _milliseconds(usage.queue_seconds),
         "x-inference-time": _milliseconds(usage.inference_seconds),
         "x-time-per-token": _milliseconds(usage.inference_seconds / max(1, usage.generated_tokens)),

@@ -7,7 +7,7 @@ from typing import Any, Final, Literal
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
-from server.generation import Frontend
+from server.generation.frontend import Frontend
 from server.routes.dependencies import Front
 from server.schemas.openai import OpenAIErrorResponse
 
@@ -43,7 +43,7 @@ async def list_models(front: Front) -> ModelList:
 
 @router.get("/{name:path}", responses=NOT_FOUND, summary="A model")
 async def retrieve_model(name: str, front: Front) -> Model:
-    """The model that is served, if it is called so: by its name, or one that always means it."""
+    """The model that is served, by its name or one of those that always mean it."""
     front.check_model(name)
     return _model(front)
 

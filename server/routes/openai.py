@@ -1,6 +1,6 @@
 """What `/v1/completions` and `/v1/chat/completions` share: starting, answering, streaming.
 
-How an answer looks is left to a `Writer`; what runs, what is counted and how it ends is here.
+A `Writer` knows how an answer looks. Starting, counting and ending it is done here.
 """
 
 from __future__ import annotations
@@ -16,21 +16,23 @@ from fastapi import Request
 from starlette.responses import JSONResponse, Response
 
 from engine.errors import AmbidexError, InvalidRequest, require
+from engine.serving.engine import SamplingFor
 from engine.serving.request import Request as EngineRequest
 from engine.serving.request import TokenEvent, Usage
-from server import calls
-from server.errors import describe
-from server.events import Output, collect_all, merged_events
-from server.generation import Frontend, Generation, Prompt, SamplingFor, close_all
+from server.generation.events import Output, collect_all, merged_events
+from server.generation.frontend import Frontend
+from server.generation.submission import Prompt, Submission, close_all
+from server.http import calls
+from server.http.error_responses import describe
+from server.http.streaming import EventResponse, sse_event, while_connected
 from server.routes.generate import CLIENT_LEFT
 from server.schemas.openai import GenerationBody, OpenAIErrorResponse
-from server.streaming import EventResponse, sse_event, while_connected
 
 logger = logging.getLogger("ambidex.server")
 
 DONE: Final = b"data: [DONE]\n\n"
 FINISH_REASONS: Final = {"length": "length", "eos_token": "stop", "stop_sequence": "stop"}
-# Entries that are put into one answer, or a stream's first event, at once, beside other streams.
+# Entries of one answer, or of a stream's first event: more would keep other streams waiting.
 MAX_LOGPROBS: Final = 1 << 17
 
 ERRORS: Final[dict[int | str, dict[str, Any]]] = {
@@ -51,9 +53,9 @@ ERRORS: Final[dict[int | str, dict[str, Any]]] = {
 class Writer(Protocol):
     """Writes one request's answer in the shape of its route."""
 
-    prefix: str  # of the answer's id
+    prefix: str  # the beginning of the answer's id
     kind: str  # the field `object` of the answer
-    chunk_kind: str  # and of a stream's chunks
+    chunk_kind: str  # the field `object` of a stream's chunks
 
     @property
     def body(self) -> GenerationBody:
@@ -69,7 +71,7 @@ class Writer(Protocol):
 def check_logprobs(requests: Sequence[EngineRequest], *, stream: bool) -> None:
     """Raise InvalidRequest if an answer with these requests' log-probabilities is too large.
 
-    Of a stream only the prompts' count, which come at once: its output goes out token by token.
+    For a stream only those of the prompts count, which are sent at once.
     """
     entries = sum(
         (1 + request.sampling.top_n_tokens)
@@ -99,11 +101,11 @@ async def respond(
     """The answer to a request, at once or as a stream.
 
     Args:
-        front: the server.
-        request: as it came.
-        writer: of its answer.
-        prompts: by the names that complaints use.
-        sampling: parameters of each.
+        front: the frontend of the server.
+        request: the HTTP request.
+        writer: writes its answer.
+        prompts: the prompts by the names that errors give them.
+        sampling: the parameters of each, once its prompt's length is known.
         logprobs: whether the answer has log-probabilities.
     """
     body = writer.body
@@ -114,33 +116,33 @@ async def respond(
     starting = front.start_all(
         prompts, sampling, body.policy, body.completions, check, body.grammar
     )
-    generations = await while_connected(request.receive, starting)
-    if generations is None:  # the client left while its grammar was compiled, say
+    submissions = await while_connected(request.receive, starting)
+    if submissions is None:  # the client left while its grammar was compiled, say
         return Response(status_code=CLIENT_LEFT)
-    answer = _Answer(front, writer, generations)
+    answer = _Answer(front, writer, submissions)
     if stream:
-        return EventResponse(answer.frames(), lambda: close_all(generations), answer.prompt_header)
+        return EventResponse(answer.frames(), lambda: close_all(submissions), answer.prompt_header)
     try:
-        outputs = await while_connected(request.receive, collect_all(generations))
+        outputs = await while_connected(request.receive, collect_all(submissions))
     finally:
-        await close_all(generations)
+        await close_all(submissions)
     if outputs is None:
         return Response(status_code=CLIENT_LEFT)
     return answer.whole(outputs)
 
 
 class _Answer:
-    """One answer: what its chunks have in common, and its sums."""
+    """One answer: the fields that its chunks share, and the sums over its completions."""
 
-    def __init__(self, front: Frontend, writer: Writer, generations: Sequence[Generation]) -> None:
+    def __init__(self, front: Frontend, writer: Writer, submissions: Sequence[Submission]) -> None:
         self.writer = writer
-        self.generations = generations
-        self.usages: dict[int, Usage] = {}  # by generation, as they finish
+        self.submissions = submissions
+        self.usages: dict[int, Usage] = {}  # by the place of the submission, as they finish
         self.common = {
             "id": f"{writer.prefix}-{uuid.uuid4().hex}",
             "created": int(calls.current().started),
             "model": front.model_name,
-            "system_fingerprint": f"fp_{generations[0].engine.checkpoint.fingerprint[:12]}",
+            "system_fingerprint": f"fp_{submissions[0].engine.checkpoint.fingerprint[:12]}",
         }
 
     @property
@@ -149,9 +151,9 @@ class _Answer:
 
     @property
     def _prompt_tokens(self) -> int:
-        """Of each prompt once, however many completions it has."""
+        """The tokens of all prompts; each prompt counts once, however many completions it has."""
         each = self.writer.body.completions
-        return sum(generation.request.prompt_len for generation in self.generations[::each])
+        return sum(submission.request.prompt_len for submission in self.submissions[::each])
 
     def whole(self, outputs: Sequence[Output]) -> Response:
         """The answer at once."""
@@ -173,9 +175,9 @@ class _Answer:
         return JSONResponse(content, headers=headers)
 
     async def frames(self) -> AsyncGenerator[bytes, None]:
-        """The answer as events; an error becomes the last of them but for the end."""
+        """The answer as events. An error becomes the last event before `[DONE]`."""
         try:
-            async with aclosing(merged_events(self.generations)) as events:
+            async with aclosing(merged_events(self.submissions)) as events:
                 async for which, taken in events:
                     chunks = (self._chunk(which, event) for event in taken)
                     if frames := [sse_event(chunk) for chunk in chunks if chunk is not None]:
@@ -191,7 +193,7 @@ class _Answer:
         yield DONE
 
     def _chunk(self, which: int, event: TokenEvent) -> dict[str, Any] | None:
-        """The chunk that an event makes, if any."""
+        """The chunk of an event; None if it has nothing to show."""
         if event.usage is not None:
             self.usages[which] = event.usage
         choice = self.writer.piece(which, event)
@@ -200,7 +202,7 @@ class _Answer:
         chunk = {**self.common, "object": self.writer.chunk_kind, "choices": [choice]}
         if self.writer.body.includes_usage:
             chunk["usage"] = None
-        elif len(self.usages) == len(self.generations):
+        elif len(self.usages) == len(self.submissions):
             chunk["experts"] = self._experts()
         return chunk
 
@@ -208,7 +210,7 @@ class _Answer:
         body, usages = self.writer.body, self.usages
         generated = sum(usage.generated_tokens for usage in usages.values())
         generated = 0 if body.hides_output else generated
-        firsts = range(0, len(self.generations), body.completions)
+        firsts = range(0, len(self.submissions), body.completions)
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": generated,
@@ -223,7 +225,7 @@ class _Answer:
         activated = sum(usage.experts_activated for usage in self.usages.values())
         available = sum(usage.experts_available for usage in self.usages.values())
         return {
-            "policy": str(self.generations[0].request.policy),
+            "policy": str(self.submissions[0].request.policy),
             "activated_ratio": activated / available if available else 0.0,
             "activated": activated,
             "available": available,
@@ -231,10 +233,10 @@ class _Answer:
 
 
 def visible_text(event: TokenEvent, stops: Sequence[str]) -> str:
-    """An event's text without the stop string that ends it: the engine leaves it in, as TGI does.
+    """An event's text without the stop string at its end, which the engine leaves in, as TGI does.
 
-    Of several that end there the longest counts; what might begin one is always held back, so the
-    last event has all of it.
+    If several stop strings end there, the longest is cut. The last event has all of it, because
+    text that might begin a stop string is held back.
     """
     if event.finish_reason != "stop_sequence":
         return event.text

@@ -11,8 +11,8 @@ from starlette.responses import JSONResponse, Response
 
 from engine.serving.request import MAX_STOPS, MAX_TOP_N
 from engine.version import VERSION
-from server.errors import error_body
-from server.generation import Frontend
+from server.generation.frontend import Frontend
+from server.http.error_responses import error_body
 from server.routes.dependencies import Front
 from server.schemas.tgi import ErrorResponse
 
@@ -31,7 +31,7 @@ class QualityPointInfo(BaseModel):
 
 
 class ExpertInfo(BaseModel):
-    """How the feed-forward layers are divided."""
+    """How the feed-forward layers are divided into experts."""
 
     num_experts: int = Field(description="Experts per layer.")
     expert_size: int = Field(description="Neurons per expert.")
@@ -90,7 +90,7 @@ NOT_READY: Final[dict[int | str, dict[str, Any]]] = {
     summary="Whether the engine makes progress and takes requests",
 )
 async def health(front: Front) -> Response:
-    """As `/health/ready`, for those who ask for one thing only."""
+    """The same as `/health/ready`."""
     return await ready(front)
 
 
@@ -140,7 +140,7 @@ async def info(front: Front) -> Info:
         model_sha=engine.checkpoint.fingerprint,
         model_loaded_at=front.fleet.loaded_at,
         model_dtype=front.dtype,
-        model_device_type=settings.device,
+        model_device_type=engine.config.device,
         model_pipeline_tag="text-generation",
         model_parameters=model.num_parameters,
         num_layers=model.num_hidden_layers,

@@ -1,14 +1,13 @@
 """`GET /playground`: a page to try the model in a browser, shipped with the package.
 
-Its files are read once. The page holds no data: what it shows it asks of the API, with a key where
-the server has keys. So its own files need none.
+Its files are read once. They need no key, because they hold no data: the page asks the API for all
+that it shows, with a key where the server has keys.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 from starlette.datastructures import Headers
@@ -16,15 +15,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-DIRECTORY: Final = Path(__file__).parents[1] / "playground"
-PAGE: Final = "/playground"
-MEDIA_TYPES: Final = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
-_FILES: Final = sorted(f for f in DIRECTORY.iterdir() if f.suffix in MEDIA_TYPES)
-PATHS: Final = frozenset(
-    {PAGE, f"{PAGE}/"} | {f"{PAGE}/{f.name}" for f in _FILES if f.suffix != ".html"}
-)
+from server.playground import FILES, MEDIA_TYPES, PAGE
 
-# The page runs its own scripts and styles alone, talks to this server alone, and is in no frame.
+# The page may load its own scripts and styles only, call this server only, and be in no frame.
 POLICY: Final = "; ".join(
     (
         "default-src 'none'",
@@ -37,19 +30,19 @@ HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-cache",  # ask each time; the ETag saves the transfer
+    "Cache-Control": "no-cache",  # browsers ask each time, but the ETag saves the transfer
 }
 
 
 def routes() -> Iterator[Route]:
-    """One route a file; they answer HEAD as well."""
-    for file in _FILES:
+    """A route for each file; it answers HEAD as well."""
+    for file in FILES:
         path = PAGE if file.suffix == ".html" else f"{PAGE}/{file.name}"
         yield Route(path, _Asset(file.read_bytes(), MEDIA_TYPES[file.suffix]).answer)
 
 
 class _Asset:
-    """A file, and how to answer who asks for it."""
+    """A file of the page."""
 
     def __init__(self, content: bytes, media_type: str) -> None:
         self.content = content

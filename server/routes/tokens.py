@@ -1,6 +1,6 @@
-"""`/tokenize`, `/detokenize`, `/tokenizer_info`: the tokenizer, for who counts or composes ids.
+"""`/tokenize`, `/detokenize`, `/tokenizer_info`: the tokenizer for clients that count tokens.
 
-In vLLM's format, which evaluation harnesses use in place of a tokenizer of their own.
+The format is vLLM's, which evaluation harnesses use in place of a tokenizer of their own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, Final
 from fastapi import APIRouter
 
 from engine.errors import InvalidRequest, require
-from server.chat import PLAIN
+from server.generation.chat_prompt import PLAIN
 from server.routes.dependencies import Front
 from server.schemas.tgi import ErrorResponse
 from server.schemas.tokens import (
@@ -37,7 +37,7 @@ ERRORS: Final[dict[int | str, dict[str, Any]]] = {
 
 @router.post("/tokenize", responses=ERRORS, summary="Text to token ids")
 async def tokenize(body: TokenizeRequest, front: Front) -> TokenizeResponse:
-    """The tokens of a text, as of a prompt: behind what the tokenizer puts in front of each."""
+    """The tokens of a text, with those in front that the tokenizer puts in front of prompts."""
     front.check_model(body.model)
     tokenizer = front.engine.tokenizer
     encode = tokenizer.encode_parsing if body.parse_special_tokens else tokenizer.encode

@@ -15,7 +15,7 @@ from pydantic import (
 
 from engine.serving.request import MAX_TOP_N, SamplingParams
 from server.schemas.fields import MAX_TOKENS, Strict, Text, encodable, refuse, strict_object
-from server.schemas.openai import Answer, Count, GenerationBody
+from server.schemas.openai import AnswerFields, Count, GenerationBody
 from server.schemas.openai_fields import Unsupported
 from server.schemas.sentences import CONTINUATION, SENTENCE
 
@@ -24,7 +24,7 @@ MAX_PARTS: Final = 256
 
 
 def _read_content(value: Any) -> str:
-    """A text, or the texts of a list of parts one after the other."""
+    """The content as one text; the texts of a list of parts are joined."""
     if isinstance(value, str):
         return encodable(value)
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_PARTS:
@@ -63,7 +63,7 @@ Content = Annotated[
 
 
 class Message(Strict):
-    """One message of a chat. What answers have but nobody wrote may come back as null."""
+    """One message of a chat. Fields that answers have beside the text may come back as null."""
 
     role: Literal["system", "developer", "user", "assistant"] = Field(
         description="Who wrote it; `developer` is `system`."
@@ -79,7 +79,7 @@ class Message(Strict):
     function_call: Annotated[Any, Unsupported()] = None
 
     def for_template(self) -> dict[str, str]:
-        """The message as chat templates know them."""
+        """The message as chat templates read it."""
         role = "system" if self.role == "developer" else self.role
         named = {} if self.name is None else {"name": self.name}
         return {"role": role, "content": self.content, **named}
@@ -181,7 +181,7 @@ class ChatChoice(BaseModel):
     )
 
 
-class ChatResponse(Answer):
+class ChatResponse(AnswerFields):
     """The answer to `POST /v1/chat/completions`."""
 
     object: Literal["chat.completion"] = Field(description="What this is.")
@@ -204,7 +204,7 @@ class ChunkChoice(BaseModel):
     finish_reason: Literal["stop", "length"] | None = Field(description="In the last piece.")
 
 
-class ChatChunk(Answer):
+class ChatChunk(AnswerFields):
     """One event of a stream."""
 
     object: Literal["chat.completion.chunk"] = Field(description="What this is.")

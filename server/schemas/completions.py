@@ -15,7 +15,7 @@ from pydantic import (
 
 from engine.serving.request import MAX_COMPLETIONS, MAX_TOP_N, SamplingParams
 from server.schemas.fields import MAX_TOKENS, encodable, refuse
-from server.schemas.openai import Answer, GenerationBody
+from server.schemas.openai import AnswerFields, GenerationBody
 from server.schemas.openai_fields import MAX_TOKEN_ID, Unsupported
 from server.schemas.sentences import SENTENCE
 
@@ -26,7 +26,7 @@ Prompts = list[str | list[int]]
 
 
 def _read_prompts(value: Any) -> Prompts:
-    """A text, token ids, or a list of texts or of token ids: as a list, of at least one."""
+    """The field `prompt` as a list of at least one text or list of token ids."""
     single = isinstance(value, str) or _all_ints(value)
     prompts = [value] if single else value
     if not isinstance(prompts, list) or not 1 <= len(prompts) <= MAX_PROMPTS:
@@ -52,8 +52,6 @@ def _check_prompt(name: str, prompt: Any) -> None:
         raise refuse(
             f"prompt{name} must be a string or a list of token ids, of at least 1", SENTENCE
         )
-    elif min(prompt) < 0 or max(prompt) > MAX_TOKEN_ID:
-        raise refuse(f"token ids of prompt{name} must be from 0 to {MAX_TOKEN_ID}", SENTENCE)
 
 
 _STRING: Final = {"type": "string", "minLength": 1}
@@ -145,7 +143,7 @@ class CompletionRequest(GenerationBody):
 
 
 class CompletionLogprobs(BaseModel):
-    """The tokens of a choice, four lists of one length."""
+    """The tokens of a choice, in four lists of the same length."""
 
     tokens: list[str] = Field(description="Their texts.")
     token_logprobs: list[float | None] = Field(
@@ -168,7 +166,7 @@ class CompletionChoice(BaseModel):
     )
 
 
-class CompletionResponse(Answer):
+class CompletionResponse(AnswerFields):
     """The answer to `POST /v1/completions`, and each chunk of a stream."""
 
     object: Literal["text_completion"] = Field(description="What this is.")

@@ -1,4 +1,4 @@
-"""What the interfaces share: strict bodies, bounded numbers, texts, and the expert policy."""
+"""Fields that the interfaces share: strict bodies, bounded numbers, texts, the expert policy."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ from server.schemas.sentences import CONTINUATION, PREDICATE
 MAX_TOKENS: Final = 1 << 20
 MAX_POLICY_CHARS: Final = 32
 MAX_FIELDS: Final = 64
+REMOVED_POLICY: Final = "experts must not be shared: that policy was removed, use top_k instead"
 
 
 def refuse(message: str, kind: LiteralString = PREDICATE) -> PydanticCustomError:
-    """An error in our own words: what the field must be, or a whole SENTENCE."""
-    # through a placeholder: braces in the message itself would be read as such
+    """An error in our own words; `kind` says what the message continues (`sentences`)."""
+    # a placeholder, because braces in the message itself would be read as one
     return PydanticCustomError(kind, "{message}", {"message": message})
 
 
 def encodable(text: str) -> str:
-    """JSON can spell half of a surrogate pair, which no tokenizer can read."""
+    """`text`, unless it has half of a surrogate pair, as JSON can spell and no tokenizer read."""
     if not text.isascii():
         try:
             text.encode()
@@ -43,12 +44,12 @@ def encodable(text: str) -> str:
 
 
 def _read_policy(value: Any) -> ExpertPolicy:
-    """The `experts` field, as text or as an object, within any model's bounds."""
+    """The policy that the field `experts` has, as text or as an object."""
     try:
         policy = _policy(value)
         policy.validate(MAX_EXPERTS)
     except InvalidRequest as error:
-        # the place says where, such as parameters.experts; the rest may lead on: .top_k must be
+        # the field's place, such as parameters.experts, is put in front: so .top_k must follow it
         raise refuse(str(error).removeprefix("experts"), CONTINUATION) from error
     return policy
 
@@ -59,6 +60,10 @@ def _policy(value: Any) -> ExpertPolicy:
             return value
         case None:
             return ExpertPolicy.auto()
+        case {"shared": _}:
+            raise InvalidRequest(REMOVED_POLICY)
+        case str() if value.startswith("shared"):
+            raise InvalidRequest(REMOVED_POLICY)
         case str() if len(value) <= MAX_POLICY_CHARS and not value.startswith("oracle"):
             return ExpertPolicy.parse(value)
         case {"top_k": int(k)} if len(value) == 1 and not isinstance(k, bool) and abs(k) < 1 << 31:
@@ -66,21 +71,20 @@ def _policy(value: Any) -> ExpertPolicy:
         case {"mass": int(p) | float(p)} if len(value) == 1 and not isinstance(p, bool):
             return ExpertPolicy.mass(min(float(p), 2.0) if abs(p) < 1 << 31 else 2.0)
     raise InvalidRequest(
-        'experts must be "dense", "auto", "top_k:N", "mass:SHARE", "shared:N", {"top_k": N}, '
-        f'{{"mass": SHARE}} or {{"shared": N}} with N from 1 to {MAX_EXPERTS} and SHARE above 0 '
-        "and at most 1"
+        'experts must be "dense", "auto", "top_k:N", "mass:SHARE", {"top_k": N} or '
+        f'{{"mass": SHARE}} with N from 1 to {MAX_EXPERTS} and SHARE above 0 and at most 1'
     )
 
 
 class Strict(BaseModel):
-    """No coercion of types, no unknown fields."""
+    """A body without coercion of types and without unknown fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     @model_validator(mode="before")
     @classmethod
     def _not_too_many(cls, value: Any) -> Any:
-        """Stop before a body of a million unknown fields becomes a million complaints."""
+        """Refuse a body of very many fields at once: each unknown one would make an error."""
         if isinstance(value, dict) and len(value) > MAX_FIELDS:
             raise refuse(f"must have at most {MAX_FIELDS} fields, got {len(value)}")
         return value
@@ -102,7 +106,7 @@ def strict_object(properties: JsonDict, *required: str) -> JsonDict:
     }
 
 
-# Any, not ExpertPolicy: its own schema is not what a client sends.
+# The type is Any, because the schema of ExpertPolicy is not what a client sends.
 Policy = Annotated[
     Any,
     PlainValidator(_read_policy),
@@ -110,23 +114,20 @@ Policy = Annotated[
         {
             "anyOf": [
                 {"type": "string", "enum": ["dense", "auto"]},
-                {"type": "string", "pattern": r"^((top_k|shared):\d+|mass:\d*\.?\d+)$"},
-                *(
-                    strict_object(
-                        {kind: {"type": "integer", "minimum": 1, "maximum": MAX_EXPERTS}}, kind
-                    )
-                    for kind in ("top_k", "shared")
+                {"type": "string", "pattern": r"^(top_k:\d+|mass:\d*\.?\d+)$"},
+                strict_object(
+                    {"top_k": {"type": "integer", "minimum": 1, "maximum": MAX_EXPERTS}}, "top_k"
                 ),
                 strict_object(
                     {"mass": {"type": "number", "exclusiveMinimum": 0, "maximum": 1}}, "mass"
                 ),
             ],
-            "examples": ["auto", "dense", {"top_k": 8}, {"mass": 0.95}, {"shared": 8}, "top_k:8"],
+            "examples": ["auto", "dense", {"top_k": 8}, {"mass": 0.95}, "top_k:8"],
         }
     ),
 ]
 
 
 def or_default(value: float | None, default: float) -> float:
-    """null is the default."""
+    """`value`, or `default` for null."""
     return default if value is None else value

@@ -1,8 +1,8 @@
 """What OpenAI's completions and chat completions share: parameters of generation, usage, errors.
 
-Every known field does what OpenAI says of it or is refused by name; a field of a feature that is
-not here is taken only with the value that means "without it". Fields of others that are common
-among servers of open models (`top_k`, `min_p`, `repetition_penalty`, `min_tokens`, `ignore_eos`,
+Every known field does what OpenAI says of it, or is refused by name. A field of a feature that this
+server lacks is taken only with the value that turns the feature off. Fields that are common among
+servers of open models (`top_k`, `min_p`, `repetition_penalty`, `min_tokens`, `ignore_eos`,
 `stop_token_ids`) work too, and one is ours: `experts`, the expert policy.
 """
 
@@ -191,7 +191,8 @@ class GenerationBody(Strict):
             InvalidRequest,
         )
         return SamplingParams(
-            max_new_tokens=max(1, most),  # 0 is for echo alone; the answer leaves that token out
+            # `max_tokens` 0 is for echo alone: the answer leaves out the token that is generated.
+            max_new_tokens=max(1, most),
             temperature=or_default(self.temperature, 1.0),
             top_k=max(0, self.top_k or 0),
             top_p=or_default(self.top_p, 1.0),
@@ -227,8 +228,8 @@ class UsageInfo(BaseModel):
     prompt_tokens_details: PromptDetails = Field(description="Of the tokens of the prompt.")
 
 
-class Answer(BaseModel):
-    """What answers and chunks share."""
+class AnswerFields(BaseModel):
+    """The fields that answers and chunks share."""
 
     id: str = Field(description="Name of this answer.")
     created: int = Field(description="When the request came, Unix time.")

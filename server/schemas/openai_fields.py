@@ -1,4 +1,4 @@
-"""Fields of OpenAI's bodies that no type describes: either-or, by number, or without effect."""
+"""Fields of OpenAI's bodies that need validators of their own."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pydantic_core import CoreSchema, core_schema
 from engine.serving.request import MAX_BIAS, MAX_BIASES, MAX_STOP_LENGTH, MAX_STOPS
 from server.schemas.fields import encodable, refuse
 
-MAX_TEXT_STOPS: Final = MAX_STOPS - 1  # one is left for the end of a turn
+MAX_TEXT_STOPS: Final = MAX_STOPS - 1  # chats add one that ends a turn
 MAX_TOKEN_ID: Final = (1 << 31) - 1
 MAX_NAME: Final = 256
 
 
 class Unsupported:
-    """In an annotation: a feature that is not here. It takes null, or a value that means so."""
+    """Annotates the field of a feature that is not supported: it takes null or a neutral value."""
 
     def __init__(self, *neutral: Any) -> None:
         self.neutral = (None, *neutral)
 
     def check(self, value: Any) -> Any:
-        """The value, if it is neutral; 0 is not false."""
+        """`value`, if it is neutral; types must agree, so 0 is not false."""
         if not any(type(value) is type(other) and value == other for other in self.neutral):
             raise refuse("is not supported: leave it out or send null")
         return value

@@ -66,8 +66,8 @@ def grammar_of(response_format: ResponseFormat | None) -> Grammar | None:
     """The grammar that constrains the output; None for text.
 
     Raises:
-        InvalidRequest: if the schema is too large. What else may be wrong with it shows when it
-            is compiled; either sentence names the field.
+        InvalidRequest: if the schema is too large. Whatever else is wrong with it shows when it is
+            compiled.
     """
     match response_format:
         case JsonObjectFormat(value=dict() as schema):
@@ -89,7 +89,7 @@ FORMATS: Final[dict[str, type[Strict]]] = {
 
 
 def _read(value: Any) -> Grammar | None:
-    """The grammar of the field as it comes; compiled later, off the event loop."""
+    """The grammar that the field means; it is compiled later, off the event loop."""
     if value is None or isinstance(value, Grammar):
         return value
     kind = value.get("type") if isinstance(value, dict) else None
@@ -116,7 +116,7 @@ _NAMED: Final = strict_object(
     },
     "name",
 )
-# What a body has: read as the grammar that it means, with sentences that name the field.
+# The field of a body. It is read as the grammar that it means; errors name the field.
 FormatField = Annotated[
     Any,
     PlainValidator(_read),

@@ -1,4 +1,4 @@
-"""From a schema's complaint to one sentence that names the field and its allowed range.
+"""Turns an error of pydantic into one sentence that names the field and its allowed range.
 
 pydantic reports the single bound that was crossed; the sentence here gives the whole range, read
 from the JSON schema that the documentation shows, so the two cannot disagree.
@@ -14,8 +14,8 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 
-# Types of our own complaints: a whole sentence, what follows the field's name, or what continues it
-# without a space: ".top_k must be ...".
+# The kinds of our own errors. The message is a whole sentence, or follows the field's name after a
+# space, or without one: ".top_k must be ...".
 SENTENCE: Final = "sentence"
 PREDICATE: Final = "predicate"
 CONTINUATION: Final = "continuation"
@@ -31,7 +31,7 @@ def sentence(problem: Mapping[str, Any], body: type[BaseModel] | None = None) ->
 
     Args:
         problem: the entry.
-        body: what the request's body should have been; its schema has the ranges.
+        body: the model of the request's body, whose schema has the ranges.
     """
     kind, place = problem["type"], place_of(problem)
     schema = _schema(body) if body is not None else {}
@@ -131,7 +131,7 @@ def describe_schema(node: Mapping[str, Any]) -> str:
 
 
 def _list(node: Mapping[str, Any]) -> str:
-    """Such as `a list of at most 4 strings of 1 to 9 characters`."""
+    """An array in words, such as `a list of at most 4 strings of 1 to 9 characters`."""
     low, high = node.get("minItems", 0), node.get("maxItems")
     size = f"of {low} to {high}" if low else f"of at most {high}"
     items = node.get("items", {})

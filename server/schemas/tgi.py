@@ -1,7 +1,7 @@
 """Requests and responses of the text-generation-inference (TGI) interface.
 
-Field by field what TGI takes, each bounded; unknown fields are refused, and so are the features
-that this server does not have, by name. One field is ours: `experts`, the expert policy.
+The fields are TGI's, each with bounds. Unknown fields are refused, and features that this server
+lacks are refused by name. One field is ours: `experts`, the expert policy.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _no_watermark(value: bool) -> bool:
 
 
 def _read_grammar(value: Any) -> Grammar | None:
-    """The `grammar` field; compiled later, off the event loop."""
+    """The grammar that the field `grammar` means; it is compiled later, off the event loop."""
     try:
         return _grammar(value)
     except InvalidRequest as error:
@@ -89,7 +89,7 @@ def _typed(kind: str, value: JsonDict) -> JsonDict:
     return strict_object({"type": {"const": kind}, "value": value}, "type", "value")
 
 
-# Any, not Grammar: its own schema is not what a client sends.
+# The type is Any, because the schema of Grammar is not what a client sends.
 GrammarField = Annotated[
     Any,
     PlainValidator(_read_grammar),
@@ -149,8 +149,6 @@ class GenerateParameters(Strict):
         default_factory=ExpertPolicy.auto,
         description="Expert policy of this request. `dense`: all experts. `top_k`: that many per "
         "token. `mass`: as many as the router predicts to hold this share of the activation mass. "
-        "`shared`: as `top_k`, but a decoding token gives some of its experts up for others that "
-        "the batch reads anyway, so the output depends on what else is decoded. "
         "`auto` (the default): what the checkpoint recommends, see `GET /info`.",
     )
     frequency_penalty: Penalty | None = Field(
@@ -226,7 +224,7 @@ class GenerateParameters(Strict):
 
     @property
     def samples(self) -> bool:
-        """Whether tokens are drawn at random; TGI's rule."""
+        """Whether tokens are drawn at random, by TGI's rule."""
         warps = (
             self.temperature not in (None, 1.0),
             self.top_k not in (None, 0),

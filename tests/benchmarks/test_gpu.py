@@ -12,7 +12,7 @@ import pytest
 from benchmarks import gpu
 from benchmarks.gpu import Report
 from benchmarks.gpu_kernels import Case
-from benchmarks.records import Record
+from benchmarks.records import Record, write_records
 
 RECORD = Record("name", {"tokens": 1, "dtype": "bf16"}, 2.0, "us", 5.0, 2.5)
 
@@ -106,10 +106,10 @@ def test_a_lost_device_hands_the_rest_to_a_new_process(
     def run(command: list[str], check: bool) -> Finished:
         commands.append(command)
         further = Path(command[command.index("--json") + 1])
-        gpu.write_records(further, [RECORD])
+        write_records(further, [RECORD])
         return Finished()
 
-    monkeypatch.setattr(gpu.subprocess, "run", run)
+    monkeypatch.setattr("benchmarks.gpu.subprocess.run", run)
     report = Report(time.monotonic() + 60, tmp_path / "records.json", [RECORD])
     gpu.go_on_elsewhere(report, ["kernels", "tiles"], tiny=True)
     (command,) = commands

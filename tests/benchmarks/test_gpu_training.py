@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_training
+from benchmarks.gpu_timing import Call
 from benchmarks.gpu_training import check_layer, layer_records, random_layer
 
 TINY = (40, (48, 6 * 16), (6, 2))
@@ -34,7 +35,7 @@ def test_the_masked_peer_computes_the_sparse_layer() -> None:
 
 
 def test_every_rival_and_product_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_once(rivals: list[gpu_training.Call], calls: int) -> list[float]:
+    def run_once(rivals: list[Call], calls: int) -> list[float]:
         for call in rivals:
             call(0)
         return [10.0 * calls + i for i in range(len(rivals))]

@@ -11,7 +11,7 @@ import pytest
 from deploy.build_context import IgnoreRules, context_files
 from deploy.dockerfile import PATH, Dockerfile, DockerfileError, Image, expand, instructions
 from engine.cpu import build
-from server.security import HEALTH_PATHS
+from server.http.security import HEALTH_PATHS
 from server.settings import Settings
 
 ROOT = Path(__file__).parents[2]

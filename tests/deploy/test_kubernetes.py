@@ -10,9 +10,9 @@ import pytest
 from fastapi.routing import APIRoute
 
 from engine.cpu import build
+from server.http.security import HEALTH_PATHS, METRICS_PATHS
+from server.process.serve import CLOSE_SECONDS
 from server.routes import ops
-from server.security import HEALTH_PATHS, METRICS_PATHS
-from server.serve import CLOSE_SECONDS
 from server.settings import Settings
 from tests.deploy.manifests import (
     ALL,

@@ -22,11 +22,11 @@ from engine import checkpoint as checkpoints
 from engine.serving.engine import Engine
 from engine.serving.worker import Worker
 from server.app import create_app
-from server.fleet import make_worker
-from server.generation import Frontend
-from server.serve import CLOSE_SECONDS, KEEP_ALIVE_SECONDS, listen
+from server.engines.fleet import make_worker
+from server.generation.frontend import Frontend
+from server.http.tracing import Tracing
+from server.process.serve import CLOSE_SECONDS, KEEP_ALIVE_SECONDS, listen
 from server.settings import Settings
-from server.tracing import Tracing
 from tests.models import SERVED_CONFIG, byte_tokenizer, foreign_tokenizer, served_model
 from tests.waiting import wait_for
 

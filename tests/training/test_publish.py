@@ -9,7 +9,7 @@ import pytest
 
 from engine.checkpoint import STARTER, content_digest, verify_manifest
 from engine.errors import CheckpointError
-from server.reload import candidates
+from server.engines.reload import candidates
 from tests.training.test_run_state import largest_file
 from training.errors import StorageError, TrainingError
 from training.publish import check_target, publish

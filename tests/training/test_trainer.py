@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.checkpoint import load
+from engine.checkpoint import load, write_json
 from tests.models import make_corpus
 from training import run_state
 from training.config import OptimizerConfig, TrainConfig
@@ -273,7 +273,7 @@ def test_a_full_disk_keeps_the_previous_state(
     micro: TrainConfig, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    real = run_state.write_json
+    real = write_json
 
     def full(path: Path, value: Any) -> None:
         if value.get("step", 0) >= 3:

@@ -23,7 +23,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deploy.ray.app import application
 from deploy.ray.options import Options
-from deploy.ray.replica import Model
+from deploy.ray.replica import Replica
 from server.settings import Settings
 from tests.server.conftest import Served, fail_steps, slow_down
 
@@ -35,7 +35,7 @@ _REPLICA = re.compile(r',?replica="([^"]*)"')
 Start = Callable[..., AbstractContextManager["OnRay"]]
 
 
-class FaultyModel(Model):
+class FaultyReplica(Replica):
     """A replica to which tests do what happens to servers."""
 
     def slow_down(self, seconds: float) -> None:
@@ -125,7 +125,7 @@ def running(checkpoint: Path) -> Iterator[Start]:
                 upscale_delay=1.0,
                 cpus=0.1,
             )
-            app = application(Settings(**{**defaults, **values}), options, FaultyModel)
+            app = application(Settings(**{**defaults, **values}), options, FaultyReplica)
             ray_serve.run(app, name=name, route_prefix=f"/{name}")
             url = f"http://127.0.0.1:{port}/{name}"
             with httpx.Client(base_url=url, trust_env=False, timeout=60) as http:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.ray.affinity import candidates, prompt_key, ranked
+from deploy.ray.affinity import preferences, prompt_key, ranked
 
 NAMES = st.sets(st.text("abcdefgh0123", min_size=1, max_size=8), min_size=1, max_size=12)
 KEYS = st.binary(min_size=1, max_size=40)
@@ -43,7 +43,7 @@ def test_keys_are_spread_evenly() -> None:
 def test_nobody_is_preferred_beyond_the_bound(
     loads: dict[str, int], key: bytes, bound: float
 ) -> None:
-    groups = candidates(key, loads, bound)
+    groups = preferences(key, loads, bound)
     assert sorted(name for group in groups for name in group) == sorted(loads)
     chosen = groups[0][0]
     most = math.ceil(bound * (sum(loads.values()) + 1) / len(loads))
@@ -56,13 +56,13 @@ def test_nobody_is_preferred_beyond_the_bound(
 def test_a_burst_of_requests_stays_within_the_bound(keys: list[bytes], count: int) -> None:
     loads = {f"r{i}": 0 for i in range(count)}
     for each in keys:
-        loads[candidates(each, loads, 1.5)[0][0]] += 1
+        loads[preferences(each, loads, 1.5)[0][0]] += 1
     assert max(loads.values()) <= math.ceil(1.5 * len(keys) / count)
 
 
 def test_without_a_key_or_replicas() -> None:
-    assert candidates(None, {"a": 3, "b": 1}) == [["a", "b"]]
-    assert candidates(b"x", {}) == candidates(None, {}) == []
+    assert preferences(None, {"a": 3, "b": 1}) == [["a", "b"]]
+    assert preferences(b"x", {}) == preferences(None, {}) == []
 
 
 def test_the_key_is_the_beginning_of_the_prompt() -> None:

@@ -18,7 +18,7 @@ from deploy.ray.affinity import prompt_key
 from deploy.ray.forward import Forwarder, ReplicaLost
 from deploy.ray.wire import Accepted, Target, merged
 from server.app import add_middleware
-from server.ratelimit import RateLimiter
+from server.http.ratelimit import RateLimiter
 from server.settings import Settings
 
 JSON = (b"content-type", b"application/json")

@@ -15,10 +15,10 @@ from engine.cpu.cache import KV_BLOCK, PagedCache
 from engine.cpu.elementwise import layer_norm, rms_norm, rotate_
 from engine.cpu.experts import FFNExtras, PackedExpertFFN, choose, every_pair, sort_pairs
 from engine.cpu.linear import PackedLinear, unpack
-from engine.gpu.routing import routing
 from engine.model.activations import hidden_reference
 from engine.model.attention import rotate
 from engine.model.rotary import rope_table
+from engine.model.routing import choose_reference
 from engine.model.sliced_ffn import sparse_ffn_reference
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="needs a C compiler")
@@ -337,7 +337,7 @@ def test_choice_follows_the_rule(dtype: torch.dtype, T: int, E: int, D: int) -> 
     mass_T = (torch.rand(T) * 0.98 + 0.01).float()
     mass_T[::2] = 2.0
     chosen_TE = choose(x_TD, router_ED, k_T, mass_T)
-    expected_TE = routing.choose_reference(x_TD.float() @ router_ED.T, k_T, mass_T)
+    expected_TE = choose_reference(x_TD.float() @ router_ED.T, k_T, mass_T)
     assert torch.equal(chosen_TE[::2], expected_TE[::2])
     # A sum of shares may fall on either side of a mass that it all but equals.
     assert ((chosen_TE != expected_TE).sum(1) <= 1).all()
@@ -373,7 +373,7 @@ def test_scores_that_are_not_numbers_come_last(dtype: torch.dtype) -> None:
     x_TD[3] = torch.nan
     k_T, mass_T = limits([5, 6, 6, 3], [2.0, 2.0, 0.999999, 2.0])
     chosen_TE = choose(x_TD, router_ED, k_T, mass_T)
-    assert torch.equal(chosen_TE, routing.choose_reference(x_TD.float() @ router_ED.T, k_T, mass_T))
+    assert torch.equal(chosen_TE, choose_reference(x_TD.float() @ router_ED.T, k_T, mass_T))
     assert chosen_TE[:, 2].tolist() == [False, True, False, False]
     assert chosen_TE[3].tolist() == [True, False, False, False, False, False]
 

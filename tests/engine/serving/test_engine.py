@@ -513,7 +513,7 @@ def test_empty_prompts_are_refused(make_engine: MakeEngine, prompt: str | list[i
 
 @pytest.mark.parametrize("bad", [-1, 300])
 def test_token_ids_out_of_the_vocabulary_are_refused(make_engine: MakeEngine, bad: int) -> None:
-    with pytest.raises(InvalidRequest, match="between 0 and 299"):
+    with pytest.raises(InvalidRequest, match="from 0 to 299"):
         make_engine().make_request([1, bad], SamplingParams(), DENSE)
 
 
@@ -524,7 +524,7 @@ def test_tokens_of_parameters_are_checked(make_engine: MakeEngine, bad: int) -> 
         ("logit_bias", SamplingParams(logit_bias=((5, 1.0), (bad, 1.0)))),
         ("stop_token_ids", SamplingParams(stop_token_ids=(5, bad))),
     ]:
-        with pytest.raises(InvalidRequest, match=f"token ids of {name} must be between 0 and 299"):
+        with pytest.raises(InvalidRequest, match=f"token ids of {name} must be from 0 to 299"):
             engine.make_request("a", sampling, DENSE)
     assert engine.stats.snapshot().rejected["invalid"] == 2
 
@@ -578,6 +578,26 @@ def test_the_longest_request_runs(make_engine: MakeEngine) -> None:
         new = engine.max_model_len - 1
         sampling = SamplingParams(max_new_tokens=new, ignore_eos=True)
         assert len(engine.generate([[1]], sampling, DENSE)[0].token_ids) == new
+
+
+def test_sampling_may_depend_on_the_room_that_the_prompt_leaves(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    rooms: list[int] = []
+
+    def sampling(room: int) -> SamplingParams:
+        rooms.append(room)
+        return SamplingParams(max_new_tokens=room)
+
+    request = engine.make_request([1, 2, 3, 4], sampling, DENSE, truncate=3)
+    assert rooms == [125]
+    assert request.max_len == engine.scheduler.max_request_len == 128
+
+
+def test_errors_name_the_prompt_as_the_caller_does(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    for prompt, problem in ([], "must have at least 1 token"), ([300], "must be from 0 to 299"):
+        with pytest.raises(InvalidRequest, match=rf"prompt\[2\] {problem}"):
+            engine.make_requests(prompt, SamplingParams(), DENSE, 2, name="prompt[2]")
 
 
 def test_truncation_keeps_the_end(make_engine: MakeEngine) -> None:

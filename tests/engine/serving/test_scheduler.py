@@ -143,6 +143,8 @@ def test_requests_that_can_never_fit_are_refused_alone() -> None:
     line.add(request("fits", 4, 4))
     step(line)
     with pytest.raises(InvalidRequest, match="at most 8, got 5 \\+ 4"):
+        line.check_fits(request("long", 5, 4))
+    with pytest.raises(AssertionError, match="never fits"):
         line.add(request("long", 5, 4))
     assert "long" not in line
     assert run_until_idle(line) == [[("fits", 1)]] * 3

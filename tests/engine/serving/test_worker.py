@@ -358,23 +358,39 @@ def test_what_was_accepted_is_never_refused_later(make_engine: MakeEngine) -> No
     assert numbers.preemptions
 
 
-def test_impossible_requests_and_ids_in_use_are_refused(make_engine: MakeEngine) -> None:
+def test_ids_in_use_are_refused(make_engine: MakeEngine) -> None:
     engine = make_engine()
-    small = make_engine(4)
     gate = Gate(engine)
 
     async def test() -> None:
         with serving(engine) as worker:
+            assert not worker.knows("same")
             first = await worker.submit(make(engine, request_id="same"))
+            assert worker.knows("same")
             with pytest.raises(InvalidRequest, match="'same' is already in use"):
                 await worker.submit(make(engine, request_id="same"))
             gate.open.set()
             await read(first)
             await read(await worker.submit(make(engine, request_id="same")))
-        with serving(small) as worker:
-            with pytest.raises(InvalidRequest, match="at most 16"):
-                await worker.submit(make(engine, 100))
-            assert not worker.num_unfinished
+
+    run(test)
+
+
+def test_an_abort_that_comes_too_late_spares_the_next_request_of_that_id(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine()
+    gate = Gate(engine)
+
+    async def test() -> None:
+        with serving(engine) as worker:
+            gate.open.set()
+            await read(await worker.submit(make(engine, request_id="same")))
+            worker.abort("same")  # nobody has this id now
+            gate.open.clear()
+            again = await worker.submit(make(engine, request_id="same"))
+            gate.open.set()
+            assert (await read(again))[-1].finish_reason == "length"
 
     run(test)
 

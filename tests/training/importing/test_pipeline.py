@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from engine import checkpoint
-from engine.checkpoint import Checkpoint
+from engine.checkpoint import Checkpoint, save_tensors
 from engine.errors import AmbidexError, CheckpointError
 from engine.policy import ExpertPolicy
 from training.errors import DataError, StorageError, TrainingError
@@ -209,7 +209,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "x" / "out"
-    save, calls = workspace.save_tensors, []
+    save, calls = save_tensors, []
 
     def full(*arguments: object, **named: object) -> None:
         calls.append(1)

@@ -1,0 +1,1 @@
+"""One server process, from its command line to its end."""
