@@ -3,8 +3,8 @@
     python -m benchmarks.clustering [--model DIR] [--data PATH ...] [--json FILE]
 
 The first table times balanced k-means on random rows, and on rows with planted clusters, at widths
-of real models. The second compares groupings of the checkpoint's neurons (by weights, by the tokens
-they fire on, as they are, at random) and routers (stored, calibrated centroids, fitted to the true
+of real models. The second compares groupings of the checkpoint's neurons (by weights, as they are,
+at random) and routers (stored, calibrated centroids, fitted to the true
 mass on other tokens, and the oracle) by the share of true activation mass inside the chosen experts
 and by held-out perplexity. Without --data, the text is Python's standard library, split as in the
 checkpoint's own training.

@@ -10,11 +10,10 @@ from typing import Final
 
 from engine.config import ExpertConfig, ModelConfig, check_choice, check_range
 from engine.errors import require
+from training import removed
 
 SCHEDULES: Final = ("cosine", "wsd")
 MODES: Final = ("ssd", "dense", "static")
-CLUSTERINGS: Final = ("weights", "coactivation")
-ROUTERS: Final = ("centroid", "learned")
 PRECISIONS: Final = ("float32", "bfloat16")
 PARALLEL: Final = ("ddp", "fsdp")
 
@@ -114,9 +113,6 @@ class SwitchConfig:
             `dense`, which is plain training.
         penalty_tokens: share of a step's tokens on which the penalty is measured, rounded to every
             n-th token.
-        clustering: what makes neurons alike: the direction of their `weights`, or `coactivation`.
-        router: `centroid`: follows the experts' weights at every step; `learned`: begins there and
-            is then fitted to the true activation mass that dense steps compute anyhow.
     """
 
     mode: str = "ssd"
@@ -134,13 +130,9 @@ class SwitchConfig:
     penalty: float = 0.3
     dense_penalty: float = 0.03
     penalty_tokens: float = 0.125
-    clustering: str = "weights"
-    router: str = "centroid"
 
     def __post_init__(self) -> None:
         check_choice("switch.mode", self.mode, MODES)
-        check_choice("switch.clustering", self.clustering, CLUSTERINGS)
-        check_choice("switch.router", self.router, ROUTERS)
         for name in ("probe_share", "min_dense_share", "max_dense_share"):
             check_range(f"switch.{name}", getattr(self, name), 1e-4, 1.0)
         for name in ("min_sparse_share", "max_sparse_share", "penalty_tokens"):
@@ -250,7 +242,9 @@ class TrainConfig:
     def digest(self) -> str:
         """Identifies the configuration: a run resumes only under the same one."""
         values = dataclasses.asdict(self)
-        if not self.start:  # as before there was such a field
+        # Runs that were started before a field came or went keep their digest, and so resume.
+        if not self.start:
             del values["start"]
+        values["switch"] |= removed.for_digest()
         text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()

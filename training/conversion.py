@@ -14,14 +14,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from engine.config import check_choice
-from engine.errors import require
 from engine.experts import ExpertFFN, ExpertLayout, centroid_router
 from engine.model import Decoder
 from training.activation import deciding_rows, ffn_inputs, hidden
 from training.clustering import Clustering, balanced_kmeans
-from training.coactivation import coactivation_rows
-from training.config import CLUSTERINGS
 from training.router import fit_router, share_loss, true_shares
 from training.sharding import whole, write_whole
 
@@ -47,6 +43,12 @@ def refresh_router(ffn: ExpertFFN) -> None:
     """Recompute the centroids from the current rows of `up`, keeping the common norm."""
     norm = float(ffn.router.norm(dim=1).mean()) or 1.0
     ffn.router.copy_(centroid_router(deciding_rows(ffn), ffn.num_experts, norm))
+
+
+def refresh_routers(model: Decoder) -> None:
+    """Let the router of every layer follow the weights, as before every training step."""
+    for ffn in model.ffns():
+        refresh_router(ffn)
 
 
 def token_mass(ffn: ExpertFFN, x_TD: Tensor) -> Tensor:
@@ -86,30 +88,19 @@ def learn_router(ffn: ExpertFFN, x_TD: Tensor, mass_TE: Tensor | None = None) ->
 def cluster_neurons(
     ffn: ExpertFFN,
     generator: torch.Generator,
-    method: str = "weights",
-    x_TD: Tensor | None = None,
     *,
     warm_start: bool = False,
 ) -> Clustering:
-    """Group the neurons of one FFN into equal experts; moves nothing.
+    """Group the neurons of one FFN into equal experts by the rows that decide what fires.
+
+    Nothing is moved yet.
 
     Args:
-        ffn: whose neurons.
-        generator: on the CPU; for the clustering's seeds and the projection of co-activations.
-        method: "weights" clusters the rows that decide what fires, "coactivation" the tokens that
-            neurons fire on.
-        x_TD: the FFN's inputs on probe tokens; "coactivation" alone reads them, and needs them.
+        ffn: the layer whose neurons are grouped.
+        generator: draws the clustering's seeds; on the CPU.
         warm_start: start from the present experts as well; the better of both results is kept.
-
-    Raises:
-        ConfigError: if `method` is unknown, or is "coactivation" without `x_TD`.
     """
-    check_choice("method", method, CLUSTERINGS)
     rows = deciding_rows(ffn).detach()
-    if method == "coactivation":
-        require(x_TD is not None, "method coactivation needs x_TD, the inputs on probe tokens")
-        assert x_TD is not None
-        rows = coactivation_rows(x_TD, lambda x_CD: hidden(ffn, x_CD), generator)
     present = centroid_router(rows, ffn.num_experts) if warm_start else None
     return balanced_kmeans(rows, ffn.num_experts, generator, present)
 
@@ -122,8 +113,6 @@ def build_experts(
     generator: torch.Generator,
     *,
     warm_start: bool,
-    method: str = "weights",
-    learn: bool = False,
     agree: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> list[ExpertLayout]:
     """Cluster, permute and route every layer; returns the layouts that were applied.
@@ -131,22 +120,17 @@ def build_experts(
     Args:
         model: its dense function stays the same.
         optimizer: its moments move along; None if there is none.
-        probe_BL: token ids on which neurons are watched and the routers calibrated or fitted.
-        generator: for the clustering's seeds.
+        probe_BL: token ids [B, L] on which the routers are calibrated.
+        generator: draws the clustering's seeds.
         warm_start: start from the present experts as well.
-        method: what makes neurons alike, see `cluster_neurons`.
-        learn: fit the routers to the true mass; else they are centroids at a calibrated norm.
         agree: of several processes, makes a tensor what the first one has (`Team.agree`).
     """
     layouts = []
     for ffn, x_TD in zip(model.ffns(), ffn_inputs(model, probe_BL), strict=True):
-        clusters = cluster_neurons(ffn, generator, method, x_TD, warm_start=warm_start)
+        clusters = cluster_neurons(ffn, generator, warm_start=warm_start)
         layout = ExpertLayout.from_labels(agree(clusters.labels_F), ffn.num_experts)
         permute_neurons(ffn, layout, optimizer)
-        if learn:
-            learn_router(ffn, x_TD)
-        else:
-            calibrate_router(ffn, x_TD)
+        calibrate_router(ffn, x_TD)
         agree(ffn.router)
         layouts.append(layout)
     return layouts

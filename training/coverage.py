@@ -33,7 +33,7 @@ from training.conversion import (
 from training.evaluation import Batches, evaluate
 
 # present: as the model has them; random: equal groups without a reason, the floor.
-GROUPINGS: Final = ("present", "weights", "coactivation", "random")
+GROUPINGS: Final = ("present", "weights", "random")
 # stored: the checkpoint's own rows, which fit its present experts alone.
 ROUTERS: Final = ("stored", "centroid", "fitted", "oracle")
 
@@ -71,7 +71,7 @@ def compare(
 
     Args:
         model: dense or sparse trained; parameters on any device.
-        fit_BL: batches of token ids that co-activation, calibration and fit may see.
+        fit_BL: batches of token ids that calibration and fit may see.
         held_out: other batches, on which coverage and perplexity are measured.
         ks: experts per token, each between 1 and E.
         seed: of the clusterings.
@@ -92,8 +92,8 @@ def compare(
     for grouping in groupings:
         grouped = copy.deepcopy(model)
         generator = torch.Generator().manual_seed(seed)
-        for ffn, x_TD in zip(grouped.ffns(), fit, strict=True):
-            _regroup(ffn, grouping, x_TD, generator)
+        for ffn in grouped.ffns():
+            _regroup(ffn, grouping, generator)
         for router in _routers(grouped, grouping, fit):
             report(f"{grouping}, {router}")
             for k in ks:
@@ -110,7 +110,7 @@ def _layer_inputs(model: Decoder, batches: Sequence[Tensor]) -> list[Tensor]:
     return [torch.cat(layer) for layer in zip(*parts, strict=True)]
 
 
-def _regroup(ffn: ExpertFFN, grouping: str, x_TD: Tensor, generator: torch.Generator) -> None:
+def _regroup(ffn: ExpertFFN, grouping: str, generator: torch.Generator) -> None:
     """Move the neurons of one FFN into the experts of `grouping`."""
     if grouping == "present":
         return
@@ -118,7 +118,7 @@ def _regroup(ffn: ExpertFFN, grouping: str, x_TD: Tensor, generator: torch.Gener
         order_F = torch.randperm(ffn.up.shape[0], generator=generator)
         layout = ExpertLayout(order_F, ffn.num_experts)
     else:
-        labels_F = cluster_neurons(ffn, generator, grouping, x_TD).labels_F
+        labels_F = cluster_neurons(ffn, generator).labels_F
         layout = ExpertLayout.from_labels(labels_F, ffn.num_experts)
     permute_neurons(ffn, layout, None)
 

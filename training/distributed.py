@@ -254,7 +254,8 @@ class SharedObjective:
         else:
             model.to(team.device)
         if team.size > 1 and parallel == "ddp":
-            # Routers are kept alike by other means. Every parameter has a gradient at every step.
+            # Routers, which are buffers, follow from the weights, so they are alike without sending
+            # them. Every parameter has a gradient at every step.
             self._ddp = DistributedDataParallel(_ObjectiveModule(model), broadcast_buffers=False)
             self._forward = self._ddp
 

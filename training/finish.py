@@ -36,27 +36,24 @@ def write_checkpoint(
     history: Mapping[str, Any],
     report: Callable[[str], None],
     *,
-    learned_router: bool,
     texts: Mapping[str, str],
 ) -> None:
     """Evaluate `model` dense and by share of experts, and write it with its report and card.
 
     Args:
         path: the checkpoint's directory.
-        model: changed: rounded, and its centroid routers calibrated; ones that have learned stay.
+        model: changed: its weights are rounded and its routers calibrated.
         config: of the run.
         prepared: its tokens.
         history: what the run itself adds to `training_report.json`.
         report: hears which policy is being evaluated.
-        learned_router: whether the routers have learned.
         texts: files to keep beside the weights, by name.
 
     Raises:
         StorageError: if it cannot be written.
     """
     round_parameters(model, getattr(torch, config.dtype))
-    if not learned_router:
-        calibrate_routers(model, prepared.probe_BL)
+    calibrate_routers(model, prepared.probe_BL)
     curve = quality_curve(model, prepared.valid, lambda policy: report(f"evaluate {policy}"))
     num_experts = config.model.num_experts
     experts = dataclasses.replace(

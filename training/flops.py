@@ -32,13 +32,12 @@ class FlopCounter:
         self._num_experts = config.experts.num_experts
         self._switch = switch
 
-    def token(self, top_k: int | None, *, learning: bool = False) -> float:
+    def token(self, top_k: int | None) -> float:
         """FLOPs per token of a step with `top_k` experts, penalty and router included.
 
         None is a dense step, which has the true mass of every expert at hand: its penalty costs the
         router's product alone. A sparse step computes the first product of all experts on the share
-        of tokens that the penalty is measured on: forward, and backward if there is a penalty. A
-        router that is `learning` takes two products on those tokens, its scores and its gradient.
+        of tokens that the penalty is measured on, forward and backward.
         """
         switch = self._switch
         if top_k is None:
@@ -47,10 +46,7 @@ class FlopCounter:
         else:
             step = _TRAINING * (self._base + self._ffn * top_k / self._num_experts)
             router = self._router
-            times = _TRAINING if switch.penalty else int(learning)
-            sampled = times * self._first
-        if learning:
-            sampled += 2 * self._router
+            sampled = _TRAINING * self._first if switch.penalty else 0.0
         return step + router + sampled / switch.penalty_every
 
     @property

@@ -21,6 +21,7 @@ from typing import Any, Final
 from engine.config import known_fields
 from engine.errors import ConfigError, require
 from training.config import ModelShape, OptimizerConfig, SwitchConfig, TrainConfig
+from training.removed import without_removed
 
 _MOST_BYTES: Final = 1 << 20
 _MOST_INTEGER: Final = (1 << 63) - 1
@@ -194,7 +195,7 @@ def changed(config: TrainConfig, values: Mapping[str, Any], where: str) -> Train
     """`config` with nested `values`; everything is checked again."""
     changes = {
         key: _converted(getattr(config, key), value, key, where)
-        for key, value in known_fields(TrainConfig, values, where).items()
+        for key, value in known_fields(TrainConfig, without_removed(values, where), where).items()
     }
     return dataclasses.replace(config, **changes)
 

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ from engine.tokenizer import Tokenizer
 from training.activation import ActivationPattern
 from training.config import TrainConfig
 from training.errors import TrainingError, writing
+from training.removed import used_by
 from training.sharding import gathered, sharded_like
 
 _STATE: Final = re.compile(r"state-\d{9,}")
@@ -83,7 +84,6 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     tokenizer: Tokenizer,
     patterns: dict[str, ActivationPattern],
-    routers: Mapping[str, Tensor],
     progress: Progress,
     keep: int = 1,
     *,
@@ -103,7 +103,6 @@ def save_state(
     for name, pattern in patterns.items():
         for layer, active in enumerate(pattern.layers):
             tensors[f"pattern.{name}.{layer}"] = active
-    tensors |= {f"router.{name}": tensor for name, tensor in routers.items()}
     path = run / f"state-{progress.step:09d}"
     with writing(path, _intact(run)), atomic_directory(path) as directory:
         save_tensors(directory, tensors, "state")
@@ -135,10 +134,8 @@ def _intact(run: Path) -> str:
 
 def load_state(
     run: Path, model: Decoder, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, ActivationPattern], dict[str, Tensor]]:
-    """Restore `model` and `optimizer` from the run's latest state.
-
-    Returns its probe patterns, and what its routers learn by (`Routers.tensors`).
+) -> dict[str, ActivationPattern]:
+    """Restore `model` and `optimizer` from the run's latest state; returns its probe patterns.
 
     Raises:
         CheckpointError: if the state is damaged.
@@ -146,12 +143,7 @@ def load_state(
     path = _latest(run)
     assert path is not None
     tensors = load_tensors(path, verify_manifest(path), "state")
-    groups: dict[str, dict[str, Tensor]] = {
-        "model": {},
-        "optimizer": {},
-        "pattern": {},
-        "router": {},
-    }
+    groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "pattern": {}}
     for name, tensor in tensors.items():
         group, _, rest = name.partition(".")
         groups[group][rest] = tensor
@@ -168,12 +160,10 @@ def load_state(
     for name, tensor in groups["pattern"].items():
         pattern, _, layer = name.partition(".")
         layers.setdefault(pattern, {})[int(layer)] = tensor.to(model.embedding.weight.device)
-    patterns = {
+    return {
         name: ActivationPattern(tuple(found[i] for i in sorted(found)))
         for name, found in layers.items()
     }
-    device = model.embedding.weight.device
-    return patterns, {name: tensor.to(device) for name, tensor in groups["router"].items()}
 
 
 def _folders(run: Path, pattern: re.Pattern[str]) -> list[Path]:
@@ -267,6 +257,12 @@ def check_resumable(
 
     Another number of processes is no obstacle: the run goes on, equal up to rounding.
     """
+    gone = None if config_digest == progress.config_digest else _removed_of(run)
+    if gone is not None:
+        raise TrainingError(
+            f"{run}: holds a run that cannot go on: {gone}; give --out another directory, or "
+            f"--fresh to start over"
+        )
     for what, now, then in (
         ("configuration", config_digest, progress.config_digest),
         ("corpus", fingerprint, progress.corpus_fingerprint),
@@ -284,6 +280,14 @@ def check_resumable(
             f"{torch.get_num_threads()}; set OMP_NUM_THREADS={progress.threads} to resume exactly, "
             f"or --fresh to start over"
         )
+
+
+def _removed_of(run: Path) -> str | None:
+    """The sentence about a removed setting that the run used, if it did and can be read."""
+    try:
+        return used_by(read_json(run / "config.json"))
+    except CheckpointError:
+        return None
 
 
 class RunLog:

@@ -18,9 +18,6 @@ from engine.model import Decoder
 from engine.request import ExpertPolicy
 from training.config import SwitchConfig, TrainConfig
 
-# Hears of each forward pass what its FFNs saw and the true mass of their experts.
-Listener = Callable[[Trace], None]
-
 
 @dataclass(frozen=True)
 class Objective:
@@ -44,7 +41,6 @@ def objective(
     targets_BL: Tensor,
     top_k: int | None,
     switch: SwitchConfig,
-    listener: Listener | None = None,
 ) -> Objective:
     """A dense (`top_k` None) or sparse forward pass with its penalty.
 
@@ -52,13 +48,10 @@ def objective(
     """
     weight = switch.dense_weight if top_k is None else switch.penalty
     policy = ExpertPolicy.dense() if top_k is None else ExpertPolicy.top_k(top_k)
-    watched = weight > 0 or listener is not None
-    trace = Trace(keep_inputs=True, mass_every=switch.penalty_every) if watched else None
+    trace = Trace(keep_inputs=True, mass_every=switch.penalty_every) if weight > 0 else None
     logits_BLV = model.logits(inputs_BL, policy, trace)
     loss = F.cross_entropy(logits_BLV.flatten(0, 1), targets_BL.flatten())
-    if listener is not None and trace is not None:
-        listener(trace)
-    if trace is None or weight == 0:
+    if trace is None:
         return Objective(loss, loss, None)
     outside = outside_share(model, trace, top_k or switch.top_k[-1])
     return Objective(loss + weight * outside, loss, outside)

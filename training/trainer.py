@@ -28,7 +28,7 @@ from engine.tokenizer import Tokenizer
 from training import data, run_state
 from training.activation import ActivationPattern, observe, similarity
 from training.config import TrainConfig
-from training.conversion import build_experts
+from training.conversion import build_experts, refresh_routers
 from training.distributed import SharedObjective, Team
 from training.errors import Interrupted, NonFiniteLoss, TrainingError
 from training.evaluation import evaluate
@@ -37,7 +37,6 @@ from training.flops import FlopCounter
 from training.interrupt import StopRequest
 from training.optimizer import build_optimizer, learning_rate
 from training.prepared import prepare
-from training.routers import Routers
 from training.sharding import plain, whole
 from training.start import Start
 from training.step import accumulate
@@ -116,7 +115,6 @@ class Trainer:
         self.objective = SharedObjective(self.model, config.parallel, self.team)
         self.optimizer = build_optimizer(self.model, config)
         self.controller = SwitchController(config)
-        self.routers = Routers(self.model, config.switch.router, self.team.mean)
         self.counter = FlopCounter(shape, config.switch, config.sequence_length)
         self.patterns: dict[str, ActivationPattern] = {}
         self.switches: list[dict[str, Any]] = []
@@ -278,10 +276,7 @@ class Trainer:
         return own or run_state.saved_tokenizer(self.run)
 
     def _resume(self, progress: run_state.Progress) -> None:
-        self.patterns, learned = run_state.load_state(self.run, self.model, self.optimizer)
-        self.routers = Routers.restored(
-            self.model, self.config.switch.router, learned, self.team.mean
-        )
+        self.patterns = run_state.load_state(self.run, self.model, self.optimizer)
         self.controller = SwitchController.from_dict(self.config, progress.controller)
         self.step, self.switches = progress.step, progress.switches
         self.seconds, self.flops = progress.seconds, progress.flops
@@ -306,7 +301,6 @@ class Trainer:
             self.optimizer,
             self.prepared.tokens.tokenizer,
             self.patterns,
-            self.routers.tensors(),
             progress,
             self.config.keep_states,
             is_main=self.team.is_main,
@@ -352,29 +346,20 @@ class Trainer:
             self.prepared.probe_BL,
             self._generator(self.step + 1),
             warm_start=warm_start,
-            method=self.config.switch.clustering,
-            learn=self.config.switch.router == "learned",
             agree=self.team.agree,
         )
         self.patterns = {n: p.permute(layouts) for n, p in self.patterns.items()}
-        self.routers.clustered()
 
     def _train_step(self) -> dict[str, Any]:
         """One optimiser step; returns its record for the log."""
         top_k = self.controller.step_top_k(self.step)
-        self.routers.before_step()
+        refresh_routers(self.model)
         self.optimizer.zero_grad(set_to_none=True)
         inputs_BL, targets_BL = self.prepared.batches.batch(
             self.step, self.team.rank, self.team.size
         )
         loss, outside = accumulate(
-            lambda inputs, targets: self.objective(
-                inputs,
-                targets,
-                top_k,
-                self.config.switch,
-                self.routers.hear if self.routers.learning else None,
-            ),
+            lambda inputs, targets: self.objective(inputs, targets, top_k, self.config.switch),
             inputs_BL.to(self.device),
             targets_BL.to(self.device),
             self.config,
@@ -383,8 +368,7 @@ class Trainer:
         loss = self.team.mean(loss)
         outside = None if outside is None else self.team.mean(outside)
         norm = self._update(loss.item(), sparse=top_k is not None)
-        per_token = self.counter.token(top_k, learning=self.routers.learning)
-        self.flops += per_token * self.config.batch_tokens
+        self.flops += self.counter.token(top_k) * self.config.batch_tokens
         return {
             "phase": self.controller.phase.value,
             "loss": loss.item(),
@@ -442,7 +426,7 @@ class Trainer:
         """Cluster a run that never was, score it, write the checkpoint."""
         if not any(switch["cluster"] for switch in self.switches):
             self._cluster(warm_start=False)
-        self.routers.before_step()
+        refresh_routers(self.model)
         path = self.run / "checkpoint"
         model = plain(self.model, keep=self.team.is_main)
         if model is None:
@@ -465,7 +449,6 @@ class Trainer:
             self.prepared,
             history,
             self.monitor.message,
-            learned_router=self.routers.learning,
             texts={} if self.start is None else self.start.texts,
         )
         return path

@@ -26,7 +26,6 @@ from training.sharding import whole
 from training.trainer import Trainer
 
 STOP = 9
-NO_PENALTY = {"penalty": 0.0, "dense_penalty": 0.0}
 # Rows that two processes do not share evenly: 301 tokens, and 36 neurons in 9 experts, of which the
 # fifth lies on both.
 CONFIG = TrainConfig(
@@ -55,11 +54,6 @@ def config(name: str) -> TrainConfig:
     changed = dataclasses.replace(CONFIG, parallel=name.partition("-")[0])
     if name.endswith("micro"):
         return dataclasses.replace(changed, micro_batch_size=1)
-    if name.endswith("learned"):
-        switch = dataclasses.replace(
-            CONFIG.switch, **NO_PENALTY, router="learned", clustering="coactivation"
-        )
-        return dataclasses.replace(changed, switch=switch)
     return changed
 
 
@@ -136,7 +130,7 @@ def main(folder: Path) -> None:
         tensors = optimizer_steps(team)
         if team.is_main:
             save_file(tensors, folder / "optimizer.safetensors")
-        for name in ("ddp", "fsdp", "ddp-micro", "fsdp-micro", "fsdp-learned", "ddp-learned"):
+        for name in ("ddp", "fsdp", "ddp-micro", "fsdp-micro"):
             losses[name] = train(folder, name, name, team).steps
         losses["fsdp-one-to-two"] = train(folder, "fsdp", "one-to-two", team).steps
         for name in ("ddp", "fsdp"):

@@ -11,7 +11,7 @@ from engine.errors import ConfigError
 from engine.model import Decoder
 from engine.request import ExpertPolicy
 from training.config import TrainConfig
-from training.conversion import build_experts, cluster_neurons, refresh_router
+from training.conversion import refresh_router
 from training.coverage import compare
 from training.evaluation import Batches, evaluate
 
@@ -37,7 +37,7 @@ def test_the_comparison_is_bounded_by_its_oracle_and_sees_what_is_there(
     before = copy.deepcopy(model.state_dict())
     choices = compare(model, fit, held_out, (1, 2, 8), seed=0)
     table = {(c.grouping, c.router, c.k): c for c in choices}
-    assert len(table) == len(choices) == 3 * (4 + 3 + 3 + 3)
+    assert len(table) == len(choices) == 3 * (4 + 3 + 3)
     for (grouping, _, k), choice in table.items():
         assert 0 < choice.coverage <= table[grouping, "oracle", k].coverage + 1e-6
     dense = evaluate(model, held_out, ExpertPolicy.dense()).perplexity
@@ -48,7 +48,6 @@ def test_the_comparison_is_bounded_by_its_oracle_and_sees_what_is_there(
     # the planted experts are found by their weights; groups without a reason cover less
     floor = table["random", "oracle", 2].coverage
     assert table["weights", "oracle", 2].coverage > floor + 0.1
-    assert table["coactivation", "oracle", 2].coverage > floor + 0.1
     assert table["random", "fitted", 2].coverage > table["random", "centroid", 2].coverage
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -70,36 +69,3 @@ def test_unknown_groupings_and_impossible_k_are_refused(micro: TrainConfig) -> N
         compare(model, fit, held_out, (1,), 0, groupings=["colour"])
     with pytest.raises(ConfigError, match="k must be between 1 and 8; got 9"):
         compare(model, fit, held_out, (9,), 0)
-
-
-def test_co_activation_needs_tokens_and_methods_have_names(micro: TrainConfig) -> None:
-    ffn = made(micro)[0].ffns()[0]
-    with pytest.raises(ConfigError, match="needs x_TD"):
-        cluster_neurons(ffn, torch.Generator(), "coactivation")
-    with pytest.raises(ConfigError, match="method must be one of weights, coactivation"):
-        cluster_neurons(ffn, torch.Generator(), "colour")  # type: ignore[arg-type]
-
-
-def test_experts_built_by_co_activation_with_learned_routers_keep_the_function(
-    micro: TrainConfig,
-) -> None:
-    model, fit, held_out = made(micro)
-    ids = held_out[0][0]
-    with torch.no_grad():
-        original = model.logits(ids, ExpertPolicy.dense())
-        centroids, learned = copy.deepcopy(model), copy.deepcopy(model)
-        for candidate, learn in ((centroids, False), (learned, True)):
-            build_experts(
-                candidate,
-                None,
-                fit[0],
-                torch.Generator().manual_seed(1),
-                warm_start=True,
-                method="coactivation",
-                learn=learn,
-            )
-            logits = candidate.logits(ids, ExpertPolicy.dense())
-            torch.testing.assert_close(logits, original, rtol=1e-4, atol=1e-5)
-    for one, other in zip(centroids.ffns(), learned.ffns(), strict=True):
-        assert torch.equal(one.up, other.up)
-        assert not torch.equal(one.router, other.router)

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.model import Decoder
 from training.config import SwitchConfig, TrainConfig
+from training.conversion import refresh_routers
 from training.flops import FlopCounter
-from training.routers import Routers
 from training.step import objective
 
 SEQUENCES, LENGTH = 2, 16
@@ -22,21 +22,16 @@ TOKENS = SEQUENCES * LENGTH
 def decoder(config: TrainConfig) -> Decoder:
     model = Decoder(config.model.model_config(LENGTH, 0, "float32"))
     model.initialize(torch.Generator().manual_seed(0))
-    Routers(model, "centroid").before_step()
+    refresh_routers(model)
     return model
 
 
-def products_of(
-    model: Decoder, top_k: int | None, switch: SwitchConfig, *, learning: bool = False
-) -> int:
+def products_of(model: Decoder, top_k: int | None, switch: SwitchConfig) -> int:
     """FLOPs of the products of one step, attention over the whole square of positions."""
-    routers = Routers(model, "learned")
-    routers.clustered()
     ids = torch.randint(0, 300, (SEQUENCES, LENGTH + 1))
-    hear = routers.hear if learning else None
     # Its fused kernel for the CPU is not known to the counter.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        found = objective(model, ids[:, :-1], ids[:, 1:], top_k, switch, hear)
+        found = objective(model, ids[:, :-1], ids[:, 1:], top_k, switch)
         found.total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return int(counter.get_total_flops())
 
@@ -53,7 +48,6 @@ def counter_of(config: TrainConfig) -> FlopCounter:
     return FlopCounter(shape, config.switch, LENGTH)
 
 
-@pytest.mark.parametrize("learning", [False, True])
 @pytest.mark.parametrize(("penalty", "dense_penalty"), [(0.1, 0.03), (0.0, 0.0), (0.1, 0.0)])
 @pytest.mark.parametrize("penalty_tokens", [1.0, 0.25, 0.125])
 @pytest.mark.parametrize("top_k", [None, 1, 3, 7])
@@ -63,14 +57,13 @@ def test_a_step_costs_the_products_that_it_does(
     penalty_tokens: float,
     penalty: float,
     dense_penalty: float,
-    learning: bool,
 ) -> None:
     """Exactly, but for the half of the attention that the mask throws away."""
     changes = {"penalty": penalty, "dense_penalty": dense_penalty, "penalty_tokens": penalty_tokens}
     switch = dataclasses.replace(micro.switch, **changes)
     config = dataclasses.replace(micro, switch=switch)
-    done = products_of(decoder(config), top_k, switch, learning=learning)
-    counted = counter_of(config).token(top_k, learning=learning) * TOKENS
+    done = products_of(decoder(config), top_k, switch)
+    counted = counter_of(config).token(top_k) * TOKENS
     assert counted == done - other_half_of_attention(config)
 
 

@@ -37,11 +37,9 @@ class StopsAfter(SilentMonitor):
             self.request.signal = signal.SIGTERM
 
 
-def configured(micro: TrainConfig, mode: str, router: str, **changes: Any) -> TrainConfig:
+def configured(micro: TrainConfig, mode: str, **changes: Any) -> TrainConfig:
     """Few states but those of a stop; a look at held-out text every five steps."""
-    switch = dataclasses.replace(
-        micro.switch, mode=mode, router=router, top_k=(4, 2), max_sparse_share=0.3
-    )
+    switch = dataclasses.replace(micro.switch, mode=mode, top_k=(4, 2), max_sparse_share=0.3)
     return dataclasses.replace(micro, switch=switch, checkpoint_share=0.5, **changes)
 
 
@@ -61,19 +59,19 @@ def stop_after(config: TrainConfig, run: Path, corpus: Path, last: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "router", "lasts"),
+    ("mode", "lasts"),
     [
-        ("ssd", "centroid", [4]),  # the state is that of a look at held-out text
-        ("ssd", "learned", [10, 16]),
-        ("dense", "learned", [8]),
-        ("static", "learned", [5]),
-        ("static", "centroid", [12]),
+        ("ssd", [4]),  # the state is that of a look at held-out text
+        ("ssd", [10, 16]),
+        ("dense", [8]),
+        ("static", [5]),
+        ("static", [12]),
     ],
 )
 def test_a_stopped_run_ends_as_an_uninterrupted_one(
-    micro: TrainConfig, corpus: Path, tmp_path: Path, mode: str, router: str, lasts: list[int]
+    micro: TrainConfig, corpus: Path, tmp_path: Path, mode: str, lasts: list[int]
 ) -> None:
-    config = configured(micro, mode, router)
+    config = configured(micro, mode)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     Trainer(config, whole, [corpus]).train()
     for last in lasts:
@@ -88,17 +86,12 @@ def test_a_stopped_run_ends_as_an_uninterrupted_one(
     reports = [load(run / "checkpoint").report for run in (whole, stopped)]
     for key in ("switches", "flops", "evaluation"):
         assert reports[0][key] == reports[1][key]
-    assert any(name.startswith("router.") for name in expected) == (
-        router == "learned" and mode != "dense"
-    )
 
 
-def test_micro_batches_autocast_and_learned_routers_together_resume_too(
+def test_micro_batches_and_autocast_together_resume_too(
     micro: TrainConfig, corpus: Path, tmp_path: Path
 ) -> None:
-    config = configured(
-        micro, "ssd", "learned", batch_size=3, micro_batch_size=2, precision="bfloat16"
-    )
+    config = configured(micro, "ssd", batch_size=3, micro_batch_size=2, precision="bfloat16")
     Trainer(config, tmp_path / "whole", [corpus]).train()
     stop_after(config, tmp_path / "stopped", corpus, 9)
     Trainer(config, tmp_path / "stopped", [corpus]).train()
@@ -115,13 +108,12 @@ def test_a_stop_in_the_last_step_ends_the_run(
 
 
 @pytest.mark.parametrize("mode", ["ssd", "dense", "static"])
-@pytest.mark.parametrize("router", ["centroid", "learned"])
 def test_what_a_run_leaves_is_understood(
-    micro: TrainConfig, corpus: Path, tmp_path: Path, mode: str, router: str
+    micro: TrainConfig, corpus: Path, tmp_path: Path, mode: str
 ) -> None:
     """Its log by the reader of logs, its states, its report; looks where they are due."""
     run = tmp_path / "run"
-    config = configured(micro, mode, router, keep_states=3)
+    config = configured(micro, mode, keep_states=3)
     config = dataclasses.replace(config, checkpoint_share=0.1)
     path = Trainer(config, run, [corpus]).train()
     history = RunHistory.read(run)
@@ -145,17 +137,16 @@ def test_what_a_run_leaves_is_understood(
     assert [point.top_k for point in load(path).config.experts.quality] == [1, 2, 4]
 
 
-@pytest.mark.parametrize("router", ["centroid", "learned"])
 def test_the_logged_flops_are_the_sum_of_the_counted_ones(
-    micro: TrainConfig, corpus: Path, tmp_path: Path, router: str
+    micro: TrainConfig, corpus: Path, tmp_path: Path
 ) -> None:
-    config = configured(micro, "ssd", router)
+    config = configured(micro, "ssd")
     trainer = Trainer(config, tmp_path / "run", [corpus])
     counted: list[float] = []
 
     class Recording(FlopCounter):
-        def token(self, top_k: int | None, *, learning: bool = False) -> float:
-            counted.append(super().token(top_k, learning=learning))
+        def token(self, top_k: int | None) -> float:
+            counted.append(super().token(top_k))
             return counted[-1]
 
     trainer.counter = Recording(trainer.model.config, config.switch, config.sequence_length)
@@ -163,11 +154,9 @@ def test_the_logged_flops_are_the_sum_of_the_counted_ones(
     path = trainer.train()
     history = RunHistory.read(tmp_path / "run")
     assert len(counted) == 20
-    first_sparse = history.switches[0].step
     look = plain.plain_token * 2 / 3 * trainer.prepared.probe_BL.numel()
     for record in history.steps:
-        learning = router == "learned" and record.step >= first_sparse
-        assert counted[record.step] == plain.token(record.top_k, learning=learning)
+        assert counted[record.step] == plain.token(record.top_k)
         looks = sum(probe.step <= record.step for probe in history.probes)
         total = sum(counted[: record.step + 1]) * config.batch_tokens + looks * look
         assert record.flops == pytest.approx(total, rel=1e-12)
@@ -190,7 +179,7 @@ def test_neurons_are_clustered_once(
         cluster(self, warm_start=warm_start)
 
     monkeypatch.setattr(Trainer, "_cluster", watched)
-    config = dataclasses.replace(configured(micro, mode, "centroid"), dtype="float32")
+    config = dataclasses.replace(configured(micro, mode), dtype="float32")
     checkpoint = load(Trainer(config, tmp_path / "run", [corpus]).train())
     switches = checkpoint.report["switches"]
     assert steps == ([20] if mode == "dense" else [switches[0]["step"]])

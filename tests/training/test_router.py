@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import ConfigError
 from engine.experts import centroid_router, true_mass
-from training.router import OnlineRouter, fit_router, share_loss, true_shares
+from training.router import fit_router, share_loss, true_shares
 
 TOKENS, WIDTH, EXPERTS = 4096, 24, 8
 
@@ -89,67 +89,6 @@ def test_tokens_on_which_nothing_fires_do_no_harm() -> None:
     mass = mass_of(x, up)
     mass[:50] = 0
     assert bool(fit_router(x, mass, start).isfinite().all())
-    assert bool(OnlineRouter.begin(start).gradient(x, mass, start).isfinite().all())
-
-
-def test_the_gradient_is_that_of_the_loss() -> None:
-    up, start = layer()
-    x = tokens(11, 100)
-    mass = mass_of(x, up)
-    mass[:10] = 0
-    router = start.clone().requires_grad_(True)
-    share_loss(x @ router.T, true_shares(mass)).backward()  # type: ignore[no-untyped-call]
-    assert router.grad is not None
-    torch.testing.assert_close(OnlineRouter.begin(start).gradient(x, mass, start), router.grad)
-
-
-def test_updates_while_training_come_close_to_the_offline_fit() -> None:
-    up, start = layer()
-    unseen = tokens(12)
-    mass = mass_of(unseen, up)
-    x = tokens(13)
-    best = coverage(fit_router(x, mass_of(x, up), start), unseen, mass)
-    router, state = start.clone(), OnlineRouter.begin(start)
-    for step in range(200):
-        sample = tokens(100 + step, 64)
-        state.update(router, sample, mass_of(sample, up))
-    assert coverage(start, unseen, mass) < best - 0.05
-    assert coverage(router, unseen, mass) > best - 0.02
-
-
-@pytest.mark.parametrize("scale", [1e-3, 1.0])
-def test_a_step_is_measured_in_the_routers_own_size(scale: float) -> None:
-    up, start = layer()
-    router, x = start * scale, tokens(14, 64)
-    before = router.clone()
-    OnlineRouter.begin(router).update(router, x, mass_of(x, up), 0.01)
-    step = (router - before).square().mean().sqrt() / before.square().mean().sqrt()
-    assert float(step) == pytest.approx(0.01, rel=0.01)
-
-
-def test_a_restored_state_goes_on_as_if_nothing_had_happened() -> None:
-    up, start = layer()
-    straight, state = start.clone(), OnlineRouter.begin(start)
-    saved_router, saved = start.clone(), {"": torch.empty(0)}
-    for step in range(6):
-        sample = tokens(step, 32)
-        state.update(straight, sample, mass_of(sample, up))
-        if step == 2:
-            saved_router = straight.clone()
-            saved = {name: tensor.clone() for name, tensor in state.tensors().items()}
-    restored = OnlineRouter.from_tensors(saved)
-    for step in range(3, 6):
-        sample = tokens(step, 32)
-        restored.update(saved_router, sample, mass_of(sample, up))
-    assert torch.equal(saved_router, straight)
-
-
-def test_a_damaged_state_is_refused() -> None:
-    tensors = OnlineRouter.begin(layer()[1]).tensors()
-    with pytest.raises(CheckpointError, match="lacks count"):
-        OnlineRouter.from_tensors({n: t for n, t in tensors.items() if n != "count"})
-    with pytest.raises(CheckpointError, match="shapes"):
-        OnlineRouter.from_tensors({**tensors, "second": torch.zeros(1)})
 
 
 def test_what_does_not_fit_together_is_refused() -> None:
@@ -161,4 +100,4 @@ def test_what_does_not_fit_together_is_refused() -> None:
     with pytest.raises(ConfigError, match="must not be zero"):
         fit_router(x, mass, torch.zeros_like(start))
     with pytest.raises(ConfigError, match="do not fit together"):
-        OnlineRouter.begin(start).update(start, x[:, :3], mass)
+        fit_router(x[:, :3], mass, start)

@@ -23,7 +23,6 @@ from training.conversion import (
     token_mass,
 )
 from training.expert_use import ExpertUse
-from training.importing.options import ImportOptions
 from training.study import LayerStudy, study_layer
 
 _JUDGED_SHARE: Final = 8  # routers are compared, and layers studied, at an eighth of the experts
@@ -63,11 +62,9 @@ def judged_k(num_experts: int) -> int:
 
 
 @torch.no_grad()
-def build_layer_experts(
-    ffn: ExpertFFN, fit_TD: Tensor, options: ImportOptions, generator: torch.Generator
-) -> None:
+def build_layer_experts(ffn: ExpertFFN, generator: torch.Generator) -> None:
     """Cluster the neurons and move them; the FFN's function stays what it was."""
-    clusters = cluster_neurons(ffn, generator, options.cluster, fit_TD)
+    clusters = cluster_neurons(ffn, generator)
     permute_neurons(ffn, ExpertLayout.from_labels(clusters.labels_F, ffn.num_experts), None)
 
 

@@ -228,7 +228,7 @@ def _import_layer(
             passed(name, Stream("dense"), kept)
         fit_TD, check_TD = torch.cat(inputs.pop("fit")), torch.cat(inputs.pop("check"))
         monitor.advance(f"{number} cluster", 0)
-        build_layer_experts(layer.ffn, fit_TD, options, generator)
+        build_layer_experts(layer.ffn, generator)
         monitor.advance(f"{number} router", 0)
         router = fit_layer_router(layer.ffn, fit_TD, check_TD, options.router)
         study = studied(layer.ffn, check_TD)

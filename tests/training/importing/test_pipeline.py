@@ -317,11 +317,8 @@ def test_standard_errors_are_those_of_sequences_and_may_be_missing(
     assert next(iter(report["standard_errors"].values())) is None
 
 
-@pytest.mark.parametrize("cluster", ["coactivation", "weights"])
-def test_other_clusterings_and_routers(
-    run: Run, options: ImportOptions, tmp_path: Path, cluster: str
-) -> None:
-    options = dataclasses.replace(options, cluster=cluster, router="centroid")
+def test_routers_can_stay_centroids(run: Run, options: ImportOptions, tmp_path: Path) -> None:
+    options = dataclasses.replace(options, router="centroid")
     quality = run(tmp_path / "out", options)
     report = json.loads((tmp_path / "out" / "training_report.json").read_text())
     assert {layer["router"] for layer in report["layers"]} == {"centroid"}
