@@ -45,7 +45,7 @@ from engine.kernels.sliced_ffn import sparse_ffn_reference
 from engine.model import Decoder, Layer
 from engine.request import ExpertPolicy
 from training.errors import DataError
-from training.evaluation import read_text
+from training.quality.evaluation import read_text
 
 ENOUGH: Final = 1 << 30  # more tokens than any text here has
 OWN_KS: Final = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 64)

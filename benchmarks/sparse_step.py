@@ -26,8 +26,8 @@ from torch import Tensor
 from benchmarks.records import MACHINE, VERSIONS, Record, write_records
 from engine.model import Decoder
 from training.config import ModelShape, OptimizerConfig, TrainConfig
-from training.conversion import refresh_routers
-from training.optimizer import build_optimizer
+from training.experts.conversion import refresh_routers
+from training.experts.optimizer import build_optimizer
 from training.step import accumulate, objective
 
 SIZES: Final = ((256, 4096), (768, 2048), (768, 4096), (1024, 2048))  # width, tokens a step

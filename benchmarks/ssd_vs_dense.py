@@ -28,10 +28,10 @@ from rich.table import Table
 
 from benchmarks.records import MACHINE, VERSIONS, Record, write_records
 from training.config import TrainConfig
-from training.history import RunHistory, StepRecord
 from training.presets import preset, with_settings
-from training.progress import ProgressMonitor
-from training.report import write_report
+from training.report.history import RunHistory, StepRecord
+from training.report.progress import ProgressMonitor
+from training.report.training_page import write_report
 from training.trainer import Trainer
 
 MODES: Final = ("dense", "ssd", "static")

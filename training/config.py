@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from engine.config import ExpertConfig, ModelConfig, check_choice, check_range
 from engine.errors import require
-from training import removed
 
 SCHEDULES: Final = ("cosine", "wsd")
 MODES: Final = ("ssd", "dense", "static")
@@ -56,7 +56,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its learning rate over the run (`training.optimizer.learning_rate`).
+    """AdamW and its learning rate over the run (`training.experts.optimizer.learning_rate`).
 
     Attributes:
         schedule: `cosine`: warm-up, then half a cosine down to the floor; `wsd`: warm-up, stable at
@@ -93,7 +93,7 @@ class SwitchConfig:
     """When training goes dense, sparse or mixed, and what a sparse step does.
 
     Shares are of the run's steps. Similarities are overlaps of active-neuron sets on the probe
-    batch (`training.activation.similarity`).
+    batch (`training.experts.activation.similarity`).
 
     Attributes:
         mode: `ssd`; `dense`: every step dense, clustered when it ends; `static`: one clustering
@@ -186,8 +186,8 @@ class TrainConfig:
         parallel: how several processes share the work: `ddp`, each with all weights, or `fsdp`,
             each with its part of them.
         dtype: of the saved weights.
-        start: of a run that goes on from a model (`training.start`), what identifies it; `model`
-            then says its sizes.
+        start: what identifies the model that the run goes on from (`training.importing.start`), if
+            there is one; `model` then says its sizes.
     """
 
     preset: str = "starter"
@@ -245,6 +245,68 @@ class TrainConfig:
         # Runs that were started before a field came or went keep their digest, and so resume.
         if not self.start:
             del values["start"]
-        values["switch"] |= removed.for_digest()
+        values["switch"] |= {key: gone.only for key, gone in REMOVED_FROM_SWITCH.items()}
         text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class RemovedSetting:
+    """A key of the table `switch` that earlier versions had.
+
+    What it did lost against what stayed; docs/log.md has the measurements. Older files and run
+    directories name it too, mostly with the value that still describes what training does: that
+    value is accepted and dropped.
+
+    Attributes:
+        only: the value that describes what training does today.
+        gone: the value that was removed.
+        name: what that value stood for.
+    """
+
+    only: str
+    gone: str
+    name: str
+
+
+REMOVED_FROM_SWITCH: Final = {
+    "clustering": RemovedSetting("weights", "coactivation", "clustering by co-activation"),
+    "router": RemovedSetting("centroid", "learned", "a router that learns while the model trains"),
+}
+
+
+def removed_sentence(key: str) -> str:
+    """What a user reads who asks for the value of `switch.KEY` that is gone."""
+    setting = REMOVED_FROM_SWITCH[key]
+    return (
+        f'switch.{key} = "{setting.gone}" ({setting.name}) was removed, because it made models no '
+        f'better (docs/log.md); leave switch.{key} out to train with "{setting.only}"'
+    )
+
+
+def without_removed(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The nested `values` of a configuration without the settings that were removed.
+
+    Raises:
+        ConfigError: if one of them has another value than the one that stayed.
+    """
+    switch = values.get("switch")
+    if not isinstance(switch, dict):
+        return dict(values)
+    for key, setting in REMOVED_FROM_SWITCH.items():
+        found = switch.get(key, setting.only)
+        require(found != setting.gone, f"{where}: {removed_sentence(key)}")
+        require(
+            found == setting.only,
+            f'{where}: switch.{key} can only be "{setting.only}"; leave it out',
+        )
+    return {**values, "switch": {k: v for k, v in switch.items() if k not in REMOVED_FROM_SWITCH}}
+
+
+def used_by(config: Mapping[str, Any]) -> str | None:
+    """The sentence for a run whose RUN/config.json is `config`, if it used what was removed."""
+    switch = config.get("switch")
+    for key, setting in REMOVED_FROM_SWITCH.items():
+        if isinstance(switch, dict) and switch.get(key) == setting.gone:
+            return removed_sentence(key)
+    return None

@@ -20,8 +20,7 @@ from typing import Any, Final
 
 from engine.config import known_fields
 from engine.errors import ConfigError, require
-from training.config import ModelShape, OptimizerConfig, SwitchConfig, TrainConfig
-from training.removed import without_removed
+from training.config import ModelShape, OptimizerConfig, SwitchConfig, TrainConfig, without_removed
 
 _MOST_BYTES: Final = 1 << 20
 _MOST_INTEGER: Final = (1 << 63) - 1

@@ -25,29 +25,31 @@ from engine.checkpoint import check_device
 from engine.model import Decoder
 from engine.request import ExpertPolicy
 from engine.tokenizer import Tokenizer
-from training import data, run_state
-from training.activation import ActivationPattern, observe, similarity
 from training.config import TrainConfig
-from training.conversion import build_experts, refresh_routers
-from training.distributed import SharedObjective, Team
+from training.data.run_data import lay_out
+from training.data.shards import is_token_directory
+from training.data.tokens import TokenData, open_tokens
 from training.errors import Interrupted, NonFiniteLoss, TrainingError
-from training.evaluation import evaluate
-from training.finish import write_checkpoint
-from training.flops import FlopCounter
-from training.interrupt import StopRequest
-from training.optimizer import build_optimizer, learning_rate
-from training.prepared import prepare
-from training.sharding import plain, whole
-from training.start import Start
+from training.experts.activation import ActivationPattern, observe, similarity
+from training.experts.conversion import build_experts, refresh_routers
+from training.experts.flops import FlopCounter
+from training.experts.optimizer import build_optimizer, learning_rate
+from training.experts.study import study
+from training.importing.start import Start
+from training.parallel.distributed import SharedObjective, Team
+from training.parallel.sharding import plain, whole
+from training.quality.evaluation import evaluate
+from training.run import run_state
+from training.run.finish import write_checkpoint
+from training.run.interrupt import StopRequest
 from training.step import accumulate
-from training.study import study
 from training.switching import Decision, Phase, SwitchController
 
 # Odd, or it would meet the dense steps of the mixed phase alone.
 _LOG_EVERY: Final = 7
 
 
-class Monitor(Protocol):
+class TrainingMonitor(Protocol):
     """What the loop tells whoever watches: a progress bar, or nobody."""
 
     def message(self, text: str) -> None: ...
@@ -55,7 +57,7 @@ class Monitor(Protocol):
     def step(self, step: int, loss: float, phase: str, tokens_per_second: float) -> None: ...
 
 
-class SilentMonitor:
+class SilentTraining:
     """Watches nothing."""
 
     def message(self, text: str) -> None:
@@ -79,7 +81,7 @@ class Trainer:
         config: TrainConfig,
         run: Path,
         paths: Sequence[Path] = (),
-        monitor: Monitor | None = None,
+        monitor: TrainingMonitor | None = None,
         command: str = "",
         *,
         device: str = "cpu",
@@ -96,7 +98,7 @@ class Trainer:
         self.team = team or Team(device)
         check_device(device)
         self._check_team()
-        self.monitor = monitor if monitor and self.team.is_main else SilentMonitor()
+        self.monitor = monitor if monitor and self.team.is_main else SilentTraining()
         self.command = command
         self.fresh = fresh
         self.device = device
@@ -109,7 +111,7 @@ class Trainer:
         self.monitor.message(
             f"tokens: {tokens.train.size:,} to train on, {tokens.valid.size:,} held out"
         )
-        self.prepared = prepare(config, tokens, device)
+        self.data = lay_out(config, tokens, device)
         self.model = self._new_model(tokens.tokenizer)
         shape = self.model.config
         self.objective = SharedObjective(self.model, config.parallel, self.team)
@@ -129,7 +131,7 @@ class Trainer:
         if self.start is not None:
             model = Decoder(self.start.model_config(config))
             self.start.load_into(model)
-            self.start_record = self.start.measure(model.to(self.device), self.prepared.valid)
+            self.start_record = self.start.measure(model.to(self.device), self.data.valid)
             self._tell_start()
             return model.to("cpu")
         shape = config.model.model_config(config.sequence_length, tokenizer.eos_id, config.dtype)
@@ -154,12 +156,12 @@ class Trainer:
                 )
             )
 
-    def _open_tokens(self, paths: Sequence[Path], valid_paths: Sequence[Path]) -> data.TokenData:
+    def _open_tokens(self, paths: Sequence[Path], valid_paths: Sequence[Path]) -> TokenData:
         """The run's tokens; after the first process the others only map what it made."""
         made = self.run / "tokens"
-        if not self.team.is_main and not any(data.is_token_directory(path) for path in paths):
+        if not self.team.is_main and not any(is_token_directory(path) for path in paths):
             paths, valid_paths = [made], []
-        return data.open_tokens(
+        return open_tokens(
             paths,
             valid_paths,
             made,
@@ -233,7 +235,7 @@ class Trainer:
         self.logs = [run_state.RunLog(self.run, resumed)]
         run_state.write_config(self.run, self.config)
         if self.tensorboard:
-            from training.tensorboard import TensorBoardLog
+            from training.report.tensorboard import TensorBoardLog
 
             self.logs.append(TensorBoardLog(self.run, self.step))
 
@@ -290,7 +292,7 @@ class Trainer:
             controller=self.controller.to_dict(),
             switches=self.switches,
             config_digest=self.config.digest,
-            corpus_fingerprint=self.prepared.tokens.fingerprint,
+            corpus_fingerprint=self.data.tokens.fingerprint,
             device=self.device,
             threads=torch.get_num_threads(),
             processes=self.team.size,
@@ -299,7 +301,7 @@ class Trainer:
             self.run,
             self.model,
             self.optimizer,
-            self.prepared.tokens.tokenizer,
+            self.data.tokens.tokenizer,
             self.patterns,
             progress,
             self.config.keep_states,
@@ -309,15 +311,15 @@ class Trainer:
     def _probe_and_switch(self) -> None:
         """Look at the activations when due, and change the phase if the controller decides so."""
         if self.controller.wants_probe(self.step):
-            now = observe(self.model, self.prepared.probe_BL)
+            now = observe(self.model, self.data.probe_BL)
             settled = self._similarity("previous", now)
             drift = self._similarity("birth", now)
             self.patterns["previous"] = now
             self.controller.observe(settled, drift)
-            seen = study(self.model, self.prepared.probe_BL, self.config.switch.top_k[-1])
+            seen = study(self.model, self.data.probe_BL, self.config.switch.top_k[-1])
             self._log(probe=seen.to_dict(), settled=settled, drift=drift)
             # Two forward passes, each a third of what a dense training token costs.
-            self.flops += self.counter.plain_token * 2 / 3 * self.prepared.probe_BL.numel()
+            self.flops += self.counter.plain_token * 2 / 3 * self.data.probe_BL.numel()
         decision = self.controller.decide(self.step)
         if decision is not None:
             self._switch(decision)
@@ -334,7 +336,7 @@ class Trainer:
         self.switches.append(decision.to_dict())
         if decision.cluster:
             self._cluster(warm_start=clustered_before)
-            self.patterns["birth"] = observe(self.model, self.prepared.probe_BL)
+            self.patterns["birth"] = observe(self.model, self.data.probe_BL)
         if decision.phase is Phase.DENSE:
             self.patterns.pop("birth", None)
 
@@ -343,7 +345,7 @@ class Trainer:
         layouts = build_experts(
             self.model,
             self.optimizer,
-            self.prepared.probe_BL,
+            self.data.probe_BL,
             self._generator(self.step + 1),
             warm_start=warm_start,
             agree=self.team.agree,
@@ -355,9 +357,7 @@ class Trainer:
         top_k = self.controller.step_top_k(self.step)
         refresh_routers(self.model)
         self.optimizer.zero_grad(set_to_none=True)
-        inputs_BL, targets_BL = self.prepared.batches.batch(
-            self.step, self.team.rank, self.team.size
-        )
+        inputs_BL, targets_BL = self.data.batches.batch(self.step, self.team.rank, self.team.size)
         loss, outside = accumulate(
             lambda inputs, targets: self.objective(inputs, targets, top_k, self.config.switch),
             inputs_BL.to(self.device),
@@ -415,7 +415,7 @@ class Trainer:
             for k in sorted({switch.top_k[-1], min(switch.mixed_top_k)}):
                 policies[str(k)] = ExpertPolicy.top_k(k)
         scores = {
-            name: evaluate(self.model, self.prepared.glance, policy).perplexity
+            name: evaluate(self.model, self.data.glance, policy).perplexity
             for name, policy in policies.items()
         }
         self._log(valid=scores)
@@ -446,7 +446,7 @@ class Trainer:
             path,
             model,
             self.config,
-            self.prepared,
+            self.data,
             history,
             self.monitor.message,
             texts={} if self.start is None else self.start.texts,

@@ -27,8 +27,8 @@ from engine.kernels.sharing import share_reference
 from engine.kernels.sliced_ffn import sparse_ffn
 from engine.model import Decoder
 from engine.request import ExpertPolicy
-from training.clustering import balanced_kmeans
-from training.conversion import permute_neurons, refresh_router
+from training.experts.clustering import balanced_kmeans
+from training.experts.conversion import permute_neurons, refresh_router
 
 SHAPES = [(1, 100, 4, 24), (7, 32, 8, 8), (33, 100, 5, 3), (16, 48, 1, 40)]  # T, D, E, S
 

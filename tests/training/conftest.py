@@ -11,9 +11,9 @@ import torch
 
 from engine.checkpoint import Checkpoint
 from engine.model import Decoder
-from training import data
 from training.config import ModelShape, SwitchConfig, TrainConfig
-from training.conversion import refresh_router
+from training.data.vocabulary import train_tokenizer
+from training.experts.conversion import refresh_router
 
 WORDS = ["the", "cat", "dog", "sat", "on", "mat", "log", "and", "then", "ran", "under", "tree"]
 
@@ -62,7 +62,7 @@ def micro() -> TrainConfig:
 @pytest.fixture
 def tiny(micro: TrainConfig) -> Checkpoint:
     """A random model with a context of 64 and a tokenizer that knows WORDS; end of text is 0."""
-    tokenizer = data.train_tokenizer([" ".join(WORDS * 20)], 280)
+    tokenizer = train_tokenizer([" ".join(WORDS * 20)], 280)
     config = micro.model.model_config(64, tokenizer.eos_id, "float32")
     # logits far enough apart that rounding never decides
     model = Decoder(dataclasses.replace(config, initializer_range=0.3))

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from engine.errors import ConfigError
-from training import run_state
 from training.config import TrainConfig
 from training.errors import TrainingError
 from training.importing.options import ImportOptions
 from training.presets import preset, read_config, with_settings
+from training.run import run_state
 from training.trainer import Trainer
 
 GONE = [("router", "learned", "centroid"), ("clustering", "coactivation", "weights")]

@@ -13,7 +13,7 @@ from engine.experts import Trace
 from engine.model import Decoder
 from engine.request import ExpertPolicy
 from training.config import SwitchConfig, TrainConfig
-from training.conversion import refresh_router
+from training.experts.conversion import refresh_router
 from training.step import Objective, accumulate, objective, outside_share
 
 EXPERTS = 8

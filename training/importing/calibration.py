@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from engine.tokenizer import Tokenizer
-from training.corpus import Part, Survey, find_sources
+from training.data.corpus import Part, Survey, find_sources
+from training.data.vocabulary import Tokens
 from training.errors import DataError
-from training.vocabulary import Tokens
 
 VALID_SHARE: Final = 0.2  # of the text, held out where no files are
 MOST_LENGTH: Final = 512  # tokens of a sequence

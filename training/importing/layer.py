@@ -15,15 +15,15 @@ from torch import Tensor
 
 from engine.errors import CheckpointError
 from engine.experts import ExpertFFN, ExpertLayout
-from training.conversion import (
+from training.experts.conversion import (
     calibrate_router,
     cluster_neurons,
     learn_router,
     permute_neurons,
     token_mass,
 )
-from training.expert_use import ExpertUse
-from training.study import LayerStudy, study_layer
+from training.experts.study import LayerStudy, study_layer
+from training.quality.expert_use import ExpertUse
 
 _JUDGED_SHARE: Final = 8  # routers are compared, and layers studied, at an eighth of the experts
 

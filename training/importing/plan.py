@@ -13,7 +13,7 @@ from typing import Final
 
 from engine.config import ExpertConfig, ModelConfig
 from engine.request import ExpertPolicy
-from training.evaluation import top_k_of
+from training.experts.shares import top_k_of
 from training.importing.options import ImportOptions, choose_experts
 
 SHARES: Final = tuple(Fraction(n, 16) for n in (1, 2, 4, 6, 8, 12))

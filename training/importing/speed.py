@@ -7,8 +7,8 @@ from typing import Final
 
 import torch
 
+from training.importing.formats.source import dtype_of
 from training.importing.plan import Plan
-from training.importing.source import dtype_of
 
 _ROWS, _INNER, _COLUMNS = 1024, 1024, 2048
 _ROUNDS: Final = 3

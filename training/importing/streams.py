@@ -24,8 +24,8 @@ from engine.experts import ExpertFFN, PolicyBatch, Trace
 from engine.kernels import native
 from engine.model import Attention, Decoder, Layer, Linear
 from engine.norms import Norm
-from training.expert_use import ExpertUse
 from training.importing.plan import Stream
+from training.quality.expert_use import ExpertUse
 
 _BATCH_TOKENS: Final = 2048
 _LOGIT_TOKENS: Final = 256

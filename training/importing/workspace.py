@@ -30,9 +30,9 @@ from engine.checkpoint import (
     verify_manifest,
     write_json,
 )
-from training import run_state
 from training.errors import TrainingError, writing
 from training.importing.layer import LayerResult
+from training.run import run_state
 
 _IDENTITY: Final = "import.json"
 _RESULT: Final = "result.json"

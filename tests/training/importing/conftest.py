@@ -12,10 +12,11 @@ import torch
 from engine import checkpoint
 from engine.model import Decoder
 from training.config import TrainConfig
-from training.data import train_tokenizer
+from training.data.vocabulary import train_tokenizer
 from training.importing import pipeline
+from training.importing.curve import Quality
+from training.importing.job import prepare_import
 from training.importing.options import ImportOptions
-from training.importing.quality import Quality
 
 Run = Callable[..., Quality]
 WORDS = ["the", "cat", "dog", "sat", "on", "mat", "log", "and", "then", "ran", "under", "tree"]
@@ -51,14 +52,14 @@ def run(model_dir: Path, corpus: Path, options: ImportOptions) -> Run:
     def imported(
         out: Path,
         wanted: ImportOptions = options,
-        monitor: pipeline.Monitor | None = None,
+        monitor: pipeline.ImportMonitor | None = None,
         *,
         fresh: bool = False,
         source: Path = model_dir,
     ) -> Quality:
-        prepared = pipeline.prepare(source, out, [corpus], [], wanted)
+        prepared = prepare_import(source, out, [corpus], [], wanted)
         return pipeline.run(
-            prepared, out, monitor or pipeline.SilentMonitor(), "ambidex import", fresh=fresh
+            prepared, out, monitor or pipeline.SilentImport(), "ambidex import", fresh=fresh
         )
 
     return imported

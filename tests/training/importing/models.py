@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from engine.config import ExpertConfig, ModelConfig
 from engine.experts import centroid_router
 from engine.model import Decoder
-from training.importing.reader import Source
+from training.importing.formats.reader import Source
 
 VOCABULARY: Final = 300
 LONGEST: Final = 240

@@ -17,17 +17,10 @@ from engine.experts import ExpertLayout
 from engine.model import Decoder
 from engine.request import ExpertPolicy
 from tests.engine.conftest import tiny_config, tiny_tokenizer
-from tests.training.importing.models import (
-    MAKERS,
-    change_config,
-    experts_for,
-    make,
-    read,
-    state_of,
-)
-from training.conversion import permute_neurons
-from training.importing.export import export
-from training.importing.reader import SOURCE_CONFIG, Source
+from tests.training.importing.models import MAKERS, change_config, experts_for, make, read, state_of
+from training.experts.conversion import permute_neurons
+from training.importing.formats.export import export
+from training.importing.formats.reader import SOURCE_CONFIG, Source
 
 DENSE = ExpertPolicy.dense()
 

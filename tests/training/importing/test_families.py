@@ -17,14 +17,8 @@ from engine.kernels import native
 from engine.model import Decoder
 from engine.request import NO_MASS_LIMIT, ExpertPolicy, SamplingParams
 from tests.engine.conftest import tiny_tokenizer
-from tests.training.importing.models import (
-    MAKERS,
-    VOCABULARY,
-    experts_for,
-    make,
-    read,
-)
-from training.importing.reader import Source
+from tests.training.importing.models import MAKERS, VOCABULARY, experts_for, make, read
+from training.importing.formats.reader import Source
 
 DENSE = ExpertPolicy.dense()
 KINDS = list(MAKERS)

@@ -16,10 +16,11 @@ from engine.checkpoint import Checkpoint
 from engine.errors import AmbidexError, CheckpointError
 from engine.request import ExpertPolicy
 from training.errors import DataError, StorageError, TrainingError
-from training.evaluation import evaluate
-from training.importing import pipeline, workspace
+from training.importing import job, pipeline, workspace
+from training.importing.formats.reader import KEPT_FILES, SOURCE_CONFIG
+from training.importing.job import prepare_import
 from training.importing.options import ImportOptions
-from training.importing.reader import KEPT_FILES, SOURCE_CONFIG
+from training.quality.evaluation import evaluate
 
 if TYPE_CHECKING:
     from conftest import Run
@@ -58,7 +59,7 @@ def test_the_curve_is_what_the_whole_model_scores(
     quality = run(tmp_path / "out")
     curve = quality.curve
     after = loaded(tmp_path / "out")
-    text = pipeline.prepare(model_dir, tmp_path / "other", [corpus], [], options).text
+    text = prepare_import(model_dir, tmp_path / "other", [corpus], [], options).text
     batches = [(text.held_BL[:, :-1], text.held_BL[:, 1:])]
     dense = evaluate(after.model, batches, ExpertPolicy.dense())
     assert curve.dense.perplexity == pytest.approx(dense.perplexity, rel=1e-4)
@@ -117,7 +118,7 @@ class Killed(BaseException):
     """Nothing in the import may catch it, as nothing catches SIGKILL."""
 
 
-class KillAfter(pipeline.SilentMonitor):
+class KillAfter(pipeline.SilentImport):
     """Ends the import when so many layers have been reported."""
 
     def __init__(self, layers: int) -> None:
@@ -183,7 +184,7 @@ def test_what_rounds_otherwise_does_not_go_on(
 ) -> None:
     with pytest.raises(Killed):
         run(tmp_path / "out", monitor=KillAfter(1))
-    monkeypatch.setattr(pipeline, name, lambda: "another")
+    monkeypatch.setattr(job, name, lambda: "another")
     with pytest.raises(TrainingError, match=f"half-done import with another {what}"):
         run(tmp_path / "out")
 
@@ -258,7 +259,7 @@ def test_refusals_leave_nothing_behind(
         wanted: ImportOptions = options,
     ) -> None:
         with pytest.raises(error, match=match):
-            pipeline.prepare(source, out, [text], [], wanted)
+            prepare_import(source, out, [text], [], wanted)
 
     refused(TrainingError, "is there already; give --out a new directory", out=corpus)
     refused(CheckpointError, "no such directory", source=tmp_path / "none")
@@ -279,7 +280,7 @@ def test_a_missing_tokenizer_is_named(
     del manifest["files"]["tokenizer.json"]
     (model_dir / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=r"tokenizer.json: missing; transformers' Auto"):
-        pipeline.prepare(model_dir, tmp_path / "out", [corpus], [], options)
+        prepare_import(model_dir, tmp_path / "out", [corpus], [], options)
 
 
 def test_weights_that_are_not_finite_are_refused_in_the_end(
