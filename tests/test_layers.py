@@ -1,7 +1,7 @@
 """The arrows between packages, and between the rooms of one, run one way; read from the imports.
 
-Between packages: server -> engine <- training. Inside a package, `ROOMS` says which rooms a room may
-import; a room is a folder of the package, or a module that stands beside the folders.
+Between packages: server -> engine <- training. Inside a package, `ROOMS` says which rooms a room
+may import; a room is a folder of the package, or a module that stands beside the folders.
 """
 
 from __future__ import annotations
@@ -127,6 +127,20 @@ def test_the_table_of_rooms_has_no_circle(package: str) -> None:
         assert free, f"these import each other in a circle: {sorted(left)}"
         for room in free:
             del left[room]
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_modules_import_each_other_in_no_circle(package: str) -> None:
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for path in (ROOT / package).rglob("*.py")
+    }
+    left = {name: imported_modules(path) & files.keys() for name, path in files.items()}
+    while left:
+        free = [name for name, below in left.items() if not below & left.keys()]
+        assert free, f"these import each other in a circle: {sorted(left)}"
+        for name in free:
+            del left[name]
 
 
 @pytest.mark.parametrize("package", ROOMS)

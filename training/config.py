@@ -62,8 +62,8 @@ class OptimizerConfig:
         schedule: `cosine`: warm-up, then half a cosine down to the floor; `wsd`: warm-up, stable at
             the peak, then linear decay to the floor.
         min_lr_share: the floor, as a share of the peak `learning_rate`.
-        warmup_share: of the run, linear.
-        decay_share: of the run, the decay of `wsd`; never more than what follows the warm-up.
+        warmup_share: share of the run in which the rate rises linearly.
+        decay_share: share of the run in which `wsd` decays, at most what follows the warm-up.
     """
 
     learning_rate: float = 2e-3
@@ -98,12 +98,12 @@ class SwitchConfig:
     Attributes:
         mode: `ssd`; `dense`: every step dense, clustered when it ends; `static`: one clustering
             when the first dense phase ends, then sparse steps to the end.
-        probe_share: between two looks at the activations.
+        probe_share: how far two looks at the activations lie apart.
         settled: dense -> sparse when two consecutive probes are at least this similar.
         stale: sparse -> dense when a probe is less similar than this to the clustering's birth.
         min_dense_share, max_dense_share: bounds on a dense phase.
         min_sparse_share, max_sparse_share: bounds on a sparse phase.
-        mixed_share: the last phase, dense and sparse steps in turn.
+        mixed_share: length of the last phase, in which dense and sparse steps alternate.
         top_k: experts per token in sparse phases: one after another, each for an equal stretch
             between the first sparse step and the mixed phase.
         mixed_top_k: experts per token of the mixed phase's sparse steps, in turn.
@@ -175,17 +175,18 @@ class TrainConfig:
         micro_batch_size: sequences per forward pass of one process; their gradients are summed
             until its part of the batch is done. 0: the whole part at once.
         sequence_length: tokens per sequence, and the model's maximum.
-        seed: of weights, data order, tokenizer-independent choices and clustering.
+        seed: decides the first weights, the order of the data and the clustering.
         valid_share: share of the corpus (by characters) held out.
         validate_share: share of the steps between two looks at held-out text; 0: at the end alone.
-        validate_tokens: tokens of such a look.
-        evaluate_tokens: held-out tokens at most that the finished model is scored on.
+        validate_tokens: how many tokens such a look reads.
+        evaluate_tokens: how many held-out tokens the finished model is scored on at most.
         checkpoint_share: share of the steps between two saved training states.
         keep_states: training states kept, the latest ones.
-        precision: of products while training; `bfloat16` is autocast, weights stay float32.
+        precision: how products are computed in training; with `bfloat16` by autocast, while the
+            weights stay float32.
         parallel: how several processes share the work: `ddp`, each with all weights, or `fsdp`,
             each with its part of them.
-        dtype: of the saved weights.
+        dtype: the type that the weights are saved in.
         start: what identifies the model that the run goes on from (`training.importing.start`), if
             there is one; `model` then says its sizes.
     """

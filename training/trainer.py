@@ -45,12 +45,13 @@ from training.run.interrupt import StopRequest
 from training.step import accumulate
 from training.switching import Decision, Phase, SwitchController
 
-# Odd, or it would meet the dense steps of the mixed phase alone.
+# Every n-th step is logged. The number is odd, because the mixed phase alternates dense and sparse
+# steps: an even one would log only one of the two kinds.
 _LOG_EVERY: Final = 7
 
 
 class TrainingMonitor(Protocol):
-    """What the loop tells whoever watches: a progress bar, or nobody."""
+    """What the training loop calls to tell about its progress; a progress bar implements it."""
 
     def message(self, text: str) -> None: ...
 
@@ -58,7 +59,7 @@ class TrainingMonitor(Protocol):
 
 
 class SilentTraining:
-    """Watches nothing."""
+    """Ignores what it is told."""
 
     def message(self, text: str) -> None:
         pass
@@ -68,7 +69,7 @@ class SilentTraining:
 
 
 class Log(Protocol):
-    """Where records of the run go: the run's own log, TensorBoard."""
+    """Takes the records of a run: its own log does, and so does TensorBoard's."""
 
     def write(self, step: int, **values: Any) -> None: ...
 
@@ -126,7 +127,7 @@ class Trainer:
         self.flops = 0.0
 
     def _new_model(self, tokenizer: Tokenizer) -> Decoder:
-        """The model to train: new, or that which the run goes on from."""
+        """Make the model to train: a new one, or the one that the run goes on from."""
         config = self.config
         if self.start is not None:
             model = Decoder(self.start.model_config(config))
@@ -157,7 +158,7 @@ class Trainer:
             )
 
     def _open_tokens(self, paths: Sequence[Path], valid_paths: Sequence[Path]) -> TokenData:
-        """The run's tokens; after the first process the others only map what it made."""
+        """Open the run's tokens; the first process makes them, the others map what it made."""
         made = self.run / "tokens"
         if not self.team.is_main and not any(is_token_directory(path) for path in paths):
             paths, valid_paths = [made], []
@@ -174,7 +175,7 @@ class Trainer:
         )
 
     def _generator(self, stream: int) -> torch.Generator:
-        """A generator for one purpose; a function of the seed alone, so resuming repeats it."""
+        """Make a generator for one purpose; it depends on the seed alone, so a resumed run repeats."""
         return torch.Generator().manual_seed(self.config.seed * 1_000_003 + stream)
 
     def train(self, stop: StopRequest | None = None) -> Path:
@@ -216,7 +217,8 @@ class Trainer:
             if stopping or self.step % save_every == 0 or self.step == self.config.steps:
                 self._save_state()
             if stopping:
-                # Where one process has ended, Slurm kills the others: none leaves before the state.
+                # Slurm kills the other processes as soon as one has ended, so nobody leaves before
+                # the first process has saved the state.
                 self.team.barrier()
             if stopping and self.step < self.config.steps:
                 self.team.refuse(
@@ -255,7 +257,7 @@ class Trainer:
             )
 
     def _resumed_tokenizer(self, fingerprint: str) -> Tokenizer | None:
-        """Find where the run's directory left off; its tokenizer, or None for a new run.
+        """Find where the run left off; returns the tokenizer to use, or None to learn a new one.
 
         Raises:
             TrainingError: if it holds a run of another configuration, corpus or machine.
@@ -265,7 +267,7 @@ class Trainer:
         if progress is None:
             return own
         self.progress = progress
-        if not self.team.is_main:  # the first process has checked, with the text's fingerprint
+        if not self.team.is_main:  # the first process, which knows the text, checks for all
             return None
         run_state.check_resumable(
             self.run, progress, self.config.digest, fingerprint, self.device, self.team.size
@@ -318,7 +320,7 @@ class Trainer:
             self.controller.observe(settled, drift)
             seen = study(self.model, self.data.probe_BL, self.config.switch.top_k[-1])
             self._log(probe=seen.to_dict(), settled=settled, drift=drift)
-            # Two forward passes, each a third of what a dense training token costs.
+            # A probe takes two forward passes; each costs a third of what training on a token does.
             self.flops += self.counter.plain_token * 2 / 3 * self.data.probe_BL.numel()
         decision = self.controller.decide(self.step)
         if decision is not None:
@@ -341,7 +343,7 @@ class Trainer:
             self.patterns.pop("birth", None)
 
     def _cluster(self, *, warm_start: bool) -> None:
-        """Build the experts anew; everything that is indexed by neuron moves along."""
+        """Build the experts anew, and move everything along that is indexed by neuron."""
         layouts = build_experts(
             self.model,
             self.optimizer,
@@ -403,8 +405,8 @@ class Trainer:
     def _validate(self) -> None:
         """Score some held-out text when due, dense and at the sparsest and the last k.
 
-        After the step's state was saved, so that a resumed run, whose log ends before it, repeats
-        it.
+        This comes after the step's state was saved: the log of a resumed run ends before that
+        step, so the resumed run scores the text again.
         """
         share = self.config.validate_share
         if not self.step or not share or self.step % self.config.steps_of(share):
@@ -423,7 +425,7 @@ class Trainer:
         self.monitor.message(f"step {self.step}: held-out perplexity {found}")
 
     def _finish(self) -> Path:
-        """Cluster a run that never was, score it, write the checkpoint."""
+        """Cluster the neurons if no switch did, score the model, and write the checkpoint."""
         if not any(switch["cluster"] for switch in self.switches):
             self._cluster(warm_start=False)
         refresh_routers(self.model)

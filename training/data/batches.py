@@ -87,7 +87,7 @@ def consecutive_batches(
 def spread_batches(
     tokens: Tokens, batch_size: int, length: int, sequences: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """As `consecutive_batches`, of at most `sequences` sequences evenly spread over `tokens`."""
+    """Batches of at most `sequences` sequences that are evenly spread over `tokens`."""
     count = (tokens.size - 1) // length
     kept = min(count, sequences)
     yield from _batches(tokens, [i * count // kept for i in range(kept)], batch_size, length)

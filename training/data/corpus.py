@@ -241,10 +241,10 @@ class Survey:
     def __init__(self, sources: Sources, valid_share: float, seed: int) -> None:
         self.sources = sources
         self._seed = seed
-        self._tail: tuple[int, int] | None = None  # document, characters to train on
+        self._tail: tuple[int, int] | None = None  # (document, its characters to train on)
         self._listing = _Listing.of(sources.train)
         self._valid = _Listing(files=[])
-        # A text that comes twice could be trained on and held out.
+        # A text that comes twice could otherwise be trained on and held out as well.
         self._parts = np.where(self._listing.repeated, Part.DROPPED, Part.TRAIN).astype(np.int8)
         self.fingerprint = self._listing.fingerprint
         if not self._parts.any():

@@ -23,11 +23,12 @@ class RunData:
     """A run's tokens, laid out.
 
     Attributes:
-        tokens: where they come from, and their tokenizer.
-        batches: to train on.
+        tokens: the tokens themselves, where they come from, and their tokenizer.
+        batches: the batches to train on.
         valid: held-out batches, scored when the run ends.
         glance: some of them, scored while it lasts.
-        probe_BL: training text on which activations are watched: held-out text decides nothing.
+        probe_BL: training text on which activations are watched, because held-out text must decide
+            nothing.
     """
 
     tokens: TokenData

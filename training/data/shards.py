@@ -111,9 +111,9 @@ class Index:
         format: version of the layout.
         dtype: "uint16" or "uint32", little-endian.
         vocab_size: ids are below it.
-        tokens_per_shard: in every shard but the last one of train and of valid.
+        tokens_per_shard: how many every shard has, except the last one of train and of valid.
         tokenizer_sha256: of tokenizer.json.
-        description: of the corpus, in words.
+        description: where the corpus came from, in words.
         fingerprint: SHA-256 over the corpus's names and texts, in order.
         train_tokens, valid_tokens: how many there are to train on and held out.
         train, valid: their shards.
@@ -243,10 +243,10 @@ def write_shards(
 
     Args:
         path: the directory; one that is there is replaced when the new one is complete.
-        tokenizer: what the ids mean.
+        tokenizer: gives the ids their meaning.
         ids: (is held out, ids [tokens]) one after another.
-        description: of the corpus, in words.
-        fingerprint: of the corpus.
+        description: where the corpus came from, in words.
+        fingerprint: identifies the corpus.
         made_from: what decided the tokens, for whoever wants to reuse them.
         shard_bytes: size of a shard at most.
         intact: what an error says about the state of the disk.
@@ -258,7 +258,7 @@ def write_shards(
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     shard_tokens = max(1, shard_bytes // _DTYPES[dtype].itemsize)
     with writing(path, intact), atomic_directory(path) as directory:
-        # Not the backend's own save: its error for a full disk is no OSError.
+        # The backend's own save is not used: for a full disk it raises something else than OSError.
         text = tokenizer.backend.to_str(pretty=True)
         (directory / _TOKENIZER).write_text(text, encoding="utf-8")
         writers = [_ShardWriter(directory, stem, dtype, shard_tokens) for stem in _STEMS]
@@ -304,7 +304,7 @@ def is_token_directory(path: Path) -> bool:
 
 
 def tokenizer_sha256(tokenizer: Tokenizer) -> str:
-    """What the index of shards made with `tokenizer` says about it."""
+    """The digest by which the index of shards names its tokenizer."""
     return hashlib.sha256(tokenizer.backend.to_str(pretty=True).encode()).hexdigest()
 
 
@@ -313,7 +313,7 @@ class TokenShards:
     """A directory of token shards, open for reading.
 
     Attributes:
-        tokenizer: what the ids mean.
+        tokenizer: gives the ids their meaning.
         train, valid: tokens to train on and held out, mapped.
         index: what the directory says about itself.
     """

@@ -28,7 +28,8 @@ from training.errors import DataError
 
 TEXT_SUFFIXES: Final = (".txt", ".md", ".py", ".jsonl")
 PACKED_SUFFIXES: Final = (".xz", ".gz", ".zst")
-# Tests and vendored packages repeat themselves and are absent from some distributions' Python.
+# Tests and vendored packages are left out: they repeat themselves, and some distributions of
+# Python do not have them.
 _SKIPPED_STDLIB: Final = {
     "site-packages",
     "dist-packages",
@@ -40,9 +41,9 @@ _SKIPPED_STDLIB: Final = {
 _READ_CHARS: Final = 1 << 20
 _READ_BYTES: Final = 1 << 17
 _FRAGMENT_CHARS: Final = 1 << 16
-# A run without any white space is cut here, wherever that is.
+# Text without any white space is cut after this many characters.
 _LONGEST_CHARS: Final = 1 << 20
-# Kept back at the end of a stream, so that an end-of-text mark is never cut in two.
+# So much is kept back at the end of a stream, so that an end-of-text mark is never cut in two.
 _SPARE_CHARS: Final = 64
 # The first holds for most tokenizers of others too, whose tokens may join a sign and a line break.
 _BOUNDARIES: Final = (re.compile(r"(?<=\w)(?=[ \n])"), re.compile(r"(?<=\S)(?=[ \n])"))
@@ -313,6 +314,6 @@ def standard_library() -> list[TextFile]:
 def _is_readable(path: Path) -> bool:
     try:
         path.open("rb").close()
-    except OSError:  # a dangling link, or not ours to read
+    except OSError:  # the link leads nowhere, or we may not read the file
         return False
     return True

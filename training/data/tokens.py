@@ -1,4 +1,4 @@
-"""The way from text to tokens: one door for training, one for preparing tokens beforehand.
+"""From text to tokens: `open_tokens` for a run, `prepare_tokens` to prepare them beforehand.
 
     training.data.text        files -> documents, streamed
     training.data.corpus      documents -> training and held-out parts, fingerprint
@@ -44,7 +44,7 @@ from training.data.shards import (
 from training.data.vocabulary import MOST_CHARS, encode_fragments, train_tokenizer
 from training.errors import DataError, writing
 
-# Below this many characters, tokenising is over before anybody wonders.
+# Fewer characters than this are tokenised so fast that no progress is reported.
 _QUIET_CHARS: Final = 1 << 25
 
 Report = Callable[[str], None]
@@ -56,11 +56,11 @@ class TokenData:
     """What a run trains on.
 
     Attributes:
-        tokenizer: what the ids mean.
+        tokenizer: gives the ids their meaning.
         train, valid: tokens to train on and held out.
         description: where the text came from, in words.
-        fingerprint: of the text: SHA-256 over names and texts, in order. Of a directory that was
-            prepared beforehand: SHA-256 over its tokenizer and shards.
+        fingerprint: SHA-256 over the names and texts, in order; for a directory that was prepared
+            beforehand, SHA-256 over its tokenizer and shards.
     """
 
     tokenizer: Tokenizer
@@ -89,10 +89,10 @@ def open_tokens(
             the source of Python's standard library.
         valid_paths: text to hold out; none hold out a share of `paths`.
         out_dir: where tokens of text are kept, and looked for.
-        vocab_size: of the model: tokens that a new tokenizer learns, the most that a prepared one
-            may have.
+        vocab_size: the model's vocabulary: as many tokens a new tokenizer learns, and at most as
+            many a prepared one may have.
         valid_share: share of the text (by characters) to hold out.
-        seed: of the split.
+        seed: decides the split.
         report: hears what happens, in words.
         tokenizer_for: is called with the fingerprint before anything is written; it may refuse by
             raising, or return the tokenizer to use, as a resumed run does.
@@ -208,7 +208,7 @@ def _reusable(path: Path, made_from: dict[str, Any], verify: bool) -> TokenShard
     try:
         found = open_shards(path, verify=verify)
     except DataError:
-        return None  # made anew from the text
+        return None  # the caller makes them anew from the text
     return found if found.index.made_from == made_from else None
 
 

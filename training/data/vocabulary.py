@@ -17,8 +17,8 @@ from training.data.corpus import Document
 from training.data.text import Fragment, pieces
 from training.errors import DataError
 
-# On two CPU cores, learning takes 0.4 s a megabyte for 8,192 tokens and 0.7 s for 32,768: this much
-# takes minutes, all of a larger corpus hours.
+# Learning takes 0.4 s a megabyte for 8,192 tokens and 0.7 s for 32,768, on two CPU cores: minutes
+# for this many characters, and hours for the whole of a larger corpus.
 MOST_CHARS: Final = 1 << 28
 # The 256 bytes and the end of text.
 _LEAST_TOKENS: Final = 257
@@ -35,7 +35,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, name: str = "the corp
     Args:
         texts: whole documents, or fragments of them (see `training.data.text`).
         vocab_size: tokens, at least 257.
-        name: of the corpus, for errors.
+        name: what errors call the corpus.
 
     Raises:
         DataError: if the text is too small for that many tokens.

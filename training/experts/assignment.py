@@ -54,7 +54,9 @@ def _newton_step(logits_FE: Tensor, capacity: float) -> Tensor:
     share_FE = logits_FE.softmax(1)
     load_E = share_FE.sum(0)
     hessian_EE = torch.diag(load_E + _RIDGE * capacity) - share_FE.T @ share_FE
-    factor_EE, _ = torch.linalg.cholesky_ex(hessian_EE)  # unlike cholesky, waits for no error code
+    factor_EE, _ = torch.linalg.cholesky_ex(
+        hessian_EE
+    )  # unlike `cholesky` it does not wait for an error code
     step_E = torch.cholesky_solve((load_E - capacity)[:, None], factor_EE)[:, 0]
     return step_E.nan_to_num().clamp(-_LONGEST_STEP, _LONGEST_STEP)
 
@@ -107,7 +109,7 @@ def _level(offers_FE: Tensor, labels_F: Tensor) -> None:
 
 
 def _move_costs(offers_FE: Tensor, labels_F: Tensor, cluster: int) -> Tensor:
-    """What the cheapest row of `cluster` loses by moving to each other cluster, [E]."""
+    """How much the cheapest row of `cluster` loses by moving to each other cluster, [E]."""
     members = (labels_F == cluster).nonzero().flatten()
     if members.numel() == 0:
         return offers_FE.new_full((offers_FE.shape[1],), torch.inf)

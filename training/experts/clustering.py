@@ -65,7 +65,8 @@ def _seeds(unit_FD: Tensor, clusters: int, generator: torch.Generator) -> Tensor
     distance_F = unit_FD.new_ones(rows)
     seeds = []
     for race_F in race_EF.unbind():
-        # The winner of a race at these speeds; cumulative sums on CUDA add in no fixed order.
+        # The winner of a race at these speeds is drawn in proportion to them. Cumulative sums would
+        # serve too, but CUDA adds those in no fixed order.
         seed = (distance_F / race_F).argmax()
         seeds.append(seed)
         nearness_F = narrow_FR @ narrow_FR.index_select(0, seed[None])[0]
@@ -107,9 +108,9 @@ def balanced_kmeans(
     Args:
         rows_FD: rows to cluster; only their directions count.
         num_clusters: must divide the number of rows.
-        generator: on the CPU; draws the fresh start's seeds.
+        generator: draws the fresh start's seeds; on the CPU.
         warm_start_ED: centroids to start from as well; the better of both results is kept.
-        iterations: of Lloyd's algorithm at most, per start.
+        iterations: how many iterations of Lloyd's algorithm each start takes at most.
 
     Raises:
         ConfigError: unless `num_clusters` divides the number of rows and these are finite.

@@ -123,7 +123,7 @@ def build_experts(
         probe_BL: token ids [B, L] on which the routers are calibrated.
         generator: draws the clustering's seeds.
         warm_start: start from the present experts as well.
-        agree: of several processes, makes a tensor what the first one has (`Team.agree`).
+        agree: gives every process the first one's values of a tensor (`Team.agree`).
     """
     layouts = []
     for ffn, x_TD in zip(model.ffns(), ffn_inputs(model, probe_BL), strict=True):

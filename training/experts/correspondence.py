@@ -25,7 +25,7 @@ from engine.model import Decoder
 from training.experts.activation import ActivationPattern, observe, similarity
 from training.experts.study import adjusted_rand_index
 
-# Far above what unrelated neurons reach by chance: with hundreds of dimensions that is below 0.2.
+# Unrelated neurons stay far below this: with hundreds of dimensions, chance gives less than 0.2.
 _LEAST_COSINE: Final = 0.5
 _LEAST_MATCHED: Final = 0.5  # share of a layer's neurons
 _CHUNK: Final = 2048

@@ -106,7 +106,7 @@ class ExpertAdamW(torch.optim.AdamW):
     ) -> None:
         """AdamW on some rows of one parameter; its step count rises even if there are none."""
         state = self.state[parameter]
-        if not state:  # as AdamW begins
+        if not state:  # the first step, as AdamW itself begins
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
@@ -165,7 +165,7 @@ def _nonzero(grads_ESD: list[Tensor]) -> list[list[bool]]:
 
 
 def _touched_shards(grads: list[tuple[Tensor, int]]) -> list[list[bool]]:
-    """As `_touched`, of gradients [F, D] with their numbers of experts, divided over processes."""
+    """Compute `_touched` for gradients [F, D] that are divided among processes."""
     flags = torch.stack([_shard_flags(*local_rows(g), g.shape[0], n) for g, n in grads])
     found: list[list[bool]] = any_of_sharers(flags, grads[0][0]).bool().tolist()
     return found

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from engine.errors import require
 
-# Weight of the centroids, in tokens for each of the router's numbers. Measured on the packaged
-# model: with less, a fit on a few thousand tokens is worse on others than the centroids are.
+# How much the centroids weigh, in tokens for each of the router's numbers. On the packaged model, a
+# smaller weight made a fit on a few thousand tokens worse on other tokens than the centroids are.
 _PRIOR_TOKENS: Final = 0.1
 _HISTORY: Final = 20
 
@@ -43,7 +43,7 @@ def fit_router(x_TD: Tensor, mass_TE: Tensor, router_ED: Tensor, *, iterations: 
         x_TD: FFN inputs; a thousand help after a clustering, tens of thousands help more.
         mass_TE: their true mass per expert.
         router_ED: where to begin, at a calibrated norm; not zero.
-        iterations: of L-BFGS at most.
+        iterations: how many iterations L-BFGS takes at most.
 
     Raises:
         ConfigError: if the shapes do not fit together or the router is zero.

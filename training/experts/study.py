@@ -116,7 +116,7 @@ class ActivationStudy:
     """What a model's neurons do on a probe batch.
 
     Attributes:
-        tokens: of the probe.
+        tokens: how many the probe has.
         top_k: experts per token in `LayerStudy.oracle`, `coverage` and `load`.
         layers: from the first to the last.
     """
@@ -147,7 +147,7 @@ def text_probe(
     """A probe of about `tokens` token ids, [B, L], from a fixed sample of a text's documents.
 
     Args:
-        tokenizer: of the model to study.
+        tokenizer: the tokenizer of the model to study.
         paths: files and folders of text; none mean Python's standard library.
         length: L, tokens per sequence.
         tokens: the batch has at most this many, but at least one sequence.

@@ -22,13 +22,14 @@ from training.importing.streams import Frame, token_losses
 from training.quality.evaluation import Evaluation, QualityCurve
 from training.quality.expert_use import ExpertUse
 
-# Nats; of broken losses and above. Worse than any model, and e to it can still be drawn and told.
+# A loss that is larger or not a number counts as this many nats. No model is as bad, and the
+# perplexity, e to that power, can still be drawn and written.
 _MOST_LOSS: Final = 100.0
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What the imported model keeps with fewer experts.
+    """How much quality the imported model keeps with fewer experts.
 
     Attributes:
         curve: dense, routed, oracle and random.
@@ -79,7 +80,7 @@ def measure_quality(
 
 
 def _standard_error(sample_B: Tensor) -> float | None:
-    """Of the sample's mean; None if that is not a number."""
+    """The standard error of the sample's mean; None if that is not a number."""
     if len(sample_B) < 2 or not sample_B.isfinite().all():
         return None
     return float(sample_B.std() / math.sqrt(len(sample_B)))

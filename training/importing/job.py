@@ -1,4 +1,4 @@
-"""What is known before an import begins: the source, the plan, and the text to calibrate on."""
+"""All that must be known before an import begins: source, plan, and text to calibrate on."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class ImportJob:
 
 
 def _kernels() -> str:
-    """Whose operators compute: sums are rounded in another order by others."""
+    """Which operators compute; others round sums in another order."""
     return "native" if native.available() else "torch"
 
 

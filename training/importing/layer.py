@@ -30,12 +30,12 @@ _JUDGED_SHARE: Final = 8  # routers are compared, and layers studied, at an eigh
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What is known of a converted layer.
+    """The measurements of a converted layer.
 
     Attributes:
-        study: of its activations and its router, on calibration tokens that fitted nothing.
+        study: its activations and its router, measured on calibration tokens that fitted nothing.
         router: the one that was kept: `fitted` or `centroid`.
-        uses: of each stream, on held-out tokens.
+        uses: how each stream used the experts, on held-out tokens.
     """
 
     study: LayerStudy

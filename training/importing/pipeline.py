@@ -38,7 +38,7 @@ from training.importing.workspace import Workspace
 
 
 class ImportMonitor(Protocol):
-    """What an import tells whoever watches: a progress bar, or nobody."""
+    """What an import calls to tell about its progress; a progress bar implements it."""
 
     def message(self, text: str) -> None: ...
 
@@ -46,7 +46,7 @@ class ImportMonitor(Protocol):
 
 
 class SilentImport:
-    """Watches nothing."""
+    """Ignores what it is told."""
 
     def message(self, text: str) -> None:
         pass

@@ -49,7 +49,7 @@ class Start:
         config: its shape, with experts.
         tensors: its weights, routers aside, float32; empty after `load_into`.
         tokenizer: its own; the run's text is encoded with it.
-        identity: what tells it from others.
+        identity: tells this model from others.
         smooth: the activation that ReLU replaces; "" if none is replaced.
         texts: files to keep beside the model, by name: its chat template, what export needs.
     """
@@ -63,7 +63,7 @@ class Start:
     texts: Mapping[str, str] = field(default_factory=dict)
 
     def base(self) -> TrainConfig:
-        """What a run that goes on from it does, unless told otherwise: a short one.
+        """The configuration of a short run that goes on from this model.
 
         The shares of the experts are those of the presets. A model whose activation is replaced
         trains dense, and is clustered at the end.

@@ -78,7 +78,7 @@ def pack(layer: Layer, config: ModelConfig) -> None:
 
 @torch.no_grad()
 def embed(model: Decoder, ids_BL: Tensor) -> Tensor:
-    """What goes into the first layer: [T, D], sequence by sequence."""
+    """The input of the first layer, [T, D], sequence by sequence."""
     sequences, length = ids_BL.shape
     return model.embed(ids_BL.flatten(), torch.arange(length).repeat(sequences))
 
@@ -98,11 +98,11 @@ def pass_layer(
 
     Args:
         model: for its positions.
-        layer: with its weights.
+        layer: the layer, with its weights.
         x_TD: states in front of it; behind it afterwards.
         length: L, of every sequence.
         stream: how experts are chosen.
-        generator: of the choices by chance.
+        generator: draws the experts that are chosen by chance.
         advance: hears of every batch how many tokens it had.
         inputs: gains the FFN's inputs, batch by batch.
 

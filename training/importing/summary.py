@@ -17,8 +17,8 @@ from training.importing.job import ImportJob
 from training.importing.layer import LayerResult, judged_k
 from training.importing.plan import Plan, Stream
 from training.report import charts
-from training.report.page import Tile, facts, flat, grid, page, section, table, tile_row
-from training.report.svg import Chart, Series, format_percent
+from training.report.chart import OTHER, ROUTED, Chart, Series, format_percent
+from training.report.page import Table, Tile, flat, render_page
 
 
 def import_report(
@@ -141,15 +141,19 @@ def recommendation(config: ModelConfig, report: Mapping[str, Any]) -> str:
 def import_page(name: str, config: ModelConfig, report: Mapping[str, Any]) -> str:
     """The report as one HTML page."""
     layers = [LayerStudy.from_dict(layer["study"]) for layer in report["layers"]]
-    quality = grid([charts.quality(report["evaluation"])], table(_HEAD, _rows(config, report)))
-    sections = [
-        section("Quality by share of the experts", quality),
-        section("Sparsity by layer", grid([_activity(layers), _concentration(layers)])),
-        section("Coverage by layer", grid([_coverage(config, report)], _layer_table(report))),
-        section("The import", facts(flat("", {k: report[k] for k in _FACTS}))),
-    ]
-    status = f"Ambidex import report. {recommendation(config, report).replace('`', '')}"
-    return page(f"{name}: import report", name, status, tile_row(_tiles(config, report)), sections)
+    return render_page(
+        "import.html",
+        kind="import",
+        name=name,
+        status=f"Ambidex import report. {recommendation(config, report).replace('`', '')}",
+        tiles=_tiles(config, report),
+        quality=[charts.quality(report["evaluation"])],
+        quality_table=Table(_HEAD, _rows(config, report)),
+        sparsity=[_activity(layers), _concentration(layers)],
+        coverage=[_coverage(config, report)],
+        layers=_layer_table(report),
+        facts=flat("", {key: report[key] for key in _FACTS}),
+    )
 
 
 _FACTS = ("imported", "command", "corpus", "versions")
@@ -181,8 +185,8 @@ def _activity(layers: Sequence[LayerStudy]) -> Chart:
     fires = [(i, layer.active) for i, layer in enumerate(layers)]
     never = [(i, layer.never) for i, layer in enumerate(layers)]
     series = [
-        Series("fire, mean over tokens", fires, charts.ROUTED, dots=True),
-        Series("fire on no token", never, charts.OTHER, dots=True, dashed=True),
+        Series("fire, mean over tokens", fires, ROUTED, dots=True),
+        Series("fire on no token", never, OTHER, dots=True, dashed=True),
     ]
     return _over_layers("Neurons that fire", series)
 
@@ -212,7 +216,7 @@ def _coverage(config: ModelConfig, report: Mapping[str, Any]) -> Chart:
     return _over_layers("True activation mass inside the chosen experts", series)
 
 
-def _layer_table(report: Mapping[str, Any]) -> str:
+def _layer_table(report: Mapping[str, Any]) -> Table:
     """The layers' routers and activations, on calibration tokens that fitted nothing."""
     rows = []
     for i, layer in enumerate(report["layers"]):
@@ -231,4 +235,4 @@ def _layer_table(report: Mapping[str, Any]) -> str:
         )
     k = judged_k(len(LayerStudy.from_dict(report["layers"][0]["study"]).load))
     head = ["layer", "router", "active", "never", f"router's {k}", f"best {k}", "dead", "cohesion"]
-    return table(head, rows)
+    return Table(head, rows)

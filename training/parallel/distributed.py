@@ -260,11 +260,11 @@ class SharedObjective:
             self._forward = self._ddp
 
     def __call__(self, *arguments: Any) -> Objective:
-        """As `objective`, the model left out."""
+        """Compute `objective`; the arguments are the same, without the model."""
         return self._forward(*arguments)
 
     def unfinished(self) -> AbstractContextManager[None]:
-        """For every micro-batch but the last: DDP sends gradients once a step.
+        """The context of every micro-batch but the last: DDP sends gradients once a step.
 
         FSDP sends them for each micro-batch: keeping them would need room for all of them whole.
         """
@@ -279,5 +279,6 @@ def _shard(model: Decoder, team: Team) -> None:
     mesh = init_device_mesh(team.device, (team.size,))
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
-    # Resharded too, unlike torch's default: else its parameters are other objects after evaluation.
+    # The root is resharded too, unlike torch's default; otherwise its parameters would be other
+    # objects after an evaluation.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)

@@ -33,9 +33,9 @@ from training.experts.conversion import (
 )
 from training.quality.evaluation import evaluate
 
-# present: as the model has them; random: equal groups without a reason, the floor.
+# "present" leaves the experts as the model has them; "random" draws equal groups: the floor.
 GROUPINGS: Final = ("present", "weights", "random")
-# stored: the checkpoint's own rows, which fit its present experts alone.
+# "stored" takes the checkpoint's own routers, which fit its present experts alone.
 ROUTERS: Final = ("stored", "centroid", "fitted", "oracle")
 
 
@@ -48,7 +48,7 @@ class Choice:
         router: one of ROUTERS.
         k: experts per token.
         coverage: share of the true activation mass inside the chosen experts, mean over layers.
-        perplexity: of the model run so.
+        perplexity: what the model scores with that choice.
     """
 
     grouping: str
@@ -75,7 +75,7 @@ def compare(
         fit_BL: batches of token ids that calibration and fit may see.
         held_out: other batches, on which coverage and perplexity are measured.
         ks: experts per token, each between 1 and E.
-        seed: of the clusterings.
+        seed: decides the clusterings.
         groupings: some of GROUPINGS.
         report: hears what is at work.
 

@@ -36,7 +36,7 @@ class Evaluation:
     """One policy's result on a set of batches.
 
     Attributes:
-        policy: as text.
+        policy: the expert policy, as text.
         perplexity: exp of the mean loss per token.
         activated_ratio: share of the experts that tokens used, over all layers.
         coverage: share of the true activation mass inside the chosen experts; 1 if dense.
@@ -72,10 +72,10 @@ class QualityCurve:
     """Perplexity against the share of the experts, beside the dense mode.
 
     Attributes:
-        dense: with all experts.
-        routed: by k, with the router's experts.
-        oracle: by k, with those of the most true mass: what no router could exceed in coverage.
-        random: by k, with experts drawn by chance: the floor; empty where it was not measured.
+        dense: the result with all experts.
+        routed: the results with the k experts that the router chooses, by k.
+        oracle: the results with the k experts of the most true mass, by k; no router covers more.
+        random: the results with k experts drawn by chance, by k: the floor; empty if not measured.
     """
 
     dense: Evaluation

@@ -28,7 +28,7 @@ from engine.tokenizer import Tokenizer
 from training.errors import TrainingError
 from training.quality.expert_use import ExpertUse
 
-# The fastest measured on a CPU: a larger batch falls out of its caches.
+# This batch was the fastest one measured on a CPU; a larger one falls out of its caches.
 _BATCH_TOKENS: Final = 512
 
 

@@ -29,7 +29,7 @@ from training.quality.tasks import EncodedTask, Measure, TaskResult, read_task
 FORMAT: Final = 1
 _NOTHING: Final = "-"
 
-# (policy, tokens that were run since the last call)
+# Is called with the policy that runs and the tokens that were run since the last call.
 Advance = Callable[[str, int], None]
 
 
@@ -127,8 +127,8 @@ def prepare(
         tasks: task files.
         experts: policies as text, dense, auto, top_k:N, mass:SHARE or oracle:N. None mean dense
             and SHARES of the experts, routed and, where there is text, by oracle.
-        max_tokens: of text; whole sequences only, so never more.
-        max_examples: of each task, its first ones; None means all.
+        max_tokens: how many tokens of text are scored at most, in whole sequences.
+        max_examples: how many examples of each task are run, its first ones; None means all.
 
     Raises:
         DataError: if a file cannot be used; names it and the line.
@@ -181,7 +181,7 @@ def _default_policies(num_experts: int, *, oracle: bool) -> tuple[ExpertPolicy, 
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """What came out: one row a policy."""
+    """The results, one row for each policy."""
 
     suite: Suite
     rows: tuple[PolicyResult, ...]

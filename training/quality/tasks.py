@@ -51,8 +51,8 @@ class Example:
 
     Attributes:
         line: its line in the file, from 1.
-        context: what comes before.
-        continuations: what may follow, delimiters included; one if cloze.
+        context: the text that comes before.
+        continuations: the texts that may follow, with their delimiters; one if cloze.
         lengths: UTF-8 bytes of each continuation as the file has it.
         answer: index of the right continuation.
     """
@@ -73,7 +73,7 @@ class Task:
         path: the file.
         sha256: of its bytes, hex.
         kind: cloze or choice; a file holds one kind.
-        examples: those to run, in the file's order.
+        examples: the examples to run, in the file's order.
         available: how many the file has.
     """
 
@@ -185,7 +185,7 @@ def _cloze(value: dict[str, Any], number: int, where: str) -> Example:
                 raise DataError(f"{where}: has both 'text' and {name!r}, which exclude each other")
         text = _string(value, "text", where).rstrip()
         target = text.split()[-1]
-        # The white space before the last word stays its delimiter.
+        # The white space before the last word is its delimiter and stays with it.
         context, delimiter = text[: len(text) - len(target)], ""
         if not context.strip():
             raise DataError(f"{where}: text must have at least two words")
@@ -217,7 +217,7 @@ def _choice(value: dict[str, Any], number: int, where: str) -> Example:
 
 
 def _delimiter(value: dict[str, Any], context: str, continuation: str, where: str) -> str:
-    """What joins the two: as the line says, else one space where there is none."""
+    """The text between context and continuation: the line's own, or one space if it has none."""
     if "delimiter" in value:
         return _string(value, "delimiter", where, blank=True)
     apart = not context or context[-1].isspace() or continuation[0].isspace()
@@ -259,7 +259,7 @@ class EncodedTask:
     """A task in one model's tokens, ready to run under any policy.
 
     Attributes:
-        task: what it encodes.
+        task: the task that it encodes.
         truncated: examples whose context lost its oldest tokens to fit the model.
         work: tokens that one run takes, padding included.
 

@@ -1,4 +1,4 @@
-"""The charts of a run's report: from a run's history to lines, without any drawing.
+"""The charts of a run's report: from a run's history to lines; `drawing.py` draws them.
 
 Steps are on the x axis unless said otherwise. Dense is always the same colour, experts per token
 and layers go through a ramp of hues from few to many.
@@ -6,18 +6,29 @@ and layers go through a ramp of hues from few to many.
 
 from __future__ import annotations
 
+import colorsys
 import statistics
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Final
 
+from training.report.chart import (
+    DENSE,
+    ORACLE,
+    OTHER,
+    ROUTED,
+    Chart,
+    HeatMap,
+    Point,
+    Series,
+    format_number,
+    format_percent,
+    smooth,
+)
+from training.report.drawing import NEVER
 from training.report.history import ProbeRecord, RunHistory, StepRecord, dig, number
-from training.report.svg import Band, Chart, Point, Series, format_number, format_percent, smooth
 
-DENSE: Final = "var(--dense)"
-ROUTED: Final = "var(--routed)"
-ORACLE: Final = "var(--oracle)"
-OTHER: Final = "var(--other)"
+_FULL_LOAD: Final = 3.0  # times the uniform load at which a cell of the heat map is full
 _SMOOTH_POINTS: Final = 60
 _LOG_RATIO: Final = 5.0
 
@@ -25,7 +36,8 @@ _LOG_RATIO: Final = 5.0
 def ramp(index: int, count: int) -> str:
     """The colour of one of `count` ordered things, from blue over green to orange."""
     hue = 240 - 215 * (index / (count - 1) if count > 1 else 0.0)
-    return f"hsl({hue:.0f} var(--ramp-s) var(--ramp-l))"
+    red, green, blue = (round(255 * c) for c in colorsys.hls_to_rgb(hue / 360, 0.44, 0.62))
+    return f"#{red:02x}{green:02x}{blue:02x}"
 
 
 def whole(value: float) -> str:
@@ -39,8 +51,8 @@ def _chart(history: RunHistory, title: str, series: Sequence[Series], **options:
         title=title,
         x_label="step",
         series=series,
-        bands=[Band(a, b, phase) for a, b, phase in history.phases if phase != "dense"],
-        marks=[(s.step, f"step {s.step}: {s.phase}, {s.reason}") for s in history.switches],
+        bands=[(a, b, phase) for a, b, phase in history.phases if phase != "dense"],
+        marks=[s.step for s in history.switches],
         x_range=(0.0, float(history.end)),
         x_format=whole,
         **options,  # type: ignore[arg-type]  # fields of Chart, by name
@@ -177,6 +189,17 @@ def load(history: RunHistory) -> Chart:
     return _chart(history, title, series, y_zero=True)
 
 
+def load_map(probe: ProbeRecord) -> HeatMap | None:
+    """The load of every expert of every layer at a probe; None where the layers differ."""
+    layers = [(f"layer {i}", x.load) for i, x in enumerate(probe.study.layers) if x.load]
+    if not layers or len({len(load) for _, load in layers}) != 1:
+        return None
+    full = f"{_FULL_LOAD:g} times the uniform load or more"
+    legend = [("never chosen", NEVER, "area"), (full, ROUTED, "area")]
+    title = f"Load of every expert at step {probe.step:,}"
+    return HeatMap(title, layers, _FULL_LOAD, "expert", legend)
+
+
 def quality(evaluation: object) -> Chart:
     """Perplexity against the share of the experts, from a report's `evaluation`."""
     series = []
@@ -207,7 +230,7 @@ def quality(evaluation: object) -> Chart:
 
 
 def dense_rate(history: RunHistory, value: Callable[[StepRecord], float | None]) -> float | None:
-    """What one dense step adds to a running total: the median over the run's dense stretches."""
+    """How much one dense step adds to a running total: the median of the run's dense stretches."""
     rates = []
     for a, b in pairwise(history.steps):
         first, second = value(a), value(b)

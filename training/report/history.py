@@ -41,7 +41,7 @@ class StepRecord:
         top_k: experts per token; None if dense.
         lr: learning rate.
         grad_norm: before clipping.
-        tokens_per_second: of this step.
+        tokens_per_second: how fast this step was.
         flops: training FLOPs so far.
         seconds: training time so far.
     """

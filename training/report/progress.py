@@ -70,9 +70,9 @@ class _TokenProgress:
     """A bar of tokens that vanishes in the end, and lines where there is no terminal.
 
     Args:
-        total_tokens: of the whole.
+        total_tokens: how many tokens the whole work has.
         console: where to draw.
-        width: of what stands before the bar.
+        width: how wide the words before the bar are.
         period: seconds that the speed is averaged over.
     """
 

@@ -25,7 +25,7 @@ _PHASES: Final = {phase.value: number for number, phase in enumerate(Phase)}
 
 
 class _Writer(Protocol):
-    """What is used of `torch.utils.tensorboard.SummaryWriter`."""
+    """The part of `torch.utils.tensorboard.SummaryWriter` that is used here."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
 
@@ -85,7 +85,7 @@ class TensorBoardLog:
         else:
             numbers = {**values, "phase": _PHASES.get(values.get("phase", ""))}
             self._scalars(step, "train", numbers)
-        self._writer.flush()  # a killed run loses nothing of the steps before its saved state
+        self._writer.flush()  # so a killed run loses no step before its saved state
 
     def _scalars(self, step: int, group: str, values: Mapping[str, float | None]) -> None:
         for name, value in values.items():

@@ -1,39 +1,23 @@
 """The report of a training run: one HTML page with its charts, self-contained and without scripts.
 
-It is drawn from the run's log, so it can be made while the run goes on; what only the end of a run
-knows (quality by share of experts, configuration) appears once it is there. Everything that comes
-from the run's files is escaped.
+It is made from the run's log, so it can be made while the run goes on; what only the end of a run
+knows (quality by share of experts, configuration) appears once it is there.
 """
 
 from __future__ import annotations
 
 import os
-from html import escape
 from pathlib import Path
 from typing import Final
 
 from engine.errors import require
 from training.errors import TrainingError
 from training.report import charts
+from training.report.chart import format_number, format_percent
 from training.report.history import ProbeRecord, RunHistory, dig, number
-from training.report.page import (
-    Tile,
-    duration,
-    facts,
-    flat,
-    grid,
-    items_of,
-    legend_item,
-    page,
-    plain,
-    section,
-    table,
-    tile_row,
-)
-from training.report.svg import format_number, format_percent, heat_map
+from training.report.page import Table, Tile, duration, flat, items_of, plain, render_page
 
 NAME: Final = "report.html"
-_FULL_LOAD: Final = 3.0  # times the uniform load at which a cell of the heat map is full
 
 
 def write_report(run: Path, out: Path | None = None, against: Path | None = None) -> Path:
@@ -66,19 +50,30 @@ def write_report(run: Path, out: Path | None = None, against: Path | None = None
 
 
 def render(history: RunHistory, dense: RunHistory | None = None) -> str:
-    """The page as text."""
-    name = history.run.resolve().name
-    sections = [
-        section("Loss", grid([charts.loss(history, dense), charts.validation(history, dense)])),
-        section("Sparsity", _sparsity(history)),
-        section("Switching", grid([charts.similarity(history)], _switches(history))),
-        section("Experts", _experts(history)),
-        section("Quality by share of the experts", _quality(history)),
-        section("Cost", _cost(history, dense)),
-        section("Optimisation and speed", grid(charts.machine(history))),
-        section("The run", _facts(history, dense)),
-    ]
-    return page(f"{name}: training report", name, _status(history), _tiles(history), sections)
+    """The page as text; `dense` is a run to draw beside this one."""
+    probe = history.probes[-1] if history.probes else None
+    evaluation = dig(history.report, "evaluation")
+    by_cost = [] if dense is None else charts.loss_by_cost(history, dense)
+    return render_page(
+        "training.html",
+        kind="training",
+        name=history.run.resolve().name,
+        status=_status(history),
+        tiles=_tiles(history),
+        loss=[charts.loss(history, dense), charts.validation(history, dense)],
+        sparsity=[charts.activity(history), charts.concentration(history)],
+        switching=[charts.similarity(history)],
+        switches=_switches(history),
+        load=[charts.load(history)],
+        load_map=None if probe is None else charts.load_map(probe),
+        probe=probe,
+        layers=None if probe is None else _layers(probe),
+        quality=[charts.quality(evaluation)] if history.report else [],
+        quality_table=_quality(history),
+        cost=charts.cost(history, dense) + by_cost,
+        machine=charts.machine(history),
+        facts=_facts(history, dense),
+    )
 
 
 def _status(history: RunHistory) -> str:
@@ -103,11 +98,10 @@ def _relative(value: float | None, base: float | None) -> str:
     return f"{value / base - 1:+.2%}" if value is not None and base else ""
 
 
-def _tiles(history: RunHistory) -> str:
-    """The run in a few numbers."""
-    tiles = [_loss_tile(history), _perplexity_tile(history), _sparsity_tile(history)]
-    tiles += [_flops_tile(history), _time_tile(history)]
-    return tile_row(tile for tile in tiles if tile is not None)
+def _tiles(history: RunHistory) -> list[Tile]:
+    """The run in a few figures; those that are not known yet are left out."""
+    kinds = (_loss_tile, _perplexity_tile, _sparsity_tile, _flops_tile, _time_tile)
+    return [tile for tile in (kind(history) for kind in kinds) if tile is not None]
 
 
 def _loss_tile(history: RunHistory) -> Tile | None:
@@ -197,44 +191,15 @@ def _time_tile(history: RunHistory) -> Tile | None:
     return "training time", duration(spent), f"all dense would take {estimate:.2f} times as long"
 
 
-def _sparsity(history: RunHistory) -> str:
-    return grid([charts.activity(history), charts.concentration(history)])
-
-
-def _switches(history: RunHistory) -> str:
-    if not history.switches:
-        return '<p class="note">No change of phase so far.</p>'
+def _switches(history: RunHistory) -> Table:
     rows = [
         [f"{s.step:,}", s.phase, s.reason, "yes" if s.cluster else "no"] for s in history.switches
     ]
-    return table(["step", "to", "why", "clustered anew"], rows, "words")
+    return Table(["step", "to", "why", "clustered anew"], rows)
 
 
-def _experts(history: RunHistory) -> str:
-    drawn = [charts.load(history)]
-    if not history.probes:
-        return grid(drawn)
-    probe = history.probes[-1]
-    return f"{grid(drawn, _heat_map(probe))}\n{_layers(probe)}"
-
-
-def _heat_map(probe: ProbeRecord) -> str:
-    """Load of every expert of every layer at the last probe."""
-    layers = [(f"layer {i}", x.load) for i, x in enumerate(probe.study.layers) if x.load]
-    if not layers or len({len(load) for _, load in layers}) != 1:
-        return ""
-    title = f"Load of every expert at step {probe.step:,}"
-    return (
-        f"<figure><figcaption>{escape(title)}</figcaption>\n"
-        f"{heat_map(title, layers, _FULL_LOAD)}\n"
-        f'<ul class="legend">{legend_item("never chosen", "var(--dead)", "area")}'
-        f"{legend_item(f'{_FULL_LOAD:g} times the uniform load or more', 'var(--routed)', 'area')}"
-        f"</ul></figure>"
-    )
-
-
-def _layers(probe: ProbeRecord) -> str:
-    """The last probe, layer by layer."""
+def _layers(probe: ProbeRecord) -> Table:
+    """A probe, layer by layer."""
     k = probe.study.top_k
     head = ["layer", "active", "never fire", "mass in 1/16", "in 1/8", "in 1/4"]
     head += [f"best {k}", f"router's {k}", "fullest", "entropy", "dead", "cohesion"]
@@ -248,19 +213,10 @@ def _layers(probe: ProbeRecord) -> str:
         row += ["" if entropy is None else f"{entropy:.3f}"]
         row += [str(layer.dead_experts) if layer.load else "", f"{layer.cohesion:.2f}"]
         rows.append(row)
-    return (
-        f'<p class="note">The probe at step {probe.step:,}, {probe.study.tokens:,} tokens: neurons '
-        f"that fire, and that never do; activation mass in the best 1/16, 1/8 and 1/4 of the "
-        f"experts, in the best {k} and in the router's {k}; load of the fullest expert over the "
-        f"uniform one, entropy of the load (1 is even), experts never chosen. Cohesion: how many "
-        f"times likelier a neuron fires when one of its own expert does than when one of another "
-        f"expert does.</p>\n{table(head, rows)}"
-    )
+    return Table(head, rows)
 
 
-def _quality(history: RunHistory) -> str:
-    if not history.report:
-        return '<p class="note">Measured when the run is finished.</p>'
+def _quality(history: RunHistory) -> Table:
     dense = number(dig(history.report, "evaluation", "dense", "perplexity"))
     rows = [["dense", "100%", "?" if dense is None else f"{dense:.3f}", "", "", "", ""]]
     for k, share, perplexity in _routed(history):
@@ -278,17 +234,10 @@ def _quality(history: RunHistory) -> str:
             ]
         )
     head = ["experts", "share", "perplexity", "to dense", "oracle", "mass inside", "oracle"]
-    return grid([charts.quality(dig(history.report, "evaluation"))], table(head, rows))
+    return Table(head, rows)
 
 
-def _cost(history: RunHistory, dense: RunHistory | None) -> str:
-    drawn = charts.cost(history, dense)
-    if dense is not None:
-        drawn += charts.loss_by_cost(history, dense)
-    return grid(drawn)
-
-
-def _facts(history: RunHistory, dense: RunHistory | None) -> str:
+def _facts(history: RunHistory, dense: RunHistory | None) -> list[tuple[str, str]]:
     """Configuration, data, machine and versions, for the record."""
     report = history.report
     rows = [("directory", str(history.run)), ("last logged step", f"{history.last_step:,}")]
@@ -307,4 +256,4 @@ def _facts(history: RunHistory, dense: RunHistory | None) -> str:
     rows += flat("", report.get("config"))
     if history.skipped:
         rows.append(("lines of the log not understood", f"{history.skipped:,}"))
-    return facts(rows)
+    return rows

@@ -1,4 +1,4 @@
-"""The end of a run: round to the saved dtype, calibrate, score those very weights, write them."""
+"""The end of a run: weights are rounded to the saved dtype, calibrated, scored and written."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def write_checkpoint(
     Args:
         path: the checkpoint's directory.
         model: changed: its weights are rounded and its routers calibrated.
-        config: of the run.
-        data: its tokens.
+        config: the run's configuration.
+        data: the run's tokens.
         history: what the run itself adds to `training_report.json`.
         report: hears which policy is being evaluated.
         texts: files to keep beside the weights, by name.

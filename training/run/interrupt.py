@@ -1,4 +1,4 @@
-"""A polite end: SIGTERM and the first Ctrl-C let the running step finish and its state be saved."""
+"""SIGTERM and the first Ctrl-C let the running step finish and its state be saved."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Note SIGTERM and SIGINT instead of dying of them; a second SIGINT ends at once.
+    """Record SIGTERM and SIGINT instead of dying of them; a second SIGINT ends at once.
 
     Signals reach the main thread alone; elsewhere nothing is changed.
     """

@@ -48,7 +48,7 @@ def publish(checkpoint: Path, target: Path) -> None:
     ):
         for name, entry in files.items():
             copy = shutil.copyfile(checkpoint / name, directory / name)
-            # The new manifest is made of what lies there by then, so it would prove nothing.
+            # The copy's own manifest is made from the copied files, so it cannot tell a bad copy.
             require(
                 file_sha256(copy) == entry["sha256"],
                 f"{checkpoint / name}: changed while it was copied, or the copy is damaged; "

@@ -58,11 +58,11 @@ class Progress:
         controller: `SwitchController.to_dict()`.
         flops: training FLOPs so far, probes included.
         switches: the decisions so far.
-        config_digest: of the configuration that the run was started with.
-        corpus_fingerprint: of the text that it trains on.
+        config_digest: identifies the configuration that the run was started with.
+        corpus_fingerprint: identifies the text that it trains on.
         device: "cpu" or "cuda"; sums round differently on another one.
-        threads: CPU threads of each process; likewise.
-        processes: that shared the work; likewise.
+        threads: CPU threads of each process; sums round differently with another number.
+        processes: how many shared the work; sums round differently with another number.
     """
 
     step: int
@@ -106,7 +106,7 @@ def save_state(
     with writing(path, _intact(run)), atomic_directory(path) as directory:
         save_tensors(directory, tensors, "state")
         write_json(directory / "state.json", vars(progress))
-        # Not the backend's own save: its error for a full disk is no OSError.
+        # The backend's own save is not used: for a full disk it raises something else than OSError.
         text = tokenizer.backend.to_str(pretty=True)
         (directory / "tokenizer.json").write_text(text, encoding="utf-8")
     for other in sorted(_folders(run, _STATE), key=_step_of)[:-keep]:
@@ -124,7 +124,7 @@ def _weights_and_moments(
 
 
 def _intact(run: Path) -> str:
-    """What a run that cannot write still has, as the end of a sentence."""
+    """The end of an error's sentence: which state is still there when nothing can be written."""
     latest = _latest(run)
     if latest is None:
         return "no state was saved before; free space and start again"
@@ -314,4 +314,4 @@ def _before(line: str, step: int) -> bool:
     try:
         return bool(json.loads(line)["step"] < step)
     except (ValueError, KeyError, TypeError):
-        return False  # a line cut short by a kill
+        return False  # a kill cut the line short

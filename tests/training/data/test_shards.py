@@ -17,9 +17,8 @@ import torch
 from tokenizers import models
 
 from engine.checkpoint import FORMAT as MANIFEST_FORMAT
-from engine.checkpoint import MANIFEST, file_sha256, write_json
+from engine.checkpoint import MANIFEST, STARTER, file_sha256, write_json
 from engine.tokenizer import END_OF_TEXT, Tokenizer
-from training.data import shards
 from training.data.batches import TokenBatches
 from training.data.shards import Ids, open_shards, write_shards
 from training.errors import DataError, StorageError
@@ -252,7 +251,7 @@ def test_a_full_disk_leaves_what_was_there(
 PREPARE = """
 import resource, sys
 from pathlib import Path
-from training import data
+from training.data.tokens import prepare_tokens
 from training.data.vocabulary import read_tokenizer
 
 paths, out, tokenizer, limit = sys.argv[1:]
@@ -260,7 +259,7 @@ if int(limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
 known = read_tokenizer(Path(tokenizer))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-data.prepare_tokens(
+prepare_tokens(
     [Path(paths)], [], Path(out), vocab_size=known.vocab_size, valid_share=0.01, seed=1,
     report=lambda text: None, tokenizer=known, shard_bytes=8 << 20,
 )
@@ -270,7 +269,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10)
 
 def prepare_elsewhere(corpus: Path, out: Path, limit: int = 0) -> subprocess.CompletedProcess[str]:
     """Prepare `corpus` in a process of its own; prints the bytes by which its memory grew."""
-    starter = Path(shards.__file__).parent.parent / "engine/starter"
+    starter = STARTER
     command = [sys.executable, "-c", PREPARE, str(corpus), str(out), str(starter), str(limit)]
     return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
 

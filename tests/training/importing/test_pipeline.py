@@ -309,7 +309,7 @@ def test_standard_errors_are_those_of_sequences_and_may_be_missing(
             return torch.ones_like(by_sequence)
         return by_sequence if len(calls) > 2 else by_sequence / 0.0
 
-    monkeypatch.setattr("training.importing.quality.token_losses", losses)
+    monkeypatch.setattr("training.importing.curve.token_losses", losses)
     first, *others = run(tmp_path / "out").errors.values()
     sequences = torch.arange(calls[0]).double()
     assert first is None

@@ -6,8 +6,6 @@ import html.parser
 import json
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from training.config import TrainConfig
 from training.errors import TrainingError
 from training.experts.study import ActivationStudy, LayerStudy
 from training.report import charts
+from training.report.chart import Chart, Point
 from training.report.history import RunHistory, parse_record
 from training.report.training_page import render, write_report
 from training.trainer import Trainer
@@ -113,36 +112,6 @@ def write_run(run: Path, lines: list[Any], report: Any = None) -> Path:
     return run
 
 
-@dataclass
-class Figure:
-    """One chart as a reader of the page would take it: values from pixels by the axes' ticks."""
-
-    ticks_x: list[tuple[float, str]] = field(default_factory=list)
-    ticks_y: list[tuple[float, str]] = field(default_factory=list)
-    lines: dict[str, str] = field(default_factory=dict)
-    dots: list[str] = field(default_factory=list)
-    bands: list[str] = field(default_factory=list)
-    marks: list[str] = field(default_factory=list)
-    cells: list[str] = field(default_factory=list)
-
-    def values(self, name: str) -> list[tuple[float, float]]:
-        x, y = scale(self.ticks_x), scale(self.ticks_y)
-        pairs = re.split("[ML]", self.lines[name])[1:]
-        return [(x(float(a)), y(float(b))) for a, b in (pair.split(",") for pair in pairs)]
-
-
-def scale(ticks: list[tuple[float, str]]) -> Callable[[float], float]:
-    """The linear map from pixels to what the first and the last tick's labels say."""
-
-    def read(text: str) -> float:
-        units = {"%": 0.01, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
-        text = text.replace(",", "")
-        return float(text[:-1]) * units[text[-1]] if text[-1] in units else float(text)
-
-    (a, low), (b, high) = ticks[0], ticks[-1]
-    return lambda pixel: read(low) + (pixel - a) / (b - a) * (read(high) - read(low))
-
-
 class Page(html.parser.HTMLParser):
     """Charts, tables and text of a page; fails on unbalanced or active content."""
 
@@ -150,11 +119,11 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.figures: dict[str, Figure] = {}
+        self.figures: dict[str, list[str]] = {}  # the legend of each chart
         self.tables: list[list[list[str]]] = []
         self.text = ""
-        self.open: list[tuple[str, dict[str, str]]] = []
-        self._figure = Figure()
+        self.open: list[str] = []
+        self._legend: list[str] = []
         self.feed(text)
         self.close()
         assert not self.open
@@ -168,14 +137,15 @@ class Page(html.parser.HTMLParser):
             assert not name.startswith("on")
             assert name not in ("src", "href")
             assert value is not None
+            assert "href" not in name or value.startswith(("#", "data:image/png;"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.check(tag, attrs)
         named = {name: value or "" for name, value in attrs}
         if tag not in self.VOID:
-            self.open.append((tag, named))
-        if tag == "svg":
-            self._figure = self.figures[named["aria-label"]] = Figure()
+            self.open.append(tag)
+        if named.get("class") == "chart":
+            self._legend = self.figures[named["aria-label"]] = []
         elif tag == "table":
             self.tables.append([])
         elif tag == "tr":
@@ -184,39 +154,26 @@ class Page(html.parser.HTMLParser):
             self.tables[-1][-1].append("")
 
     def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop()[0] == tag
+        assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1][0] == "style":
+        if not self.open or "style" in self.open:
             return
         self.text += data
-        tag, attrs = self.open[-1]
-        kinds = attrs.get("class", "").split()
-        if tag in ("td", "th"):
+        if self.open[-1] in ("td", "th"):
             self.tables[-1][-1][-1] += data
-        elif tag == "text" and "tick-x" in kinds:
-            self._figure.ticks_x.append((float(attrs["x"]), data))
-        elif tag == "text" and "tick-y" in kinds:
-            self._figure.ticks_y.append((float(attrs["y"]), data))
-        elif tag == "title" and len(self.open) > 1:
-            self._title(*self.open[-2], data)
-
-    def _title(self, tag: str, attrs: dict[str, str], text: str) -> None:
-        kinds = attrs.get("class", "").split()
-        if "line" in kinds:
-            self._figure.lines[text] = attrs["d"]
-        for kind, found in (
-            ("dot", self._figure.dots),
-            ("band", self._figure.bands),
-            ("mark", self._figure.marks),
-            ("cell", self._figure.cells),
-        ):
-            if kind in kinds:
-                found.append(text)
+        elif self.open[-1] == "li":
+            self._legend.append(data)
 
 
 def page_of(run: Path, against: Path | None = None) -> Page:
     return Page(write_report(run, against=against).read_text(encoding="utf-8"))
+
+
+def values(chart: Chart, name: str) -> list[Point]:
+    """The known points of one line."""
+    (series,) = [s for s in chart.series if s.name == name]
+    return [(x, y) for x, y in series.points if y is not None]
 
 
 @pytest.fixture
@@ -224,60 +181,58 @@ def finished(tmp_path: Path) -> Path:
     return write_run(tmp_path / "ssd", log_lines(), training_report())
 
 
-def close_to(points: list[tuple[float, float]], rel: float = 0.01) -> Any:
-    """Within a pixel or so: an axis is some 230 pixels high and 550 wide."""
-    return [pytest.approx(point, rel=rel, abs=2) for point in points]
-
-
 def test_the_loss_drawn_is_the_loss_logged(finished: Path) -> None:
-    figure = page_of(finished).figures["Training loss, nats per token"]
-    steps = [line for line in log_lines() if "loss" in line]
-    drawn = figure.values("each logged step")
-    assert len(drawn) == len(steps) == 40
-    for (x, y), line in zip(drawn, steps, strict=True):
-        assert x == pytest.approx(line["step"], abs=1)
-        assert y == pytest.approx(line["loss"], abs=0.03)
-    assert figure.bands == ["sparse, 100 to 300", "mixed, 300 to 400"]
-    assert "activations settled: similarity 0.712 >= 0.7" in figure.marks[0]
+    chart = charts.loss(RunHistory.read(finished), None)
+    logged = [(line["step"], line["loss"]) for line in log_lines() if "loss" in line]
+    assert len(logged) == 40
+    assert values(chart, "each logged step") == logged
+    assert chart.bands == [(100, 300, "sparse"), (300, 400, "mixed")]
+    assert chart.marks == [100, 300]
+    assert page_of(finished).figures[chart.title] == [
+        *("each logged step", "running mean", "mixed phase", "sparse phase")
+    ]
 
 
 def test_probes_are_drawn_layer_by_layer(finished: Path) -> None:
-    page = page_of(finished)
-    expected = [(50 * i, 0.5 - 0.05 * i) for i in range(1, 8)]
-    drawn = page.figures["Active neurons"].values("layer 0")
-    assert [x for x, _ in drawn] == pytest.approx([x for x, _ in expected], abs=1)
-    assert [y for _, y in drawn] == pytest.approx([y for _, y in expected], abs=0.005)
-    assert len(page.figures["Active neurons"].lines) == 2
-    mass = page.figures["Activation mass inside the chosen experts"]
-    assert [y for _, y in mass.values("router, on the probe")] == pytest.approx([0.7] * 6, abs=0.01)
-    inside = mass.values("in training's own sparse steps")
-    assert [y for _, y in inside] == pytest.approx([0.75] * 30, abs=0.01)
-    similarity = page.figures["Similarity of activation patterns"]
-    assert [y for _, y in similarity.values("drift: to the clustering's birth")] == pytest.approx(
-        [0.9] * 6, abs=0.01
-    )
-    assert "settled: to the previous probe: 0.65 at 150" in similarity.dots
-    load = page.figures["Expert load, times the uniform load"]
-    assert [y for _, y in load.values("fullest expert of any layer")] == pytest.approx(
-        [2.0] * 6, abs=0.05
-    )
-    cells = page.figures["Load of every expert at step 350"].cells
-    assert len(cells) == 8
-    assert cells[0] == "layer 0, expert 0: 2.00"
+    history = RunHistory.read(finished)
+    active = charts.activity(history)
+    drawn = values(active, "layer 0")
+    assert [x for x, _ in drawn] == [50 * i for i in range(1, 8)]
+    assert [y for _, y in drawn] == pytest.approx([0.5 - 0.05 * i for i in range(1, 8)])
+    assert len(active.series) == 2
+    mass = charts.concentration(history)
+    assert [y for _, y in values(mass, "router, on the probe")] == pytest.approx([0.7] * 6)
+    assert [y for _, y in values(mass, "oracle, on the probe")] == pytest.approx([0.8] * 7)
+    inside = values(mass, "in training's own sparse steps")
+    assert [y for _, y in inside] == pytest.approx([0.75] * 30)
+    similarity = charts.similarity(history)
+    assert values(similarity, "settled: to the previous probe")[2] == (150, 0.65)
+    drift = values(similarity, "drift: to the clustering's birth")
+    assert [y for _, y in drift] == pytest.approx([0.9] * 6)
+    assert values(similarity, "bound: stale 0.65") == [(0, 0.65), (400, 0.65)]
+    load = charts.load(history)
+    assert [y for _, y in values(load, "fullest expert of any layer")] == [2.0] * 6
+    assert [y for _, y in values(load, "emptiest expert, mean of layers")] == [0.0] * 6
+    cells = charts.load_map(history.probes[-1])
+    assert cells is not None
+    assert cells.title == "Load of every expert at step 350"
+    assert cells.rows == [(f"layer {i}", (2.0, 1.0, 1.0, 0.0)) for i in range(2)]
+    assert page_of(finished).figures[cells.title] == [
+        *("never chosen", "3 times the uniform load or more")
+    ]
 
 
 def test_validation_and_quality_are_drawn_with_their_values(finished: Path) -> None:
+    history = RunHistory.read(finished)
+    valid = charts.validation(history, None)
+    assert values(valid, "dense") == [(100, 90), (200, 80), (300, 70)]
+    assert values(valid, "8 experts") == [(100, 100), (200, 90), (300, 80)]
+    quality = charts.quality(history.report["evaluation"])
+    assert values(quality, "routed") == [(0.0625, 66), (0.25, 60.3)]
+    assert values(quality, "oracle") == [(0.0625, 63), (0.25, 60.1)]
+    assert values(quality, "dense") == [(0.0625, 60), (1.0, 60)]
     page = page_of(finished)
-    assert page.figures["Held-out perplexity"].dots == [
-        *("dense: 90 at 100", "dense: 80 at 200", "dense: 70 at 300"),
-        *("8 experts: 100 at 100", "8 experts: 90 at 200", "8 experts: 80 at 300"),
-    ]
-    quality = page.figures["Held-out perplexity by share of the experts"]
-    assert quality.dots == [
-        *("routed: 66 at 6.25%", "routed: 60.3 at 25%"),
-        *("oracle: 63 at 6.25%", "oracle: 60.1 at 25%"),
-    ]
-    assert "dense" in quality.lines
+    assert page.figures[quality.title] == ["dense", "routed", "oracle"]
     table = next(t for t in page.tables if t[0][0] == "experts")
     assert table[2] == ["4", "6.25%", "66.000", "+10.00%", "+5.00%", "90.0%", "90.0%"]
 
@@ -288,16 +243,18 @@ def test_cost_is_drawn_beside_all_dense_training(finished: Path, tmp_path: Path)
         for line in log_lines()
         if "loss" in line
     ]
-    page = page_of(finished, write_run(tmp_path / "dense", dense_lines))
-    flops = page.figures["Training FLOPs"]
-    last = 391 * FLOPS
-    assert flops.values("dense run")[-1][1] == pytest.approx(last, rel=0.01)
-    assert flops.values("this run's steps all dense")[-1][1] == pytest.approx(last, rel=0.01)
-    assert flops.values("this run")[-1][1] == pytest.approx((100 + 291 / 2) * FLOPS, rel=0.01)
-    time = page.figures["Training time, seconds"]
-    estimate = time.values("estimate from this run's dense steps")
-    assert estimate[-1][1] == pytest.approx(391 * SECONDS, rel=0.01)
-    assert len(page.figures["Training loss against training FLOPs"].lines) == 2
+    dense = write_run(tmp_path / "dense", dense_lines)
+    flops, time = charts.cost(RunHistory.read(finished), RunHistory.read(dense))
+    last = pytest.approx((390, 391 * FLOPS))
+    assert values(flops, "dense run")[-1] == last
+    assert values(flops, "this run's steps all dense")[-1] == last
+    assert values(flops, "this run")[-1] == pytest.approx((390, (100 + 291 / 2) * FLOPS))
+    estimate = values(time, "estimate from this run's dense steps")
+    assert estimate[-1] == pytest.approx((390, 391 * SECONDS))
+    page = page_of(finished, dense)
+    assert {flops.title, time.title} <= page.figures.keys()
+    assert page.figures["Training loss against training FLOPs"] == ["this run", "dense run"]
+    assert page.figures["Training loss against training seconds"] == ["this run", "dense run"]
     assert "compared with" in page.text
     assert "all dense would take 1.60 times as many" in page.text  # 8e14 / 5e14, from the report
 
@@ -335,9 +292,7 @@ def test_a_run_that_just_began_has_a_report(count: int, tmp_path: Path) -> None:
         assert "nothing has been logged yet" in page.text
         assert not page.figures
     else:
-        figure = page.figures["Training loss, nats per token"]
-        assert len(figure.dots) == (2 if count == 1 else 0)
-        assert len(figure.lines) == (0 if count == 1 else 2)
+        assert page.figures["Training loss, nats per token"] == ["each logged step", "running mean"]
     assert "No change of phase so far." in page.text
 
 
@@ -348,8 +303,9 @@ def test_values_that_are_not_finite_are_gaps(tmp_path: Path) -> None:
     text = write_report(write_run(tmp_path / "run", lines)).read_text()
     drawn = re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL)
     assert not re.search(r"\b(nan|inf)\b", drawn.lower())
-    figure = Page(text).figures["Training loss, nats per token"]
-    assert figure.lines["each logged step"].count("M") == 2
+    assert "Training loss, nats per token" in Page(text).figures
+    chart = charts.loss(RunHistory.read(tmp_path / "run"), None)
+    assert [y is None for _, y in chart.series[0].points].count(True) == 1
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
@@ -403,7 +359,6 @@ def test_the_page_is_self_contained_and_replaced_whole(finished: Path, tmp_path:
     text = out.read_text()
     assert text.startswith("<!DOCTYPE html>")
     assert not re.search(r"https?:|url\(|@import|<script|<link", text)
-    assert "prefers-color-scheme: dark" in text
     assert 'name="viewport"' in text
     assert sorted(p.name for p in tmp_path.iterdir()) == ["page.html", "ssd"]
     assert len(text) < 300_000

@@ -104,7 +104,7 @@ def _is_relu(family: Family, values: Mapping[str, Any]) -> bool:
 
 
 def _differences(found: ModelConfig, wanted: ModelConfig) -> list[str]:
-    """What the functions of two models differ in, as `name: value instead of value`."""
+    """The settings in which two models differ, as `name: value instead of value`."""
     if found.intermediate_size != wanted.intermediate_size:
         return [f"intermediate_size: {found.intermediate_size}"]
     a, b = _function(found), _function(wanted)
@@ -123,7 +123,7 @@ def _function(config: ModelConfig) -> dict[str, Any]:
 
 
 def _common(family: Family, config: ModelConfig) -> dict[str, Any]:
-    """What all families say alike."""
+    """The part of the configuration that all families share."""
     return {
         "model_type": family.model_types[0],
         "architectures": [family.architecture],
@@ -208,7 +208,8 @@ def _write_tokenizer(checkpoint: Path, directory: Path, config: ModelConfig) -> 
             "model_max_length": config.max_position_embeddings,
         }
         write_json(directory / "tokenizer_config.json", values)
-    # An imported model's own may have several ends of text, and how its authors sample.
+    # An imported model keeps its own file, which may name several ends of text and its authors' way
+    # to sample.
     generation = directory / "generation_config.json"
     ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     write_json(generation, ends | (read_json(generation) if generation.exists() else {}))

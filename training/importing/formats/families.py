@@ -27,7 +27,7 @@ class Weight:
         ours: its name; in a layer, below `layers.i`.
         theirs: the names of the tensors that it is made of.
         transform: how.
-        when: which models have it.
+        when: says which models have it.
     """
 
     ours: str
@@ -41,7 +41,7 @@ class Family:
     """One family of models.
 
     Attributes:
-        name: what it is called.
+        name: the family's name.
         model_types: the values of `model_type` that it goes by; the first is written.
         architecture: the class of transformers that is written.
         config: `config.json` to ours, with one expert; raises ConfigError.
@@ -50,7 +50,7 @@ class Family:
         activation_key: where `config.json` names the activation.
         fixed: settings that must have this value where they occur.
         buffers: regular expressions of tensors that are derived and so left out.
-        prefix: what names begin with, unless the file holds the bare model.
+        prefix: how names begin, unless the file holds the bare model.
         in_transformers: whether the class is; else its authors' `config.json` names their code.
     """
 
@@ -288,7 +288,7 @@ GPT2: Final = Family(
     write_config=configs.write_gpt2,
     layer=(
         *_with_bias("attention_norm", "transformer.h.{i}.ln_1"),
-        # Conv1D keeps inputs by outputs.
+        # GPT-2's Conv1D stores its matrices transposed: inputs by outputs.
         Weight("attention.qkv.weight", ("transformer.h.{i}.attn.c_attn.weight",), TRANSPOSED),
         Weight("attention.qkv.bias", ("transformer.h.{i}.attn.c_attn.bias",)),
         Weight("attention.out.weight", ("transformer.h.{i}.attn.c_proj.weight",), TRANSPOSED),

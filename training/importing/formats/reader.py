@@ -43,7 +43,7 @@ class Source:
 
     Attributes:
         path: the directory.
-        table: what its names mean.
+        table: gives the family's names their meaning.
         family: the table's name.
         model_config: the model's shape, with all neurons in one expert and the dtype of its
             weights.
@@ -76,7 +76,7 @@ class Source:
         """Read what the directory holds; no tensor yet.
 
         Args:
-            directory: with `config.json` and safetensors files.
+            directory: holds `config.json` and safetensors files.
             relufy: read GELU and SiLU as ReLU, for a model that is to be trained so.
 
         Raises:
@@ -270,7 +270,7 @@ def _common_dtype(files: Mapping[str, Path]) -> str:
     found: dict[str, str] = {}
     for file in sorted(set(files.values())):
         with opened(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118  # no mapping
+            for name in tensors.keys():  # noqa: SIM118  # it is no mapping
                 part = tensors.get_slice(name)
                 if len(part.get_shape()) == 2:
                     found.setdefault(part.get_dtype(), f"{file}: tensor {name}")

@@ -1,4 +1,4 @@
-"""What an import reads from, whatever the format on disk; and our own checkpoints as such a source.
+"""The sources that an import reads, whatever their format on disk: also our own checkpoints.
 
 A source gives a model in our names, one layer at a time, so that no more than that is in memory.
 """
@@ -26,7 +26,7 @@ class ModelSource(Protocol):
 
     @property
     def family(self) -> str:
-        """What kind of model it is, in a word."""
+        """The kind of model, in a word."""
 
     @property
     def model_config(self) -> ModelConfig:
@@ -63,7 +63,7 @@ class AmbidexSource:
         return {n: self._tensors[n] for n in self._names if not n.startswith("layers.")}
 
     def texts(self) -> dict[str, str]:
-        """What an import, or somebody else, has put beside its weights."""
+        """The files that an import, or somebody else, has put beside the weights."""
         return {path.name: read_text(path) for path in self._kept}
 
 
@@ -105,7 +105,7 @@ def read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
 
 
 def fingerprint(path: Path) -> str:
-    """What identifies the files of a source: SHA-256 over names, sizes and times of change.
+    """Identify the files of a source: SHA-256 over names, sizes and times of change.
 
     Not over their contents: reading tens of gigabytes once more would take longer than it helps.
     """

@@ -20,7 +20,7 @@ def opened(file: Path) -> safe_open:
 
 
 def names_in(file: Path) -> list[str]:
-    """Of the tensors that the file holds."""
+    """The names of the tensors that the file holds."""
     with opened(file) as found:
         return list(found.keys())
 
@@ -34,7 +34,7 @@ class StoredTensors:
     """
 
     def __init__(self, path: Path, names: Iterable[str]) -> None:
-        """Those in the safetensors files of the directory `path` among `names`."""
+        """Open the tensors that the safetensors files `names` in the directory `path` hold."""
         self.path = path
         self.files: dict[str, Path] = {}
         for name in sorted(n for n in names if n.endswith(".safetensors")):
@@ -48,4 +48,4 @@ class StoredTensors:
         return tensor
 
     def nbytes(self, name: str) -> int:
-        return self[name].nbytes  # mapped: nothing is read
+        return self[name].nbytes  # the file is mapped, so nothing is read

@@ -32,7 +32,7 @@ class Transform:
 
 
 def rotary_order(config: ModelConfig) -> Tensor | None:
-    """Which of their dimensions of a head each of ours is, [d]; None if all are where they were.
+    """For each dimension of a head of ours, which of theirs it is, [d]; None if none moved.
 
     Others rotate the first r dimensions by halves, r/2 apart. Ours rotate whole halves, d/2 apart,
     so each half takes its share of the rotated ones first and of the others after.
