@@ -175,7 +175,7 @@ class Trainer:
         )
 
     def _generator(self, stream: int) -> torch.Generator:
-        """Make a generator for one purpose; it depends on the seed alone, so a resumed run repeats."""
+        """Make a generator for one purpose; only the seed decides, so a resumed run repeats it."""
         return torch.Generator().manual_seed(self.config.seed * 1_000_003 + stream)
 
     def train(self, stop: StopRequest | None = None) -> Path:

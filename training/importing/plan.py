@@ -134,7 +134,7 @@ class Plan:
         up, neurons = config.hidden_size * config.intermediate_size, config.intermediate_size
         experts, tokens = config.experts.num_experts, self.calibration_tokens
         rest = self.other_parameters * self.item_bytes
-        # A layer is in memory twice: as it was read or as its kernels need it, and as it is written.
+        # A layer is in memory twice: as read or as its kernels need it, and as it is written.
         layer = self.layer_parameters * (self.item_bytes + max(self.item_bytes, self.source_bytes))
         # Clustering holds rows and centroids in float32, and similarities and prices in both types.
         clustering = 3 * 4 * up + 6 * 8 * neurons * experts
