@@ -110,7 +110,7 @@ def _scale(axes: Axes, chart: Chart) -> None:
         axes.set_yscale("log")
     if chart.x_range is not None and chart.x_range[1] > chart.x_range[0]:
         axes.set_xlim(*chart.x_range)
-    if chart.y_zero:
+    if chart.y_zero and not chart.log_y:
         axes.set_ylim(bottom=min(0.0, axes.dataLim.y0))
     _ticks(axes.xaxis, chart.x_format, chart.log_x)
     _ticks(axes.yaxis, chart.y_format, chart.log_y)
