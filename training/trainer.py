@@ -105,6 +105,7 @@ class Trainer:
         self.device = device
         self.tensorboard = tensorboard
         self.progress: run_state.Progress | None = None
+        # The first process makes the tokens while the others wait; then they map them.
         with self.team.main_first(f"tokens of {run}"):
             tokens = self._open_tokens(paths, valid_paths)
             if start is not None:
@@ -115,6 +116,7 @@ class Trainer:
         self.data = lay_out(config, tokens, device)
         self.model = self._new_model(tokens.tokenizer)
         shape = self.model.config
+        # Sharding replaces the parameters, so the optimiser comes after it.
         self.objective = SharedObjective(self.model, config.parallel, self.team)
         self.optimizer = build_optimizer(self.model, config)
         self.controller = SwitchController(config)
@@ -382,6 +384,7 @@ class Trainer:
     def _update(self, loss: float, *, sparse: bool) -> float:
         """Clip and take the optimiser's step, unless a value is not finite; returns the norm."""
         clip = self.config.optimizer.grad_clip
+        # The norm is taken before clipping; that of a sharded model is a sum over all processes.
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         total = whole(torch.nn.utils.get_total_norm(gradients))
         torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), clip, total)
@@ -428,7 +431,7 @@ class Trainer:
         """Cluster the neurons if no switch did, score the model, and write the checkpoint."""
         if not any(switch["cluster"] for switch in self.switches):
             self._cluster(warm_start=False)
-        refresh_routers(self.model)
+        refresh_routers(self.model)  # the last optimiser step moved the weights
         path = self.run / "checkpoint"
         model = plain(self.model, keep=self.team.is_main)
         if model is None:

@@ -248,7 +248,7 @@ def write_shards(
         description: where the corpus came from, in words.
         fingerprint: identifies the corpus.
         made_from: what decided the tokens, for whoever wants to reuse them.
-        shard_bytes: size of a shard at most.
+        shard_bytes: how large a shard may be.
         intact: what an error says about the state of the disk.
 
     Raises:

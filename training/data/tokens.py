@@ -117,6 +117,8 @@ def open_tokens(
     made_from = _made_from(sources, vocab_size, valid_share, seed)
     with _locked(out_dir):
         _sweep(out_dir)
+        # Tokens of an earlier sitting are used again if the same files and settings made them and a
+        # resumed run does not insist on another tokenizer.
         found = _reusable(out_dir, made_from, verify)
         tokenizer = None
         if found is not None:

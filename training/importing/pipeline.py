@@ -111,9 +111,10 @@ def _import_layer(
     number = f"layer {index + 1}/{plan.config.num_hidden_layers}"
     tensors = {name: t.to(dtype) for name, t in job.source.layer(index).items()}
     with frame.layer(index, tensors) as layer:
-        del tensors
+        del tensors  # the layer owns the weights now; a second copy would double the memory
 
         def passed(name: str, stream: Stream, inputs: list[Tensor] | None = None) -> Any:
+            # The states of this name move from before the layer to behind it.
             return pass_layer(
                 frame.model,
                 layer,
@@ -125,6 +126,7 @@ def _import_layer(
                 inputs,
             )
 
+        # The calibration tokens pass first, dense: the router is fitted on what the FFN sees of them.
         inputs: dict[str, list[Tensor]] = {"fit": [], "check": []}
         for name, kept in inputs.items():
             passed(name, Stream("dense"), kept)
@@ -135,8 +137,10 @@ def _import_layer(
         router = fit_layer_router(layer.ffn, fit_TD, check_TD, options.router)
         study = studied(layer.ffn, check_TD)
         del fit_TD, check_TD
+        # The weights are taken before packing, which keeps them in the order of the CPU's kernels.
         weights = {f"layers.{index}.{name}": t for name, t in layer.state_dict().items()}
         pack(layer, plan.config)
+        # The held-out tokens pass once for each choice of experts that the quality curve compares.
         uses = {stream.name: passed(stream.name, stream) for stream in plan.streams}
         result = LayerResult(study, router, uses)
         workspace.save(index, weights, result, states)
@@ -161,7 +165,7 @@ def _write(
     job: ImportJob,
     command: str,
 ) -> None:
-    """The checkpoint, whole or not at all."""
+    """Write the checkpoint, whole or not at all."""
     config = dataclasses.replace(
         job.plan.config,
         experts=dataclasses.replace(

@@ -97,10 +97,10 @@ def pass_layer(
     """Carry the states of whole sequences through one layer, in place.
 
     Args:
-        model: for its positions.
+        model: gives the positions their rotations.
         layer: the layer, with its weights.
-        x_TD: states in front of it; behind it afterwards.
-        length: L, of every sequence.
+        x_TD: the states in front of the layer, which become those behind it.
+        length: L, the length of every sequence.
         stream: how experts are chosen.
         generator: draws the experts that are chosen by chance.
         advance: hears of every batch how many tokens it had.

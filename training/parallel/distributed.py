@@ -94,9 +94,12 @@ class Team:
                 f"--nproc-per-node {gpus}",
                 TrainingError,
             )
+            # NCCL talks from the current device, so it is chosen before anything is sent.
             torch.cuda.set_device(local)
         address = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
         try:
+            # The store is opened by itself, because joining and collectives wait for different
+            # times, and because the team talks through it where no collective can be made.
             store, _, _ = next(rendezvous("env://", rank, size, timeout=join))
             dist.init_process_group(
                 "nccl" if device == "cuda" else "gloo",

@@ -52,9 +52,11 @@ def write_checkpoint(
     Raises:
         StorageError: if it cannot be written.
     """
+    # The weights are rounded first, so that exactly what is saved is what is scored.
     round_parameters(model, getattr(torch, config.dtype))
     calibrate_routers(model, data.probe_BL)
     curve = quality_curve(model, data.valid, lambda policy: report(f"evaluate {policy}"))
+    # What was measured becomes part of the configuration: `auto` is what it recommends.
     num_experts = config.model.num_experts
     experts = dataclasses.replace(
         model.config.experts,
