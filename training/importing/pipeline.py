@@ -126,7 +126,7 @@ def _import_layer(
                 inputs,
             )
 
-        # The calibration tokens pass first, dense: the router is fitted on what the FFN sees of them.
+        # The calibration tokens pass first, dense: the router is fitted to what the FFN sees then.
         inputs: dict[str, list[Tensor]] = {"fit": [], "check": []}
         for name, kept in inputs.items():
             passed(name, Stream("dense"), kept)
