@@ -138,8 +138,8 @@ def _heat_map(chart: HeatMap) -> Figure:
     rows = len(chart.rows)
     figure = Figure(figsize=(_WIDTH, 0.8 + min(4.5, 0.28 * rows)), layout="constrained")
     axes = figure.add_subplot()
-    colours = LinearSegmentedColormap.from_list("load", ["#ffffff", ROUTED])
-    colours.set_bad(NEVER)
+    shades = LinearSegmentedColormap.from_list("load", ["#ffffff", ROUTED])
+    colours = shades.with_extremes(bad=NEVER)
     cells = [[value if value > 0 else math.nan for value in values] for _, values in chart.rows]
     axes.imshow(cells, cmap=colours, vmin=0, vmax=chart.most, aspect="auto", interpolation="none")
     axes.set_yticks(range(rows), [label for label, _ in chart.rows])
