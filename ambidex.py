@@ -25,7 +25,7 @@ from benchmarks.result_file import JsonFile, check_writable, write_result
 
 if TYPE_CHECKING:
     from engine.checkpoint import Checkpoint
-    from engine.request import ExpertPolicy
+    from engine.policy import ExpertPolicy
     from training.config import TrainConfig
     from training.experts.correspondence import LayerComparison
     from training.experts.study import ActivationStudy
@@ -450,8 +450,8 @@ def generate(
 ) -> None:
     """Continue a text, token by token; says afterwards which share of the experts it used."""
     from engine.config import EngineConfig
-    from engine.engine import Engine
-    from engine.request import SamplingParams
+    from engine.serving.engine import Engine
+    from engine.serving.request import SamplingParams
 
     if temperature is None:
         temperature = 1.0 if top_k or top_p < 1.0 or seed is not None else 0.0
@@ -706,7 +706,7 @@ def _load(model: Path | None) -> Checkpoint:
 
 
 def _policy(text: str) -> ExpertPolicy:
-    from engine.request import ExpertPolicy
+    from engine.policy import ExpertPolicy
 
     return ExpertPolicy.parse(text)
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.records import MACHINE, VERSIONS, Record, write_records
 from engine import checkpoint
 from engine.checkpoint import STARTER, Checkpoint
-from engine.request import ExpertPolicy
+from engine.policy import ExpertPolicy
 from training.data.batches import Batches, TokenBatches
 from training.data.corpus import Document, load_corpus
 from training.data.vocabulary import encode_documents

@@ -46,9 +46,9 @@ from benchmarks.models import (
 )
 from benchmarks.records import MACHINE, VERSIONS, Record, write_records
 from engine.config import ModelConfig, check_choice, check_range
-from engine.engine import Engine
-from engine.experts import PolicyBatch
-from engine.request import ExpertPolicy
+from engine.model.policy_batch import PolicyBatch
+from engine.policy import ExpertPolicy
+from engine.serving.engine import Engine
 
 BATCHES: Final = (1, 2, 4, 8, 16, 32, 64)
 PREFILLS: Final = (1, 16, 64, 256, 512, 1024)

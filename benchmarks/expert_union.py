@@ -38,12 +38,14 @@ from torch import Tensor, nn
 from benchmarks.records import MACHINE, VERSIONS, Record, write_records
 from engine import checkpoint
 from engine.checkpoint import STARTER, Checkpoint
-from engine.experts import ExpertFFN, PolicyBatch, Trace
-from engine.kernels.gpu_ways import expected_union
-from engine.kernels.sharing import kept, share_reference
-from engine.kernels.sliced_ffn import sparse_ffn_reference
-from engine.model import Decoder, Layer
-from engine.request import ExpertPolicy
+from engine.gpu.ffn.gpu_ways import expected_union
+from engine.gpu.routing.sharing import kept, share_reference
+from engine.model.decoder import Decoder, Layer
+from engine.model.ffn import ExpertFFN
+from engine.model.policy_batch import PolicyBatch
+from engine.model.sliced_ffn import sparse_ffn_reference
+from engine.model.trace import Trace
+from engine.policy import ExpertPolicy
 from training.errors import DataError
 from training.quality.evaluation import read_text
 

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from benchmarks.records import MACHINE, VERSIONS, Record, write_records
 from engine.config import ExpertConfig, ModelConfig
-from engine.experts import ExpertFFN, PolicyBatch
-from engine.request import ExpertPolicy
+from engine.model.ffn import ExpertFFN
+from engine.model.policy_batch import PolicyBatch
+from engine.policy import ExpertPolicy
 
 SIZES: Final = ((768, 3072), (2048, 8192))
 TOKENS: Final = (1, 4, 16, 256)

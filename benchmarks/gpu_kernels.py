@@ -27,18 +27,11 @@ from torch import Tensor
 
 from benchmarks.gpu_timing import DEVICE, Call, check, interleaved_us, relative_error
 from benchmarks.records import Record
-from engine.kernels import (
-    attend_step,
-    expert_ffn,
-    gpu_ways,
-    grouped_ffn,
-    masked_ffn,
-    route_step,
-    routing,
-    union_ffn,
-)
-from engine.kernels.arrivals import Arrivals
-from engine.rotary import rope_table
+from engine.gpu.arrivals import Arrivals
+from engine.gpu.attention import attend_step
+from engine.gpu.ffn import expert_ffn, gpu_ways, grouped_ffn, masked_ffn, union_ffn
+from engine.gpu.routing import route_step, routing
+from engine.model.rotary import rope_table
 
 Case = tuple[str, Callable[[], list[Record]]]
 

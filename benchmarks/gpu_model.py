@@ -30,16 +30,17 @@ import torch
 from benchmarks.gpu_kernels import Case
 from benchmarks.gpu_timing import DEVICE, ROUNDS, Call, eager_us, interleaved_us, replay_ms
 from benchmarks.records import Record
-from engine.attention import KVCache, SequenceSpan
 from engine.config import ExpertConfig, ModelConfig
-from engine.cuda_graphs import DecodeGraph, DecodeGraphs, GraphKey, Replay, StaticBatch
-from engine.experts import PolicyBatch
-from engine.fused_forward import fused_forward
-from engine.model import Decoder
-from engine.paged_attention import KernelAttend
-from engine.prompt_graphs import PromptGraphs, PromptKey
-from engine.request import ExpertPolicy, Request, SamplingParams
-from engine.scheduler import Plan, Scheduled
+from engine.gpu.attention.batches import KernelAttend
+from engine.gpu.decode_graphs import DecodeGraph, DecodeGraphs, GraphKey, Replay, StaticBatch
+from engine.gpu.forward import fused_forward
+from engine.gpu.prompt_graphs import PromptGraphs, PromptKey
+from engine.model.attention import KVCache, SequenceSpan
+from engine.model.decoder import Decoder
+from engine.model.policy_batch import PolicyBatch
+from engine.policy import ExpertPolicy
+from engine.serving.request import Request, SamplingParams
+from engine.serving.scheduler import Plan, Scheduled
 
 BLOCK = 16
 # Rounds in which graphs are captured, and in which they learn what a batch uses.

@@ -40,12 +40,15 @@ from benchmarks.gpu_model import (
 from benchmarks.gpu_tiles import brief, compare_calls, params_of
 from benchmarks.gpu_timing import DEVICE, Call, check, interleaved_us, relative_error
 from benchmarks.records import Record
-from engine.attention import KVCache, SequenceSpan, rotate
-from engine.kernels import grouped_ffn, grouped_tma, paged_prefill, routing
-from engine.kernels.paged_kv import rotate_and_store
-from engine.paged_attention import KernelAttend
-from engine.request import ExpertPolicy, Request, SamplingParams
-from engine.scheduler import Plan, Scheduled
+from engine.gpu.attention import paged_prefill
+from engine.gpu.attention.batches import KernelAttend
+from engine.gpu.attention.paged_kv import rotate_and_store
+from engine.gpu.ffn import grouped_ffn, grouped_tma
+from engine.gpu.routing import routing
+from engine.model.attention import KVCache, SequenceSpan, rotate
+from engine.policy import ExpertPolicy
+from engine.serving.request import Request, SamplingParams
+from engine.serving.scheduler import Plan, Scheduled
 
 # (computed before, to compute now) of each sequence
 Lengths = Sequence[tuple[int, int]]

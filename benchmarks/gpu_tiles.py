@@ -24,7 +24,7 @@ from benchmarks.gpu_kernels import (
 )
 from benchmarks.gpu_timing import Call, interleaved_us, relative_error
 from benchmarks.records import Record
-from engine.kernels import expert_ffn, grouped_ffn, union_ffn
+from engine.gpu.ffn import expert_ffn, grouped_ffn, union_ffn
 
 Blocks = dict[str, int]
 

@@ -37,8 +37,8 @@ from benchmarks.result_file import check_writable
 from benchmarks.vllm_worker import answer_all
 from engine.checkpoint import STARTER, load, save
 from engine.config import EngineConfig, ModelConfig, check_range
-from engine.engine import Engine
-from engine.request import ExpertPolicy
+from engine.policy import ExpertPolicy
+from engine.serving.engine import Engine
 from server.settings import Settings
 
 REQUESTS: Final = 32

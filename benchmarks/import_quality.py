@@ -23,7 +23,7 @@ import torch
 from benchmarks.records import Record, write_records
 from engine.checkpoint import read_json
 from engine.config import check_range
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 from training.data.corpus import Part, Survey, find_sources
 from training.data.vocabulary import train_tokenizer
 from training.importing import pipeline

@@ -19,13 +19,14 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
-from engine.attention import KVCache
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig, ExpertConfig, ModelConfig, check_choice, check_range
-from engine.engine import Engine
-from engine.model import Decoder
-from engine.request import ExpertPolicy, SamplingParams
-from engine.tokenizer import END_OF_TEXT, Tokenizer
+from engine.model.attention import KVCache
+from engine.model.decoder import Decoder
+from engine.policy import ExpertPolicy
+from engine.serving.engine import Engine
+from engine.serving.request import SamplingParams
+from engine.text.tokenizer import END_OF_TEXT, Tokenizer
 
 CHOSEN: Final = {32: 6, 64: 8}  # experts per token, of how many
 MAX_SEQS: Final = 64

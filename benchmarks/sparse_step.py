@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.records import MACHINE, VERSIONS, Record, write_records
-from engine.model import Decoder
+from engine.model.decoder import Decoder
 from training.config import ModelShape, OptimizerConfig, TrainConfig
 from training.experts.conversion import refresh_routers
 from training.experts.optimizer import build_optimizer

@@ -28,8 +28,9 @@ from benchmarks.models import model_config, random_checkpoint, shape_named
 from benchmarks.records import MACHINE, VERSIONS, Record, write_records
 from engine.checkpoint import load, save
 from engine.config import EngineConfig, check_range
-from engine.engine import Engine
-from engine.request import ExpertPolicy, SamplingParams
+from engine.policy import ExpertPolicy
+from engine.serving.engine import Engine
+from engine.serving.request import SamplingParams
 
 EXPERTS: Final = 32
 PHASES: Final = ("load", "engine", "first token")

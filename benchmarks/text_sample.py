@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from engine.tokenizer import END_OF_TEXT
+from engine.text.tokenizer import END_OF_TEXT
 from training.data.text import TextFile, find_files
 
 

@@ -45,9 +45,9 @@ from benchmarks.peer import Peer, PeerFailed
 from benchmarks.records import MACHINE, VERSIONS, Record, write_records
 from engine.checkpoint import Checkpoint
 from engine.config import check_range
-from engine.engine import Engine
 from engine.errors import AmbidexError, require
-from engine.request import ExpertPolicy
+from engine.policy import ExpertPolicy
+from engine.serving.engine import Engine
 
 CASES: Final = "decode:1,decode:4,decode:16,same:4,same:16,prefill:512,serve"
 SIDES: Final = "6/32,8/64,dense"

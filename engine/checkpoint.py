@@ -32,12 +32,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.chat_template import read_chat_template
 from engine.config import ModelConfig, check_choice
 from engine.errors import CheckpointError, ConfigError, require
-from engine.kernels._triton import cache_problem
-from engine.model import Decoder
-from engine.tokenizer import Tokenizer
+from engine.gpu._triton import cache_problem
+from engine.model.decoder import Decoder
+from engine.text.chat_template import read_chat_template
+from engine.text.tokenizer import Tokenizer
 
 STARTER: Final = Path(__file__).parent / "starter"
 MANIFEST: Final = "manifest.json"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
 from engine.errors import ConfigError, InvalidRequest, require
-from engine.request import ExpertPolicy
+from engine.policy import ExpertPolicy
 
 MODEL_TYPE: Final = "ambidex"
 DTYPES: Final = ("float32", "bfloat16", "float16")

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 
-from engine.worker import Worker
+from engine.serving.worker import Worker
 from server import access_log
 from server.calls import Call
 from server.deadlines import TIMEOUT_HEADER

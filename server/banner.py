@@ -10,8 +10,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from engine.attention import KVCache
-from engine.engine import Engine
+from engine.model.attention import KVCache
+from engine.serving.engine import Engine
 from server.generation import Frontend
 from server.memory import available_bytes
 from server.settings import Settings

@@ -11,7 +11,7 @@ import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from engine.request import TokenEvent, Usage
+from engine.serving.request import TokenEvent, Usage
 from server.ratelimit import ANONYMOUS
 from server.security import Key
 

@@ -23,7 +23,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.errors import InvalidRequest
-from engine.tokenizer import END_OF_TEXT, Tokenizer
+from engine.text.tokenizer import END_OF_TEXT, Tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

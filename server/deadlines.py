@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from engine.errors import InvalidRequest, require
-from engine.request import TokenEvent
+from engine.serving.request import TokenEvent
 from server.errors import DeadlineExceeded
 from server.settings import Settings
 

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from engine.errors import AmbidexError
-from engine.request import TokenEvent, Usage
+from engine.serving.request import TokenEvent, Usage
 from server.errors import GenerationFailed, GrammarFailed, IncompleteGeneration
 from server.generation import Generation
 

@@ -17,10 +17,10 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from engine.engine import Engine
 from engine.errors import AmbidexError, EngineStopped, require
-from engine.stats import Numbers, Stats
-from engine.worker import Worker
+from engine.serving.engine import Engine
+from engine.serving.stats import Numbers, Stats
+from engine.serving.worker import Worker
 from server.settings import Settings
 
 logger = logging.getLogger("ambidex.server")

@@ -14,13 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
-from engine.engine import Engine
 from engine.errors import EngineStopped, InvalidRequest, Overloaded, require
-from engine.event_stream import EventStream
-from engine.grammar import Grammar
-from engine.request import ExpertPolicy, Request, SamplingParams, TokenEvent
-from engine.stats import Numbers
-from engine.worker import Worker
+from engine.policy import ExpertPolicy
+from engine.serving.engine import Engine
+from engine.serving.event_stream import EventStream
+from engine.serving.request import Request, SamplingParams, TokenEvent
+from engine.serving.stats import Numbers
+from engine.serving.worker import Worker
+from engine.text.grammar import Grammar
 from server import calls
 from server.calls import Call
 from server.deadlines import TimedEvents, late_error, timeout_of

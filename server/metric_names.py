@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from engine.histogram import Histogram
-from engine.stats import Numbers
+from engine.serving.histogram import Histogram
+from engine.serving.stats import Numbers
 
 # (name, help, the histogram of a snapshot)
 HISTOGRAMS: Final[tuple[tuple[str, str, Callable[[Numbers], Histogram]], ...]] = (

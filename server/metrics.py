@@ -21,8 +21,8 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from engine.histogram import Histogram
-from engine.stats import DECODE_BATCHES, DECODE_KINDS, Numbers
+from engine.serving.histogram import Histogram
+from engine.serving.stats import DECODE_BATCHES, DECODE_KINDS, Numbers
 from server.fleet import Fleet
 from server.loop_lag import LoopLag
 from server.metric_names import (

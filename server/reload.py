@@ -27,7 +27,6 @@ from typing import Final, Literal
 from engine import checkpoint as checkpoints
 from engine.checkpoint import MANIFEST
 from engine.config import EngineConfig
-from engine.engine import Engine
 from engine.errors import (
     AmbidexError,
     CheckpointError,
@@ -36,6 +35,7 @@ from engine.errors import (
     InvalidRequest,
     require,
 )
+from engine.serving.engine import Engine
 from server.fleet import Fleet
 from server.memory import available_bytes
 from server.settings import Settings

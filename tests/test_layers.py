@@ -50,11 +50,11 @@ ROOMS: dict[str, dict[str, set[str]]] = {
 MOST_DOORS = 14
 # These decide and must not compute: tested in microseconds, without a tensor in sight.
 TENSORLESS = [
-    "engine/scheduler.py",
-    "engine/kv_blocks.py",
-    "engine/request.py",
+    "engine/serving/scheduler.py",
+    "engine/serving/kv_blocks.py",
+    "engine/serving/request.py",
     "engine/config.py",
-    "engine/stats.py",
+    "engine/serving/stats.py",
     "training/switching.py",
     "training/config.py",
 ]
@@ -166,7 +166,7 @@ def test_the_check_of_rooms_sees_an_arrow(tmp_path: Path) -> None:
 def test_bookkeeping_sees_no_tensor(file: str) -> None:
     roots = {name.split(".")[0] for name in imported_modules(ROOT / file)}
     assert not roots & {"torch", "numpy", "triton"}
-    heavy = {"engine.model", "engine.experts", "engine.runner", "training.trainer"}
+    heavy = {"engine.model", "engine.model.experts", "engine.serving.runner", "training.trainer"}
     assert not imported_modules(ROOT / file) & heavy
 
 

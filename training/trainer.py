@@ -22,9 +22,9 @@ from typing import Any, Final, Protocol
 import torch
 
 from engine.checkpoint import check_device
-from engine.model import Decoder
-from engine.request import ExpertPolicy
-from engine.tokenizer import Tokenizer
+from engine.model.decoder import Decoder
+from engine.policy import ExpertPolicy
+from engine.text.tokenizer import Tokenizer
 from training.config import TrainConfig
 from training.data.run_data import lay_out
 from training.data.shards import is_token_directory

@@ -9,8 +9,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from engine.engine import Engine
-from engine.request import MAX_STOPS, TokenEvent, TokenLogprob
+from engine.serving.engine import Engine
+from engine.serving.request import MAX_STOPS, TokenEvent, TokenLogprob
 from server import chat as chats
 from server.events import Output
 from server.routes.dependencies import Front

@@ -9,8 +9,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from engine.request import TokenEvent, TokenLogprob
-from engine.tokenizer import text_offsets
+from engine.serving.request import TokenEvent, TokenLogprob
+from engine.text.tokenizer import text_offsets
 from server.events import Output
 from server.generation import Prompt
 from server.routes.dependencies import Front

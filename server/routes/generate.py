@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from engine.errors import AmbidexError, InvalidRequest, require
-from engine.request import TokenEvent, TokenLogprob, Usage
+from engine.serving.request import TokenEvent, TokenLogprob, Usage
 from server.errors import describe
 from server.events import Output, checked_events, collect
 from server.generation import Frontend, Generation

@@ -16,8 +16,8 @@ from fastapi import Request
 from starlette.responses import JSONResponse, Response
 
 from engine.errors import AmbidexError, InvalidRequest, require
-from engine.request import Request as EngineRequest
-from engine.request import TokenEvent, Usage
+from engine.serving.request import Request as EngineRequest
+from engine.serving.request import TokenEvent, Usage
 from server import calls
 from server.errors import describe
 from server.events import Output, collect_all, merged_events

@@ -9,7 +9,7 @@ from prometheus_client import generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
-from engine.request import MAX_STOPS, MAX_TOP_N
+from engine.serving.request import MAX_STOPS, MAX_TOP_N
 from server.errors import error_body
 from server.generation import Frontend
 from server.routes.dependencies import Front

@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from engine.request import MAX_TOP_N, SamplingParams
+from engine.serving.request import MAX_TOP_N, SamplingParams
 from server.schemas.fields import MAX_TOKENS, Strict, Text, encodable, refuse, strict_object
 from server.schemas.openai import Answer, Count, GenerationBody
 from server.schemas.openai_fields import Unsupported

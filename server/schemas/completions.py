@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from engine.request import MAX_COMPLETIONS, MAX_TOP_N, SamplingParams
+from engine.serving.request import MAX_COMPLETIONS, MAX_TOP_N, SamplingParams
 from server.schemas.fields import MAX_TOKENS, encodable, refuse
 from server.schemas.openai import Answer, GenerationBody
 from server.schemas.openai_fields import MAX_TOKEN_ID, Unsupported

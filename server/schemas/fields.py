@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from engine.config import MAX_EXPERTS
 from engine.errors import InvalidRequest
-from engine.request import ExpertPolicy
+from engine.policy import ExpertPolicy
 from server.schemas.sentences import CONTINUATION, PREDICATE
 
 MAX_TOKENS: Final = 1 << 20

@@ -13,14 +13,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, model_validator
 
 from engine.errors import InvalidRequest, require
-from engine.grammar import Grammar
-from engine.request import (
-    MAX_COMPLETIONS,
-    MAX_SEED,
-    MAX_STOPS,
-    ExpertPolicy,
-    SamplingParams,
-)
+from engine.policy import ExpertPolicy
+from engine.serving.request import MAX_COMPLETIONS, MAX_SEED, MAX_STOPS, SamplingParams
+from engine.text.grammar import Grammar
 from server.errors import ContextTooLong
 from server.schemas.fields import (
     MAX_TOKENS,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 from pydantic import Field, PlainValidator, WithJsonSchema
 from pydantic_core import CoreSchema, core_schema
 
-from engine.request import MAX_BIAS, MAX_BIASES, MAX_STOP_LENGTH, MAX_STOPS
+from engine.serving.request import MAX_BIAS, MAX_BIASES, MAX_STOP_LENGTH, MAX_STOPS
 from server.schemas.fields import encodable, refuse
 
 MAX_TEXT_STOPS: Final = MAX_STOPS - 1  # one is left for the end of a turn

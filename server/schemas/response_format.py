@@ -8,7 +8,7 @@ from pydantic import Field, PlainValidator, ValidationError, WithJsonSchema
 from pydantic.config import JsonDict
 
 from engine.errors import InvalidRequest
-from engine.grammar import Grammar
+from engine.text.grammar import Grammar
 from server.schemas.fields import Strict, refuse, strict_object
 from server.schemas.sentences import CONTINUATION, SENTENCE, sentence
 

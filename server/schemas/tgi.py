@@ -21,15 +21,9 @@ from pydantic import (
 from pydantic.config import JsonDict
 
 from engine.errors import InvalidRequest
-from engine.grammar import MAX_GRAMMAR_BYTES, Grammar
-from engine.request import (
-    MAX_SEED,
-    MAX_STOP_LENGTH,
-    MAX_STOPS,
-    MAX_TOP_N,
-    ExpertPolicy,
-    SamplingParams,
-)
+from engine.policy import ExpertPolicy
+from engine.serving.request import MAX_SEED, MAX_STOP_LENGTH, MAX_STOPS, MAX_TOP_N, SamplingParams
+from engine.text.grammar import MAX_GRAMMAR_BYTES, Grammar
 from server.schemas.fields import (
     MAX_TOKENS,
     Factor,

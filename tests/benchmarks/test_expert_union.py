@@ -25,7 +25,7 @@ from benchmarks.expert_union import (
 )
 from engine import checkpoint
 from engine.checkpoint import STARTER
-from engine.request import ExpertPolicy
+from engine.policy import ExpertPolicy
 
 # One column of two tokens: by score, the first wants experts 0 1 2 3, the second 3 1 2 0.
 SCORES = torch.tensor([[[9.0, 6.0, 5.0, 1.0], [1.0, 6.0, 5.0, 9.0]]])

@@ -8,9 +8,10 @@ import torch
 from benchmarks import models
 from benchmarks.load import random_prompts
 from engine.checkpoint import Checkpoint
-from engine.engine import Engine
 from engine.errors import ConfigError
-from engine.request import ExpertPolicy, SamplingParams
+from engine.policy import ExpertPolicy
+from engine.serving.engine import Engine
+from engine.serving.request import SamplingParams
 
 CONFIG = models.model_config(models.SHAPES["tiny"], 32, torch.bfloat16)
 

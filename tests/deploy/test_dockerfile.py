@@ -10,7 +10,7 @@ import pytest
 
 from deploy.build_context import IgnoreRules, context_files
 from deploy.dockerfile import PATH, Dockerfile, DockerfileError, Image, expand, instructions
-from engine.kernels.native import build
+from engine.cpu import build
 from server.security import HEALTH_PATHS
 from server.settings import Settings
 
@@ -131,7 +131,7 @@ def test_the_context_is_what_the_wheel_is_made_of() -> None:
     seen = {str(path) for path in context_files(ROOT)}
     assert {"pyproject.toml", "constraints.txt", "ambidex.py", "LICENSE", "README.md"} <= seen
     assert "engine/starter/model.safetensors" in seen
-    assert "engine/kernels/native/products.h" in seen
+    assert "engine/cpu/source/products.h" in seen
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
     modules = tools["setuptools"]["py-modules"]
     assert {f"{module.replace('.', '/')}.py" for module in modules} <= seen

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.kernels.native import build
+from engine.cpu import build
 from server.routes import ops
 from server.security import HEALTH_PATHS, METRICS_PATHS
 from server.serve import CLOSE_SECONDS

@@ -13,7 +13,7 @@ import torch
 from benchmarks.models import SHAPES, Shape, model_config
 from engine.checkpoint import STARTER
 from engine.config import EngineConfig, ModelConfig
-from engine.runner import plan_cache
+from engine.serving.runner import plan_cache
 from tests.deploy.prometheus import ROOT
 
 DOCS = ROOT / "docs"

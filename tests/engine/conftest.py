@@ -13,11 +13,11 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig, ExpertConfig, ModelConfig
-from engine.engine import Engine
-from engine.experts import centroid_router
-from engine.model import Decoder
-from engine.request import Request, TokenEvent
-from engine.tokenizer import END_OF_TEXT, Tokenizer
+from engine.model.decoder import Decoder
+from engine.model.experts import centroid_router
+from engine.serving.engine import Engine
+from engine.serving.request import Request, TokenEvent
+from engine.text.tokenizer import END_OF_TEXT, Tokenizer
 
 VOCABULARY = 300
 CORPUS = ["the cat sat on the mat and the dog sat on the log", "naïve café, größer: 東京 🙂"]

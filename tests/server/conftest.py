@@ -23,11 +23,11 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from engine import checkpoint as checkpoints
 from engine.config import ExpertConfig, ModelConfig, QualityPoint
-from engine.engine import Engine
-from engine.experts import centroid_router
-from engine.model import Decoder
-from engine.tokenizer import END_OF_TEXT, Tokenizer
-from engine.worker import Worker
+from engine.model.decoder import Decoder
+from engine.model.experts import centroid_router
+from engine.serving.engine import Engine
+from engine.serving.worker import Worker
+from engine.text.tokenizer import END_OF_TEXT, Tokenizer
 from server.app import create_app
 from server.fleet import make_worker
 from server.generation import Frontend

@@ -11,10 +11,10 @@ import pytest
 import tokenizers
 from tokenizers import models
 
-from engine.chat_template import MAX_BYTES, read_chat_template
 from engine.checkpoint import load
 from engine.errors import CheckpointError
-from engine.tokenizer import END_OF_TEXT, Tokenizer
+from engine.text.chat_template import MAX_BYTES, read_chat_template
+from engine.text.tokenizer import END_OF_TEXT, Tokenizer
 from server.chat import TemplateError, plain_stops, prompt_ids, render
 
 HI = [{"role": "user", "content": "hi"}]

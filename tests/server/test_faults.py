@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from engine.worker import MAX_FAILED_STEPS
+from engine.serving.worker import MAX_FAILED_STEPS
 
 if TYPE_CHECKING:
     from conftest import Live, Serve
@@ -86,7 +86,7 @@ def test_a_step_that_raises(serve: Serve, monkeypatch: pytest.MonkeyPatch, where
             engine.step = original  # type: ignore[method-assign]
             with monkeypatch.context() as patch:
                 if where == "sampler":
-                    patch.setattr("engine.engine.sample", boom)
+                    patch.setattr("engine.serving.engine.sample", boom)
                 elif where == "runner":
                     patch.setattr(engine.runner, "run", boom)
                 else:
@@ -165,7 +165,7 @@ def load_of(live: Live) -> Iterator[list[str]]:
 
 def test_too_many_restarts_are_the_end(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not ready, not alive, with the reason; requests are refused, not lost."""
-    monkeypatch.setattr("engine.runner.Runner.run", boom)
+    monkeypatch.setattr("engine.serving.runner.Runner.run", boom)
     told = threading.Event()
     with serve(max_restarts=2, restart_window=600) as live:
         live.frontend.fleet.on_failure = told.set

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from engine import structured
-from engine.grammar import MAX_GRAMMAR_BYTES
+from engine.text import structured
+from engine.text.grammar import MAX_GRAMMAR_BYTES
 from server.generation import MAX_COMPILING
 from tests.server.conftest import read_events, wait_for
 

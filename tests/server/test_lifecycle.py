@@ -324,7 +324,7 @@ def test_a_process_whose_engine_has_failed_for_good_says_so_and_ends(
         raise RuntimeError("the disk is on fire")
 
     def visit(url: str) -> None:
-        monkeypatch.setattr("engine.runner.Runner.run", boom)
+        monkeypatch.setattr("engine.serving.runner.Runner.run", boom)
         statuses = []
         while httpx.get(f"{url}/health/live", trust_env=False).status_code == 200:
             httpx.post(f"{url}/generate", json={"inputs": "x"}, trust_env=False, timeout=30)

@@ -20,9 +20,9 @@ import pytest
 import torch
 
 from engine import checkpoint as checkpoints
-from engine import structured
 from engine.errors import InvalidRequest
-from engine.worker import Worker
+from engine.serving.worker import Worker
+from engine.text import structured
 from server import memory
 from server.fleet import Fleet
 from server.reload import Candidate, Reloader, candidates, first_engine, inside, unreadable
@@ -348,7 +348,7 @@ def test_without_room_for_two_the_old_one_goes_first(
         with ThreadPoolExecutor(1) as pool, pytest.MonkeyPatch.context() as patch:
             old = pool.submit(live.generate, max_new_tokens=50)
             wait(lambda: live.metrics()["ambidex_requests_running"] == 1)
-            patch.setattr("engine.engine.checkpoints.load", note)
+            patch.setattr("engine.serving.engine.checkpoints.load", note)
             publish(models[1], tmp_path, "b")
             assert reload(live).json()["result"] == "success"
             assert old.result(60)

@@ -9,7 +9,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from engine.errors import InvalidRequest
-from engine.grammar import Grammar
+from engine.text.grammar import Grammar
 from server.schemas.response_format import ResponseFormat, grammar_of
 
 FORMAT: TypeAdapter[Any] = TypeAdapter(ResponseFormat | None)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from engine.request import ExpertPolicy, SamplingParams
+from engine.policy import ExpertPolicy
+from engine.serving.request import SamplingParams
 
 if TYPE_CHECKING:
     from conftest import Live, Serve

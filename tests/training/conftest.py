@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine.checkpoint import Checkpoint
-from engine.model import Decoder
+from engine.model.decoder import Decoder
 from training.config import ModelShape, SwitchConfig, TrainConfig
 from training.data.vocabulary import train_tokenizer
 from training.experts.conversion import refresh_router

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.errors import ConfigError
-from engine.model import Decoder
+from engine.model.decoder import Decoder
 from training.config import ModelShape, OptimizerConfig, SwitchConfig, TrainConfig
 from training.presets import PRESETS, preset, read_config, with_settings
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.experts import Trace
-from engine.model import Decoder
-from engine.request import ExpertPolicy
+from engine.model.decoder import Decoder
+from engine.model.trace import Trace
+from engine.policy import ExpertPolicy
 from training.config import SwitchConfig, TrainConfig
 from training.experts.conversion import refresh_router
 from training.step import Objective, accumulate, objective, outside_share

@@ -33,7 +33,7 @@ from engine.checkpoint import (
     write_json,
 )
 from engine.errors import CheckpointError
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 from training.errors import DataError, writing
 
 INDEX: Final = "index.json"
@@ -118,7 +118,7 @@ class Index:
         train_tokens, valid_tokens: how many there are to train on and held out.
         train, valid: their shards.
         made_from: what decided the tokens: digest of the files, split, seed.
-        eos_id: the token that ends a text; -1: the one that is spelled so (`engine.tokenizer`).
+        eos_id: the token that ends a text; -1: the one that is spelled so (`engine.text.tokenizer`).
     """
 
     format: int

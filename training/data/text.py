@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from engine.checkpoint import file_sha256
-from engine.tokenizer import END_OF_TEXT
+from engine.text.tokenizer import END_OF_TEXT
 from training.errors import DataError
 
 TEXT_SUFFIXES: Final = (".txt", ".md", ".py", ".jsonl")

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from engine.config import check_range
 from engine.errors import require
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 from training.data.corpus import (
     Part,
     Sources,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from engine.checkpoint import read_json
-from engine.tokenizer import END_OF_TEXT, Tokenizer
+from engine.text.tokenizer import END_OF_TEXT, Tokenizer
 from training.data.corpus import Document
 from training.data.text import Fragment, pieces
 from training.errors import DataError

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.experts import ExpertFFN, ExpertLayout, Trace
-from engine.kernels.expert_ffn import activate_reference, gated_reference
-from engine.model import Decoder
-from engine.request import ExpertPolicy
+from engine.model.activations import activate_reference, gated_reference
+from engine.model.decoder import Decoder
+from engine.model.experts import ExpertLayout
+from engine.model.ffn import ExpertFFN
+from engine.model.trace import Trace
+from engine.policy import ExpertPolicy
 from training.parallel.sharding import whole
 
 

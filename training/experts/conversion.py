@@ -14,8 +14,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from engine.experts import ExpertFFN, ExpertLayout, centroid_router
-from engine.model import Decoder
+from engine.model.decoder import Decoder
+from engine.model.experts import ExpertLayout, centroid_router
+from engine.model.ffn import ExpertFFN
 from training.experts.activation import deciding_rows, ffn_inputs, hidden
 from training.experts.clustering import Clustering, balanced_kmeans
 from training.experts.router_fit import fit_router, share_loss, true_shares

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.errors import require
-from engine.experts import ExpertFFN
-from engine.model import Decoder
+from engine.model.decoder import Decoder
+from engine.model.ffn import ExpertFFN
 from training.experts.activation import ActivationPattern, observe, similarity
 from training.experts.study import adjusted_rand_index
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from engine.model import Decoder
+from engine.model.decoder import Decoder
 from training.config import TrainConfig
 from training.parallel.sharding import any_of_sharers, is_sharded, local_rows
 

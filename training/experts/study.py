@@ -25,9 +25,9 @@ from torch import Tensor
 
 from engine.config import check_range, known_fields
 from engine.errors import ConfigError, require
-from engine.experts import ExpertFFN
-from engine.model import Decoder
-from engine.tokenizer import Tokenizer
+from engine.model.decoder import Decoder
+from engine.model.ffn import ExpertFFN
+from engine.text.tokenizer import Tokenizer
 from training.data.batches import TokenBatches
 from training.data.corpus import read_paths
 from training.data.vocabulary import encode_documents

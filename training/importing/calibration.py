@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 from training.data.corpus import Part, Survey, find_sources
 from training.data.vocabulary import Tokens
 from training.errors import DataError

@@ -10,9 +10,9 @@ from typing import Any, Final
 
 import torch
 
-from engine.kernels import native
-from engine.kernels.native.build import processor
-from engine.tokenizer import Tokenizer
+from engine.cpu import native
+from engine.cpu.build import processor
+from engine.text.tokenizer import Tokenizer
 from training.errors import TrainingError
 from training.importing.calibration import MOST_LENGTH, CalibrationText, read_calibration
 from training.importing.formats import source as sources

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError
-from engine.experts import ExpertFFN, ExpertLayout
+from engine.model.experts import ExpertLayout
+from engine.model.ffn import ExpertFFN
 from training.experts.conversion import (
     calibrate_router,
     cluster_neurons,

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from engine.checkpoint import atomic_directory, write_json
 from engine.config import ModelConfig
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 from training.errors import writing
 from training.importing.curve import Quality, measure_quality
 from training.importing.formats.source import dtype_of

@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import Final
 
 from engine.config import ExpertConfig, ModelConfig
-from engine.request import ExpertPolicy
+from engine.policy import ExpertPolicy
 from training.experts.shares import top_k_of
 from training.importing.options import ImportOptions, choose_experts
 

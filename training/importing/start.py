@@ -23,10 +23,10 @@ from torch import Tensor
 from engine.checkpoint import load_tensors, read_json, verify_manifest
 from engine.config import ExpertConfig, ModelConfig
 from engine.errors import require
-from engine.experts import ExpertFFN
-from engine.model import Decoder
-from engine.request import ExpertPolicy
-from engine.tokenizer import Tokenizer
+from engine.model.decoder import Decoder
+from engine.model.ffn import ExpertFFN
+from engine.policy import ExpertPolicy
+from engine.text.tokenizer import Tokenizer
 from training.config import ModelShape, OptimizerConfig, SwitchConfig, TrainConfig
 from training.data.batches import Batches
 from training.data.shards import tokenizer_sha256

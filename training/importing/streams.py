@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.attention import causal_attend
 from engine.config import ModelConfig
-from engine.experts import ExpertFFN, PolicyBatch, Trace
-from engine.kernels import native
-from engine.model import Attention, Decoder, Layer, Linear
-from engine.norms import Norm
+from engine.cpu import native
+from engine.model.attention import causal_attend
+from engine.model.decoder import Attention, Decoder, Layer, Linear
+from engine.model.ffn import ExpertFFN
+from engine.model.norms import Norm
+from engine.model.policy_batch import PolicyBatch
+from engine.model.trace import Trace
 from training.importing.plan import Stream
 from training.quality.expert_use import ExpertUse
 

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine.checkpoint import check_device
 from engine.errors import AmbidexError, require
-from engine.model import Decoder
+from engine.model.decoder import Decoder
 from training.errors import TrainingError
 from training.step import Objective, objective
 

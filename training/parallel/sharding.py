@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from engine.model import Decoder
+from engine.model.decoder import Decoder
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from engine.config import check_choice
 from engine.errors import require
-from engine.experts import ExpertFFN, ExpertLayout
-from engine.model import Decoder
-from engine.request import ExpertPolicy
+from engine.model.decoder import Decoder
+from engine.model.experts import ExpertLayout
+from engine.model.ffn import ExpertFFN
+from engine.policy import ExpertPolicy
 from training.data.batches import Batches
 from training.experts.activation import ffn_inputs
 from training.experts.conversion import (

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from engine.checkpoint import Checkpoint
 from engine.config import QualityPoint
-from engine.experts import Trace
-from engine.model import Decoder
-from engine.request import ExpertPolicy
+from engine.model.decoder import Decoder
+from engine.model.trace import Trace
+from engine.policy import ExpertPolicy
 from training.data.batches import Batches, consecutive_batches
 from training.data.corpus import Document, load_corpus, read_paths
 from training.data.text import path_sha256

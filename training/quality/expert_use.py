@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.experts import Trace
-from engine.model import Decoder
+from engine.model.decoder import Decoder
+from engine.model.trace import Trace
 from training.experts.activation import hidden
 
 

@@ -19,12 +19,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from engine.attention import causal_attend
 from engine.errors import require
-from engine.experts import PolicyBatch, Trace
-from engine.model import Decoder
-from engine.request import ExpertPolicy
-from engine.tokenizer import Tokenizer
+from engine.model.attention import causal_attend
+from engine.model.decoder import Decoder
+from engine.model.policy_batch import PolicyBatch
+from engine.model.trace import Trace
+from engine.policy import ExpertPolicy
+from engine.text.tokenizer import Tokenizer
 from training.errors import TrainingError
 from training.quality.expert_use import ExpertUse
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.checkpoint import Checkpoint
 from engine.errors import ConfigError, InvalidRequest, require
-from engine.request import ExpertPolicy
+from engine.policy import ExpertPolicy
 from training.errors import DataError, TrainingError
 from training.experts.shares import SHARES, top_k_of
 from training.quality.evaluation import Evaluation, TextSet, evaluate, read_text

@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from engine.checkpoint import file_sha256
-from engine.model import Decoder
-from engine.request import ExpertPolicy
-from engine.tokenizer import Tokenizer
+from engine.model.decoder import Decoder
+from engine.policy import ExpertPolicy
+from engine.text.tokenizer import Tokenizer
 from training.data.text import is_unicode
 from training.errors import DataError
 from training.quality.expert_use import ExpertUse

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from engine import checkpoint
-from engine.model import Decoder
+from engine.model.decoder import Decoder
 from training.config import TrainConfig
 from training.data.run_data import RunData
 from training.errors import writing

@@ -36,8 +36,8 @@ from engine.checkpoint import (
     write_json,
 )
 from engine.errors import CheckpointError
-from engine.model import Decoder
-from engine.tokenizer import Tokenizer
+from engine.model.decoder import Decoder
+from engine.text.tokenizer import Tokenizer
 from training.config import TrainConfig, used_by
 from training.errors import TrainingError, writing
 from training.experts.activation import ActivationPattern

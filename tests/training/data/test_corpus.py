@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.tokenizer import END_OF_TEXT
+from engine.text.tokenizer import END_OF_TEXT
 from training.data.corpus import Part, Survey, find_sources, load_corpus
 from training.errors import DataError
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.tokenizer import END_OF_TEXT, Tokenizer
+from engine.text.tokenizer import END_OF_TEXT, Tokenizer
 from training.config import TrainConfig
 from training.data import tokens as token_module
 from training.data.batches import TokenBatches

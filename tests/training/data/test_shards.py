@@ -18,7 +18,7 @@ from tokenizers import models
 
 from engine.checkpoint import FORMAT as MANIFEST_FORMAT
 from engine.checkpoint import MANIFEST, STARTER, file_sha256, write_json
-from engine.tokenizer import END_OF_TEXT, Tokenizer
+from engine.text.tokenizer import END_OF_TEXT, Tokenizer
 from training.data.batches import TokenBatches
 from training.data.shards import Ids, open_shards, write_shards
 from training.errors import DataError, StorageError

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.tokenizer import END_OF_TEXT, Tokenizer
+from engine.text.tokenizer import END_OF_TEXT, Tokenizer
 from training.data import text
 from training.data.text import TextFile
 from training.data.vocabulary import train_tokenizer

@@ -11,7 +11,7 @@ import pytest
 import torch
 import zstandard
 
-from engine.tokenizer import END_OF_TEXT
+from engine.text.tokenizer import END_OF_TEXT
 from training.data.batches import TokenBatches
 from training.data.corpus import load_corpus, read_paths
 from training.data.text import standard_library

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engine.errors import CheckpointError
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 from training.data.corpus import Document
 from training.data.text import Fragment
 from training.data.vocabulary import (

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.experts import ExpertLayout, centroid_router, true_mass
-from engine.model import Decoder
-from engine.request import ExpertPolicy
+from engine.model.decoder import Decoder
+from engine.model.experts import ExpertLayout, centroid_router, true_mass
+from engine.policy import ExpertPolicy
 from training.config import TrainConfig
 from training.experts.conversion import build_experts, calibrate_router
 from training.experts.optimizer import build_optimizer

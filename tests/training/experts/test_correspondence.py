@@ -11,8 +11,8 @@ import torch
 
 from engine.config import ExpertConfig, ModelConfig
 from engine.errors import ConfigError
-from engine.experts import ExpertLayout
-from engine.model import Decoder
+from engine.model.decoder import Decoder
+from engine.model.experts import ExpertLayout
 from training.experts import correspondence
 from training.experts.activation import observe, similarity
 from training.experts.conversion import permute_neurons

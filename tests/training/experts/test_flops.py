@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.model import Decoder
+from engine.model.decoder import Decoder
 from training.config import SwitchConfig, TrainConfig
 from training.experts.conversion import refresh_routers
 from training.experts.flops import FlopCounter

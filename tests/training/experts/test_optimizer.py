@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.experts import ExpertLayout
-from engine.model import Decoder
-from engine.request import ExpertPolicy
+from engine.model.decoder import Decoder
+from engine.model.experts import ExpertLayout
+from engine.policy import ExpertPolicy
 from training.config import TrainConfig
 from training.experts.conversion import permute_neurons
 from training.experts.optimizer import ExpertAdamW, build_optimizer

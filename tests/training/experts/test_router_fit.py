@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.errors import ConfigError
-from engine.experts import centroid_router, true_mass
+from engine.model.experts import centroid_router, true_mass
 from training.experts.router_fit import fit_router, share_loss, true_shares
 
 TOKENS, WIDTH, EXPERTS = 4096, 24, 8

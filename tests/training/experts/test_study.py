@@ -11,8 +11,8 @@ import torch
 
 from engine.config import ExpertConfig, ModelConfig
 from engine.errors import ConfigError
-from engine.experts import ExpertLayout
-from engine.model import Decoder
+from engine.model.decoder import Decoder
+from engine.model.experts import ExpertLayout
 from training.data.corpus import read_paths
 from training.data.vocabulary import train_tokenizer
 from training.errors import DataError

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine import checkpoint
-from engine.model import Decoder
+from engine.model.decoder import Decoder
 from training.config import TrainConfig
 from training.data.vocabulary import train_tokenizer
 from training.importing import pipeline

@@ -19,8 +19,8 @@ import transformers
 from torch import Tensor, nn
 
 from engine.config import ExpertConfig, ModelConfig
-from engine.experts import centroid_router
-from engine.model import Decoder
+from engine.model.decoder import Decoder
+from engine.model.experts import centroid_router
 from training.importing.formats.reader import Source
 
 VOCABULARY: Final = 300

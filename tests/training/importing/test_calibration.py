@@ -9,7 +9,7 @@ import tokenizers
 import torch
 from tokenizers import processors
 
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 from training.data.vocabulary import train_tokenizer
 from training.errors import DataError
 from training.importing.calibration import CalibrationText, read_calibration

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from engine.checkpoint import MANIFEST, STARTER, load, read_json, save, write_json
 from engine.errors import ConfigError
-from engine.experts import ExpertLayout
-from engine.model import Decoder
-from engine.request import ExpertPolicy
+from engine.model.decoder import Decoder
+from engine.model.experts import ExpertLayout
+from engine.policy import ExpertPolicy
 from tests.engine.conftest import tiny_config, tiny_tokenizer
 from tests.training.importing.models import MAKERS, change_config, experts_for, make, read, state_of
 from training.experts.conversion import permute_neurons

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.attention import causal_attend
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
-from engine.engine import Engine
-from engine.experts import PolicyBatch, Trace
-from engine.kernels import native
-from engine.model import Decoder
-from engine.request import NO_MASS_LIMIT, ExpertPolicy, SamplingParams
+from engine.cpu import native
+from engine.model.attention import causal_attend
+from engine.model.decoder import Decoder
+from engine.model.policy_batch import PolicyBatch
+from engine.model.trace import Trace
+from engine.policy import NO_MASS_LIMIT, ExpertPolicy
+from engine.serving.engine import Engine
+from engine.serving.request import SamplingParams
 from tests.engine.conftest import tiny_tokenizer
 from tests.training.importing.models import MAKERS, VOCABULARY, experts_for, make, read
 from training.importing.formats.reader import Source

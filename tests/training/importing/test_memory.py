@@ -10,7 +10,7 @@ import torch
 
 from engine import checkpoint
 from engine.config import ExpertConfig, ModelConfig
-from engine.model import Decoder
+from engine.model.decoder import Decoder
 from training.data.vocabulary import train_tokenizer
 
 WIDTH, NEURONS = 256, 4096

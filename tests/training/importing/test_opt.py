@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from engine.config import EngineConfig
-from engine.engine import Engine
 from engine.errors import CheckpointError
-from engine.request import ExpertPolicy, SamplingParams
+from engine.policy import ExpertPolicy
+from engine.serving.engine import Engine
+from engine.serving.request import SamplingParams
 from training.importing import pipeline
 from training.importing.job import prepare_import
 from training.importing.options import ImportOptions

@@ -14,7 +14,7 @@ import torch
 from engine import checkpoint
 from engine.checkpoint import Checkpoint
 from engine.errors import AmbidexError, CheckpointError
-from engine.request import ExpertPolicy
+from engine.policy import ExpertPolicy
 from training.errors import DataError, StorageError, TrainingError
 from training.importing import job, pipeline, workspace
 from training.importing.formats.reader import KEPT_FILES, SOURCE_CONFIG

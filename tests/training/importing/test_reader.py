@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.chat_template import MAX_BYTES
 from engine.errors import AmbidexError, CheckpointError
+from engine.text.chat_template import MAX_BYTES
 from tests.training.importing.models import change_config, make, state_of
 from training.importing.formats.reader import INDEX, SINGLE, Source
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from engine import checkpoint
 from engine.checkpoint import Checkpoint
 from engine.errors import CheckpointError, ConfigError
-from engine.request import ExpertPolicy
+from engine.policy import ExpertPolicy
 from training.config import SwitchConfig, TrainConfig
 from training.data.tokens import prepare_tokens
 from training.errors import DataError, TrainingError

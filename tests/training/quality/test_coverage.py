@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from engine.errors import ConfigError
-from engine.model import Decoder
-from engine.request import ExpertPolicy
+from engine.model.decoder import Decoder
+from engine.policy import ExpertPolicy
 from training.config import TrainConfig
 from training.data.batches import Batches
 from training.experts.conversion import refresh_router

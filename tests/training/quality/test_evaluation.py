@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from engine.checkpoint import Checkpoint
-from engine.model import Decoder
-from engine.request import ExpertPolicy
+from engine.model.decoder import Decoder
+from engine.policy import ExpertPolicy
 from training.config import TrainConfig
 from training.data.corpus import load_corpus, read_paths
 from training.data.text import find_files

@@ -11,10 +11,11 @@ import torch
 from tokenizers import processors
 
 from engine.checkpoint import Checkpoint
-from engine.experts import Trace, true_mass
-from engine.model import Decoder
-from engine.request import ExpertPolicy
-from engine.tokenizer import Tokenizer
+from engine.model.decoder import Decoder
+from engine.model.experts import true_mass
+from engine.model.trace import Trace
+from engine.policy import ExpertPolicy
+from engine.text.tokenizer import Tokenizer
 from training.errors import TrainingError
 from training.quality import scoring
 from training.quality.expert_use import ExpertUse

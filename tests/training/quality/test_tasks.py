@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from engine.checkpoint import Checkpoint
-from engine.request import ExpertPolicy
+from engine.policy import ExpertPolicy
 from training.errors import DataError
 from training.quality.tasks import EncodedTask, TaskResult, read_task
 

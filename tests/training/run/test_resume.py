@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine.checkpoint import load
-from engine.experts import centroid_router
+from engine.model.experts import centroid_router
 from training.config import TrainConfig
 from training.errors import Interrupted
 from training.experts.flops import FlopCounter

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 from training.config import TrainConfig
 from training.data.vocabulary import train_tokenizer
 from training.errors import StorageError

@@ -19,7 +19,7 @@ from torch import Tensor
 from engine.checkpoint import atomic_directory, read_json, verify_manifest, write_json
 from engine.config import ModelConfig
 from engine.errors import ConfigError, require
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 from training.importing.formats.configs import one_expert
 from training.importing.formats.families import FAMILIES, Family, Weight, family_of
 from training.importing.formats.reader import INDEX, KEPT_FILES, SINGLE, SOURCE_CONFIG

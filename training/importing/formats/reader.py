@@ -15,11 +15,11 @@ from typing import Any, Final, Self
 import torch
 from torch import Tensor
 
-from engine.chat_template import read_text
 from engine.checkpoint import read_json
 from engine.config import DTYPES, ModelConfig
 from engine.errors import CheckpointError, require
-from engine.model import Decoder
+from engine.model.decoder import Decoder
+from engine.text.chat_template import read_text
 from training.importing.formats.families import Family, Weight, family_of
 from training.importing.formats.stored import names_in, opened
 from training.importing.formats.transforms import Shape

@@ -12,11 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.chat_template import read_text
 from engine.checkpoint import MANIFEST, read_json, verify_manifest
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
-from engine.tokenizer import Tokenizer
+from engine.text.chat_template import read_text
+from engine.text.tokenizer import Tokenizer
 from training.importing.formats.reader import KEPT_FILES, SOURCE_CONFIG, Source
 from training.importing.formats.stored import StoredTensors
 
