@@ -4,7 +4,7 @@
 
 Draws what `ambidex bench decode --json cpu-decode-*.json` left in the folder, a row for each shape,
 and beside it vLLM's times from `benchmarks.vs_vllm --json cpu-vs-vllm-*.json`, if there are any.
-Needs matplotlib (in the `dev` extra).
+matplotlib draws it.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python -m benchmarks.clustering [--model DIR] [--data PATH ...] [--json FILE]
 
 The first table times balanced k-means on random rows, and on rows with planted clusters, at widths
-of real models. The second compares groupings of the checkpoint's neurons (by weights, by the tokens
-they fire on, as they are, at random) and routers (stored, calibrated centroids, fitted to the true
+of real models. The second compares groupings of the checkpoint's neurons (by weights, as they are,
+at random) and routers (stored, calibrated centroids, fitted to the true
 mass on other tokens, and the oracle) by the share of true activation mass inside the chosen experts
 and by held-out perplexity. Without --data, the text is Python's standard library, split as in the
 checkpoint's own training.
@@ -27,10 +27,12 @@ from benchmarks.records import MACHINE, VERSIONS, Record, write_records
 from engine import checkpoint
 from engine.checkpoint import STARTER, Checkpoint
 from engine.policy import ExpertPolicy
-from training import data
-from training.clustering import balanced_kmeans
-from training.coverage import Choice, compare
-from training.evaluation import Batches, evaluate
+from training.data.batches import Batches, TokenBatches
+from training.data.corpus import Document, load_corpus
+from training.data.vocabulary import encode_documents
+from training.experts.clustering import balanced_kmeans
+from training.quality.coverage import Choice, compare
+from training.quality.evaluation import evaluate
 
 SHAPES: Final = ((1024, 256, 64), (8192, 2048, 64), (8192, 2048, 128), (8192, 2048, 256))
 KS: Final = (4, 8, 16)
@@ -74,17 +76,17 @@ def time_clustering(
             yield Record("clustering", params, statistics.median(seconds), "s")
 
 
-def _tokens(loaded: Checkpoint, documents: list[data.Document], count: int, device: str) -> Batches:
+def _tokens(loaded: Checkpoint, documents: list[Document], count: int, device: str) -> Batches:
     """Batches of at least `count` tokens, if there are as many, of documents in random order."""
     documents = list(documents)
     random.Random(0).shuffle(documents)
-    chosen: list[data.Document] = []
+    chosen: list[Document] = []
     while documents and sum(len(d.text) for d in chosen) < 8 * count:
         chosen.append(documents.pop())
-    tokens = data.encode_documents(loaded.tokenizer, chosen)
+    tokens = encode_documents(loaded.tokenizer, chosen)
     length = min(LENGTH, loaded.config.max_position_embeddings)
     most = -(-count // (BATCH * length))
-    source = data.TokenBatches(tokens, BATCH, length, seed=0)
+    source = TokenBatches(tokens, BATCH, length, seed=0)
     most = max(1, min(most, source.num_sequences // BATCH))
     pairs = (source.batch(step) for step in range(most))
     return [(inputs_BL.to(device), targets_BL.to(device)) for inputs_BL, targets_BL in pairs]
@@ -100,7 +102,7 @@ def batches_of(
     """
     trained = loaded.report.get("config", {})
     share, seed = float(trained.get("valid_share", 0.03)), int(trained.get("seed", 1))
-    corpus = data.load_corpus(paths, share, seed)
+    corpus = load_corpus(paths, share, seed)
     return (
         _tokens(loaded, corpus.train, fit, device),
         _tokens(loaded, corpus.valid, test, device),

@@ -47,7 +47,7 @@ from engine.model.sliced_ffn import sparse_ffn_reference
 from engine.model.trace import Trace
 from engine.policy import ExpertPolicy
 from training.errors import DataError
-from training.evaluation import read_text
+from training.quality.evaluation import read_text
 
 ENOUGH: Final = 1 << 30  # more tokens than any text here has
 OWN_KS: Final = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 64)

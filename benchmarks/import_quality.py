@@ -24,11 +24,12 @@ from benchmarks.records import Record, write_records
 from engine.checkpoint import read_json
 from engine.config import check_range
 from engine.text.tokenizer import Tokenizer
-from training.corpus import Part, Survey, find_sources
+from training.data.corpus import Part, Survey, find_sources
+from training.data.vocabulary import train_tokenizer
 from training.importing import pipeline
 from training.importing.calibration import VALID_SHARE, sample_tokens
+from training.importing.job import prepare_import
 from training.importing.options import ImportOptions
-from training.vocabulary import train_tokenizer
 
 VOCABULARY: Final = 4096
 WIDTH: Final = 256
@@ -152,9 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         kept.write_text(json.dumps({**trained, "minutes": given.minutes}) + "\n", encoding="utf-8")
     params = {**json.loads(kept.read_text(encoding="utf-8")), "seed": SEED}
     options = ImportOptions(num_experts=given.experts, quality_tokens=QUALITY_TOKENS)
-    prepared = pipeline.prepare(model, out, given.data, given.valid, options)
+    prepared = prepare_import(model, out, given.data, given.valid, options)
     params["experts"] = prepared.plan.config.experts.num_experts
-    pipeline.run(prepared, out, pipeline.SilentMonitor(), "python -m benchmarks.import_quality")
+    pipeline.run(prepared, out, pipeline.SilentImport(), "python -m benchmarks.import_quality")
     print_curve(out)
     if given.json is not None:
         write_records(given.json, curve_records(out, params))

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.records import MACHINE, VERSIONS, Record, write_records
 from engine.config import check_range
-from training.vocabulary import train_tokenizer
+from training.data.vocabulary import train_tokenizer
 
 WIDTH, NEURONS, HEADS, VOCABULARY, CONTEXT = 2048, 8192, 32, 50272, 2048
 LAYERS: Final = 24

@@ -20,8 +20,8 @@ from benchmarks.import_quality import train_opt
 from benchmarks.records import Record, write_records
 from engine.checkpoint import read_json
 from engine.config import check_range
-from training.progress import ProgressMonitor
-from training.start import read_start
+from training.importing.start import read_start
+from training.report.progress import ProgressMonitor
 from training.trainer import Trainer
 
 

@@ -26,8 +26,8 @@ from torch import Tensor
 from benchmarks.records import MACHINE, VERSIONS, Record, write_records
 from engine.model.decoder import Decoder
 from training.config import ModelShape, OptimizerConfig, TrainConfig
-from training.optimizer import build_optimizer
-from training.routers import Routers
+from training.experts.conversion import refresh_routers
+from training.experts.optimizer import build_optimizer
 from training.step import accumulate, objective
 
 SIZES: Final = ((256, 4096), (768, 2048), (768, 4096), (1024, 2048))  # width, tokens a step
@@ -71,7 +71,6 @@ class Subject:
         self.model = Decoder(self.config.model.model_config(length, 0, "float32"))
         self.model.initialize(generator)
         self.optimizer = build_optimizer(self.model, self.config)
-        self.routers = Routers(self.model, self.config.switch.router)
         shape = (self.config.batch_size, length + 1)
         self.ids_BL: Tensor = torch.randint(
             self.config.model.vocab_size, shape, generator=generator
@@ -80,7 +79,7 @@ class Subject:
     def step(self, top_k: int | None) -> Times:
         """One training step, sparse with `top_k` experts or dense; how long it took."""
         wall, cpu = time.perf_counter(), time.process_time()
-        self.routers.before_step()
+        refresh_routers(self.model)
         self.optimizer.zero_grad(set_to_none=True)
         accumulate(
             lambda inputs_BL, targets_BL: objective(

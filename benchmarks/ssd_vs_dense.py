@@ -8,7 +8,7 @@ Trains, from the same weights, tokens and schedule: `dense`, clustered when it e
 that is interrupted goes on when the command is repeated, a finished one is only read. So several
 commands may share the work, each with its seeds or modes, and a last one prints the whole table.
 
-Perplexities are of held-out text, FLOPs are counted (training/flops.py, penalty and probes
+Perplexities are of held-out text, FLOPs are counted (training/experts/flops.py, penalty and probes
 included), seconds are training time without evaluation.
 """
 
@@ -28,10 +28,10 @@ from rich.table import Table
 
 from benchmarks.records import MACHINE, VERSIONS, Record, write_records
 from training.config import TrainConfig
-from training.history import RunHistory, StepRecord
 from training.presets import preset, with_settings
-from training.progress import ProgressMonitor
-from training.report import write_report
+from training.report.history import RunHistory, StepRecord
+from training.report.progress import ProgressMonitor
+from training.report.training_page import write_report
 from training.trainer import Trainer
 
 MODES: Final = ("dense", "ssd", "static")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from engine.text.tokenizer import END_OF_TEXT
-from training.text import TextFile, find_files
+from training.data.text import TextFile, find_files
 
 
 def documents(file: TextFile) -> Iterator[str]:

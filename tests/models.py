@@ -18,7 +18,7 @@ from engine.config import ExpertConfig, ModelConfig, QualityPoint
 from engine.model.decoder import Decoder
 from engine.model.experts import centroid_router
 from engine.text.tokenizer import END_OF_TEXT, Tokenizer
-from training.data import train_tokenizer
+from training.data.vocabulary import train_tokenizer
 
 VOCABULARY: Final = 300
 CORPUS: Final = (

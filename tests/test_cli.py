@@ -391,7 +391,8 @@ REFUSED = [
     (["import", STARTER, *IMPORT, "--max-loss", "3"], "--max-loss must be a share between 0%"),
     (["import", STARTER, *IMPORT, "--experts", "60"], "1024 neurons; near it are 16, 32, 64"),
     (["import", STARTER, *IMPORT, "--expert-size", "3"], "--expert-size 3 must divide the model's"),
-    (["import", STARTER, *IMPORT, "--cluster", "x"], "--cluster must be one of weights, coactiv"),
+    (["import", STARTER, *IMPORT, "--cluster", "x"], "--cluster must be one of weights; got 'x'"),
+    (["import", STARTER, *IMPORT, "--cluster", "coactivation"], "coactivation was removed"),
     (["import", STARTER, *IMPORT, "--router", "x"], "--router must be one of fitted, centroid"),
     (
         ["import", STARTER, *IMPORT, "--dtype", "int8"],

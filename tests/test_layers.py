@@ -54,19 +54,38 @@ SERVER = {
     "cli": {"process", "settings"},
     "__main__": {"cli", "process", "settings"},
 }
+TRAINING = {
+    "errors": set(),
+    "config": set(),
+    "presets": {"config"},
+    "switching": {"config"},
+    "step": {"config"},
+    "data": {"config", "errors"},
+    "parallel": {"errors", "step"},
+    "experts": {"config", "data", "errors", "parallel"},
+    "quality": {"data", "errors", "experts"},
+    "run": {"config", "data", "errors", "experts", "parallel", "quality"},
+    "report": {"errors", "experts", "run", "switching"},
+    "importing": {"config", "data", "errors", "experts", "quality", "report", "run"},
+    "trainer": {
+        *("config", "data", "errors", "experts", "importing", "parallel", "quality", "report"),
+        *("run", "step", "switching"),
+    },
+    "cli": {
+        *("config", "data", "errors", "experts", "importing", "parallel", "presets", "quality"),
+        *("report", "run", "trainer"),
+    },
+}
 ROOMS: dict[str, dict[str, set[str]]] = {
     "server": SERVER,
+    "training": TRAINING,
     "engine": ENGINE,
     "engine/gpu": GPU,
 }
 
 MOST_DOORS = 14
 # Folders that are wider for now.
-EXEMPT = {
-    *("benchmarks", "deploy", "deploy/ray", "engine", "engine/kernels", "training"),
-    *("training/importing", "tests/engine", "tests/engine/kernels"),
-    *("tests/deploy", "tests/training"),
-}
+EXEMPT = {"benchmarks", "deploy", "deploy/ray", "tests/deploy"}
 NOT_DOORS = re.compile(r"__pycache__|\..*|.*\.egg-info")
 
 # These decide and must not compute: tested in microseconds, without a tensor in sight.

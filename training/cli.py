@@ -19,9 +19,9 @@ from engine.console import JsonFile, check_writable, stderr, write_result
 if TYPE_CHECKING:
     from engine.checkpoint import Checkpoint
     from training.config import TrainConfig
-    from training.correspondence import LayerComparison
-    from training.start import Start
-    from training.study import ActivationStudy
+    from training.experts.correspondence import LayerComparison
+    from training.experts.study import ActivationStudy
+    from training.importing.start import Start
 
 app = typer.Typer()
 
@@ -107,12 +107,12 @@ def train(
     `ambidex report DIRECTORY`, serve it with `ambidex serve --model DIRECTORY/checkpoint`.
     """
     from engine.errors import require
-    from training.distributed import Team
-    from training.interrupt import stop_on_signals
+    from training.importing.start import read_start
+    from training.parallel.distributed import Team
     from training.presets import with_settings
-    from training.progress import ProgressMonitor
-    from training.publish import check_target, publish
-    from training.start import read_start
+    from training.report.progress import ProgressMonitor
+    from training.run.interrupt import stop_on_signals
+    from training.run.publish import check_target, publish
     from training.trainer import Trainer
 
     require(preset is None or config_file is None, "give --preset or --config, not both")
@@ -182,8 +182,8 @@ def prepare(
     or not at all.
     """
     from engine.errors import require
-    from training.data import prepare_tokens
-    from training.vocabulary import read_tokenizer
+    from training.data.tokens import prepare_tokens
+    from training.data.vocabulary import read_tokenizer
 
     require(
         (vocab_size is None) != (tokenizer is None),
@@ -231,7 +231,7 @@ def import_model(
         int, typer.Option(help="Or the neurons of each expert; 0: follows from their number.")
     ] = 0,
     cluster: Annotated[
-        str, typer.Option(help="What makes neurons alike: their weights, or their coactivation.")
+        str, typer.Option(help="What makes neurons alike: their weights.")
     ] = "weights",
     router: Annotated[
         str,
@@ -272,10 +272,11 @@ def import_model(
     quality is measured by share of the experts, and a policy recommended: what auto means.
     """
     from training.importing import pipeline
+    from training.importing.job import prepare_import
     from training.importing.options import ImportOptions, parse_loss
     from training.importing.speed import estimate_seconds
-    from training.page import duration
-    from training.progress import ImportProgress
+    from training.report.page import duration
+    from training.report.progress import ImportProgress
 
     options = ImportOptions(
         num_experts=experts,
@@ -288,7 +289,7 @@ def import_model(
         max_loss=parse_loss(max_loss),
         seed=seed,
     )
-    prepared = pipeline.prepare(source, out, calibrate, valid or [], options)
+    prepared = prepare_import(source, out, calibrate, valid or [], options)
     table = Table(show_header=False, title=escape(str(source)), title_justify="left")
     for name, value in prepared.describe():
         table.add_row(name, escape(value))
@@ -314,7 +315,7 @@ def export(
     A model that was trained here goes to the first family that can express it exactly.
     """
     from engine.config import check_choice
-    from training.importing.export import export as export_model
+    from training.importing.formats.export import export as export_model
 
     check_choice("--to", to, ("hf",))
     family = export_model(checkpoint, out)
@@ -336,7 +337,7 @@ def report(
 
     The page holds everything it needs and runs no scripts. It can be made while the run goes on.
     """
-    from training.report import write_report
+    from training.report.training_page import write_report
 
     typer.echo(f"report: {write_report(run, out, against)}")
 
@@ -381,8 +382,8 @@ def evaluate(
 ) -> None:
     """Perplexity and task accuracy of one checkpoint, dense and with fewer experts."""
     from engine.version import VERSION
-    from training.progress import EvaluationProgress
-    from training.suite import prepare
+    from training.quality.suite import prepare
+    from training.report.progress import EvaluationProgress
 
     check_writable(json_file)
     checkpoint = load_model(model)
@@ -477,8 +478,8 @@ def _inspect_activations(
     """Study a checkpoint's activations, and compare them with another's."""
     from engine.errors import require
     from engine.policy import ExpertPolicy
-    from training.correspondence import compare
-    from training.study import study, text_probe
+    from training.experts.correspondence import compare
+    from training.experts.study import study, text_probe
 
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
     policy = ExpertPolicy.parse(config.experts.default_policy)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from engine.config import ExpertConfig, ModelConfig, check_choice, check_range
 from engine.errors import require
 
 SCHEDULES: Final = ("cosine", "wsd")
 MODES: Final = ("ssd", "dense", "static")
-CLUSTERINGS: Final = ("weights", "coactivation")
-ROUTERS: Final = ("centroid", "learned")
 PRECISIONS: Final = ("float32", "bfloat16")
 PARALLEL: Final = ("ddp", "fsdp")
 
@@ -57,14 +56,14 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its learning rate over the run (`training.optimizer.learning_rate`).
+    """AdamW and its learning rate over the run (`training.experts.optimizer.learning_rate`).
 
     Attributes:
         schedule: `cosine`: warm-up, then half a cosine down to the floor; `wsd`: warm-up, stable at
             the peak, then linear decay to the floor.
         min_lr_share: the floor, as a share of the peak `learning_rate`.
-        warmup_share: of the run, linear.
-        decay_share: of the run, the decay of `wsd`; never more than what follows the warm-up.
+        warmup_share: share of the run in which the rate rises linearly.
+        decay_share: share of the run in which `wsd` decays, at most what follows the warm-up.
     """
 
     learning_rate: float = 2e-3
@@ -94,17 +93,17 @@ class SwitchConfig:
     """When training goes dense, sparse or mixed, and what a sparse step does.
 
     Shares are of the run's steps. Similarities are overlaps of active-neuron sets on the probe
-    batch (`training.activation.similarity`).
+    batch (`training.experts.activation.similarity`).
 
     Attributes:
         mode: `ssd`; `dense`: every step dense, clustered when it ends; `static`: one clustering
             when the first dense phase ends, then sparse steps to the end.
-        probe_share: between two looks at the activations.
+        probe_share: how far two looks at the activations lie apart.
         settled: dense -> sparse when two consecutive probes are at least this similar.
         stale: sparse -> dense when a probe is less similar than this to the clustering's birth.
         min_dense_share, max_dense_share: bounds on a dense phase.
         min_sparse_share, max_sparse_share: bounds on a sparse phase.
-        mixed_share: the last phase, dense and sparse steps in turn.
+        mixed_share: length of the last phase, in which dense and sparse steps alternate.
         top_k: experts per token in sparse phases: one after another, each for an equal stretch
             between the first sparse step and the mixed phase.
         mixed_top_k: experts per token of the mixed phase's sparse steps, in turn.
@@ -114,9 +113,6 @@ class SwitchConfig:
             `dense`, which is plain training.
         penalty_tokens: share of a step's tokens on which the penalty is measured, rounded to every
             n-th token.
-        clustering: what makes neurons alike: the direction of their `weights`, or `coactivation`.
-        router: `centroid`: follows the experts' weights at every step; `learned`: begins there and
-            is then fitted to the true activation mass that dense steps compute anyhow.
     """
 
     mode: str = "ssd"
@@ -134,13 +130,9 @@ class SwitchConfig:
     penalty: float = 0.3
     dense_penalty: float = 0.03
     penalty_tokens: float = 0.125
-    clustering: str = "weights"
-    router: str = "centroid"
 
     def __post_init__(self) -> None:
         check_choice("switch.mode", self.mode, MODES)
-        check_choice("switch.clustering", self.clustering, CLUSTERINGS)
-        check_choice("switch.router", self.router, ROUTERS)
         for name in ("probe_share", "min_dense_share", "max_dense_share"):
             check_range(f"switch.{name}", getattr(self, name), 1e-4, 1.0)
         for name in ("min_sparse_share", "max_sparse_share", "penalty_tokens"):
@@ -183,19 +175,20 @@ class TrainConfig:
         micro_batch_size: sequences per forward pass of one process; their gradients are summed
             until its part of the batch is done. 0: the whole part at once.
         sequence_length: tokens per sequence, and the model's maximum.
-        seed: of weights, data order, tokenizer-independent choices and clustering.
+        seed: decides the first weights, the order of the data and the clustering.
         valid_share: share of the corpus (by characters) held out.
         validate_share: share of the steps between two looks at held-out text; 0: at the end alone.
-        validate_tokens: tokens of such a look.
-        evaluate_tokens: held-out tokens at most that the finished model is scored on.
+        validate_tokens: how many tokens such a look reads.
+        evaluate_tokens: how many held-out tokens the finished model is scored on at most.
         checkpoint_share: share of the steps between two saved training states.
         keep_states: training states kept, the latest ones.
-        precision: of products while training; `bfloat16` is autocast, weights stay float32.
+        precision: how products are computed in training; with `bfloat16` by autocast, while the
+            weights stay float32.
         parallel: how several processes share the work: `ddp`, each with all weights, or `fsdp`,
             each with its part of them.
-        dtype: of the saved weights.
-        start: of a run that goes on from a model (`training.start`), what identifies it; `model`
-            then says its sizes.
+        dtype: the type that the weights are saved in.
+        start: what identifies the model that the run goes on from (`training.importing.start`), if
+            there is one; `model` then says its sizes.
     """
 
     preset: str = "starter"
@@ -250,7 +243,71 @@ class TrainConfig:
     def digest(self) -> str:
         """Identifies the configuration: a run resumes only under the same one."""
         values = dataclasses.asdict(self)
-        if not self.start:  # as before there was such a field
+        # Runs that were started before a field came or went keep their digest, and so resume.
+        if not self.start:
             del values["start"]
+        values["switch"] |= {key: gone.only for key, gone in REMOVED_FROM_SWITCH.items()}
         text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class RemovedSetting:
+    """A key of the table `switch` that earlier versions had.
+
+    What it did lost against what stayed; docs/log.md has the measurements. Older files and run
+    directories name it too, mostly with the value that still describes what training does: that
+    value is accepted and dropped.
+
+    Attributes:
+        only: the value that describes what training does today.
+        gone: the value that was removed.
+        name: what that value stood for.
+    """
+
+    only: str
+    gone: str
+    name: str
+
+
+REMOVED_FROM_SWITCH: Final = {
+    "clustering": RemovedSetting("weights", "coactivation", "clustering by co-activation"),
+    "router": RemovedSetting("centroid", "learned", "a router that learns while the model trains"),
+}
+
+
+def removed_sentence(key: str) -> str:
+    """What a user reads who asks for the value of `switch.KEY` that is gone."""
+    setting = REMOVED_FROM_SWITCH[key]
+    return (
+        f'switch.{key} = "{setting.gone}" ({setting.name}) was removed, because it made models no '
+        f'better (docs/log.md); leave switch.{key} out to train with "{setting.only}"'
+    )
+
+
+def without_removed(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The nested `values` of a configuration without the settings that were removed.
+
+    Raises:
+        ConfigError: if one of them has another value than the one that stayed.
+    """
+    switch = values.get("switch")
+    if not isinstance(switch, dict):
+        return dict(values)
+    for key, setting in REMOVED_FROM_SWITCH.items():
+        found = switch.get(key, setting.only)
+        require(found != setting.gone, f"{where}: {removed_sentence(key)}")
+        require(
+            found == setting.only,
+            f'{where}: switch.{key} can only be "{setting.only}"; leave it out',
+        )
+    return {**values, "switch": {k: v for k, v in switch.items() if k not in REMOVED_FROM_SWITCH}}
+
+
+def used_by(config: Mapping[str, Any]) -> str | None:
+    """The sentence for a run whose RUN/config.json is `config`, if it used what was removed."""
+    switch = config.get("switch")
+    for key, setting in REMOVED_FROM_SWITCH.items():
+        if isinstance(switch, dict) and switch.get(key) == setting.gone:
+            return removed_sentence(key)
+    return None

@@ -24,7 +24,7 @@ class NonFiniteLoss(TrainingError):
 
 
 class Interrupted(TrainingError):
-    """Asked to stop by a signal; the state is saved and the same command goes on from it."""
+    """A signal asked training to stop; the state is saved and the same command goes on from it."""
 
 
 class StorageError(TrainingError):

@@ -20,15 +20,15 @@ from typing import Any, Final
 
 from engine.config import known_fields
 from engine.errors import ConfigError, require
-from training.config import ModelShape, OptimizerConfig, SwitchConfig, TrainConfig
+from training.config import ModelShape, OptimizerConfig, SwitchConfig, TrainConfig, without_removed
 
 _MOST_BYTES: Final = 1 << 20
 _MOST_INTEGER: Final = (1 << 63) - 1
-# Besides its own error, which is a ValueError, the parser lets those of huge integers and of deep
-# nesting through.
+# The TOML parser raises a ValueError of its own; huge integers and deep nesting make it raise
+# Python's errors instead.
 _UNREADABLE: Final = (OSError, ValueError, RecursionError)
 
-# As the packaged starter was trained, before finer experts and a longer sparse phase won.
+# The packaged starter was trained so, before finer experts and a longer sparse phase won.
 _FIRST_RECIPE: Final = SwitchConfig(
     settled=0.7,
     max_dense_share=0.3,
@@ -48,7 +48,7 @@ _OF_256: Final = SwitchConfig(top_k=(64, 32), mixed_top_k=(16, 32))
 PRESETS: Final[dict[str, TrainConfig]] = {
     # The packaged model: 37 minutes on two CPU cores, 8 MB in bfloat16.
     "starter": TrainConfig(switch=_FIRST_RECIPE),
-    # Seconds on any machine; to see the whole path work, not to get a model.
+    # Takes seconds on any machine: it shows that the whole path works, and makes no useful model.
     "smoke": TrainConfig(
         preset="smoke",
         steps=40,
@@ -194,7 +194,7 @@ def changed(config: TrainConfig, values: Mapping[str, Any], where: str) -> Train
     """`config` with nested `values`; everything is checked again."""
     changes = {
         key: _converted(getattr(config, key), value, key, where)
-        for key, value in known_fields(TrainConfig, values, where).items()
+        for key, value in known_fields(TrainConfig, without_removed(values, where), where).items()
     }
     return dataclasses.replace(config, **changes)
 

@@ -18,16 +18,13 @@ from engine.model.trace import Trace
 from engine.policy import ExpertPolicy
 from training.config import SwitchConfig, TrainConfig
 
-# Hears of each forward pass what its FFNs saw and the true mass of their experts.
-Listener = Callable[[Trace], None]
-
 
 @dataclass(frozen=True)
 class Objective:
-    """What one forward pass gives; all 0-dim.
+    """The results of one forward pass, each a 0-dim tensor.
 
     Attributes:
-        total: to be minimised: `loss`, and `outside` times its weight.
+        total: what training minimises: `loss` plus `outside` times its weight.
         loss: cross-entropy in nats per token.
         outside: share of the true activation mass outside the chosen experts, mean over layers;
             None where no penalty is measured.
@@ -44,21 +41,17 @@ def objective(
     targets_BL: Tensor,
     top_k: int | None,
     switch: SwitchConfig,
-    listener: Listener | None = None,
 ) -> Objective:
-    """A dense (`top_k` None) or sparse forward pass with its penalty.
+    """Run a dense (`top_k` None) or sparse forward pass and measure its penalty.
 
-    Dense passes have every expert's mass at hand, sparse ones compute it on a sample of the tokens.
+    Dense passes know every expert's mass already; sparse ones compute it on a sample of the tokens.
     """
     weight = switch.dense_weight if top_k is None else switch.penalty
     policy = ExpertPolicy.dense() if top_k is None else ExpertPolicy.top_k(top_k)
-    watched = weight > 0 or listener is not None
-    trace = Trace(keep_inputs=True, mass_every=switch.penalty_every) if watched else None
+    trace = Trace(keep_inputs=True, mass_every=switch.penalty_every) if weight > 0 else None
     logits_BLV = model.logits(inputs_BL, policy, trace)
     loss = F.cross_entropy(logits_BLV.flatten(0, 1), targets_BL.flatten())
-    if listener is not None and trace is not None:
-        listener(trace)
-    if trace is None or weight == 0:
+    if trace is None:
         return Objective(loss, loss, None)
     outside = outside_share(model, trace, top_k or switch.top_k[-1])
     return Objective(loss + weight * outside, loss, outside)
@@ -92,10 +85,12 @@ def accumulate(
     config: TrainConfig,
     unfinished: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of a batch, micro-batch by micro-batch; returns the mean loss and outside share.
+    """Add up the gradients of a batch, one micro-batch at a time.
+
+    Returns the batch's mean loss and mean outside share.
 
     Args:
-        forward: inputs and targets of a micro-batch to its objective.
+        forward: computes the objective from the inputs and targets of a micro-batch.
         inputs_BL, targets_BL: this process's part of the batch.
         config: for `micro_batch_size` and `precision`.
         unfinished: entered around every micro-batch but the last (`SharedObjective.unfinished`).

@@ -46,7 +46,7 @@ class SwitchController:
 
     Attributes:
         config: the run, with its `switch` settings.
-        phase: of the current step.
+        phase: the phase of the current step.
         phase_start: the step at which it began.
         settled: similarity of the last two probes; None until one was made in this phase.
         drift: similarity of the last probe to the clustering's birth; None in dense phases.

@@ -22,42 +22,45 @@ from typing import Any, Final, Protocol
 import torch
 
 from engine.checkpoint import check_device
+from engine.gpu.training import use_kernels
 from engine.model.decoder import Decoder
 from engine.policy import ExpertPolicy
 from engine.text.tokenizer import Tokenizer
-from training import data, run_state
-from training.activation import ActivationPattern, observe, similarity
 from training.config import TrainConfig
-from training.conversion import build_experts
-from training.distributed import SharedObjective, Team
+from training.data.run_data import lay_out
+from training.data.shards import is_token_directory
+from training.data.tokens import TokenData, open_tokens
 from training.errors import Interrupted, NonFiniteLoss, TrainingError
-from training.evaluation import evaluate
-from training.finish import write_checkpoint
-from training.flops import FlopCounter
-from training.interrupt import StopRequest
-from training.optimizer import build_optimizer, learning_rate
-from training.prepared import prepare
-from training.routers import Routers
-from training.sharding import plain, whole
-from training.start import Start
+from training.experts.activation import ActivationPattern, observe, similarity
+from training.experts.conversion import build_experts, refresh_routers
+from training.experts.flops import FlopCounter
+from training.experts.optimizer import build_optimizer, learning_rate
+from training.experts.study import study
+from training.importing.start import Start
+from training.parallel.distributed import SharedObjective, Team
+from training.parallel.sharding import plain, whole
+from training.quality.evaluation import evaluate
+from training.run import run_state
+from training.run.finish import write_checkpoint
+from training.run.interrupt import StopRequest
 from training.step import accumulate
-from training.study import study
 from training.switching import Decision, Phase, SwitchController
 
-# Odd, or it would meet the dense steps of the mixed phase alone.
+# Every n-th step is logged. The number is odd, because the mixed phase alternates dense and sparse
+# steps: an even one would log only one of the two kinds.
 _LOG_EVERY: Final = 7
 
 
-class Monitor(Protocol):
-    """What the loop tells whoever watches: a progress bar, or nobody."""
+class TrainingMonitor(Protocol):
+    """What the training loop calls to tell about its progress; a progress bar implements it."""
 
     def message(self, text: str) -> None: ...
 
     def step(self, step: int, loss: float, phase: str, tokens_per_second: float) -> None: ...
 
 
-class SilentMonitor:
-    """Watches nothing."""
+class SilentTraining:
+    """Ignores what it is told."""
 
     def message(self, text: str) -> None:
         pass
@@ -67,7 +70,7 @@ class SilentMonitor:
 
 
 class Log(Protocol):
-    """Where records of the run go: the run's own log, TensorBoard."""
+    """Takes the records of a run: its own log does, and so does TensorBoard's."""
 
     def write(self, step: int, **values: Any) -> None: ...
 
@@ -80,7 +83,7 @@ class Trainer:
         config: TrainConfig,
         run: Path,
         paths: Sequence[Path] = (),
-        monitor: Monitor | None = None,
+        monitor: TrainingMonitor | None = None,
         command: str = "",
         *,
         device: str = "cpu",
@@ -97,12 +100,13 @@ class Trainer:
         self.team = team or Team(device)
         check_device(device)
         self._check_team()
-        self.monitor = monitor if monitor and self.team.is_main else SilentMonitor()
+        self.monitor = monitor if monitor and self.team.is_main else SilentTraining()
         self.command = command
         self.fresh = fresh
         self.device = device
         self.tensorboard = tensorboard
         self.progress: run_state.Progress | None = None
+        # The first process makes the tokens while the others wait; then they map them.
         with self.team.main_first(f"tokens of {run}"):
             tokens = self._open_tokens(paths, valid_paths)
             if start is not None:
@@ -110,13 +114,14 @@ class Trainer:
         self.monitor.message(
             f"tokens: {tokens.train.size:,} to train on, {tokens.valid.size:,} held out"
         )
-        self.prepared = prepare(config, tokens, device)
+        self.data = lay_out(config, tokens, device)
         self.model = self._new_model(tokens.tokenizer)
+        use_kernels(self.model)
         shape = self.model.config
+        # Sharding replaces the parameters, so the optimiser comes after it.
         self.objective = SharedObjective(self.model, config.parallel, self.team)
         self.optimizer = build_optimizer(self.model, config)
         self.controller = SwitchController(config)
-        self.routers = Routers(self.model, config.switch.router, self.team.mean)
         self.counter = FlopCounter(shape, config.switch, config.sequence_length)
         self.patterns: dict[str, ActivationPattern] = {}
         self.switches: list[dict[str, Any]] = []
@@ -126,12 +131,12 @@ class Trainer:
         self.flops = 0.0
 
     def _new_model(self, tokenizer: Tokenizer) -> Decoder:
-        """The model to train: new, or that which the run goes on from."""
+        """Make the model to train: a new one, or the one that the run goes on from."""
         config = self.config
         if self.start is not None:
             model = Decoder(self.start.model_config(config))
             self.start.load_into(model)
-            self.start_record = self.start.measure(model.to(self.device), self.prepared.valid)
+            self.start_record = self.start.measure(model.to(self.device), self.data.valid)
             self._tell_start()
             return model.to("cpu")
         shape = config.model.model_config(config.sequence_length, tokenizer.eos_id, config.dtype)
@@ -156,12 +161,12 @@ class Trainer:
                 )
             )
 
-    def _open_tokens(self, paths: Sequence[Path], valid_paths: Sequence[Path]) -> data.TokenData:
-        """The run's tokens; after the first process the others only map what it made."""
+    def _open_tokens(self, paths: Sequence[Path], valid_paths: Sequence[Path]) -> TokenData:
+        """Open the run's tokens; the first process makes them, the others map what it made."""
         made = self.run / "tokens"
-        if not self.team.is_main and not any(data.is_token_directory(path) for path in paths):
+        if not self.team.is_main and not any(is_token_directory(path) for path in paths):
             paths, valid_paths = [made], []
-        return data.open_tokens(
+        return open_tokens(
             paths,
             valid_paths,
             made,
@@ -174,7 +179,7 @@ class Trainer:
         )
 
     def _generator(self, stream: int) -> torch.Generator:
-        """A generator for one purpose; a function of the seed alone, so resuming repeats it."""
+        """Make a generator for one purpose; only the seed decides, so a resumed run repeats it."""
         return torch.Generator().manual_seed(self.config.seed * 1_000_003 + stream)
 
     def train(self, stop: StopRequest | None = None) -> Path:
@@ -216,7 +221,8 @@ class Trainer:
             if stopping or self.step % save_every == 0 or self.step == self.config.steps:
                 self._save_state()
             if stopping:
-                # Where one process has ended, Slurm kills the others: none leaves before the state.
+                # Slurm kills the other processes as soon as one has ended, so nobody leaves before
+                # the first process has saved the state.
                 self.team.barrier()
             if stopping and self.step < self.config.steps:
                 self.team.refuse(
@@ -235,7 +241,7 @@ class Trainer:
         self.logs = [run_state.RunLog(self.run, resumed)]
         run_state.write_config(self.run, self.config)
         if self.tensorboard:
-            from training.tensorboard import TensorBoardLog
+            from training.report.tensorboard import TensorBoardLog
 
             self.logs.append(TensorBoardLog(self.run, self.step))
 
@@ -255,7 +261,7 @@ class Trainer:
             )
 
     def _resumed_tokenizer(self, fingerprint: str) -> Tokenizer | None:
-        """Find where the run's directory left off; its tokenizer, or None for a new run.
+        """Find where the run left off; returns the tokenizer to use, or None to learn a new one.
 
         Raises:
             TrainingError: if it holds a run of another configuration, corpus or machine.
@@ -265,7 +271,7 @@ class Trainer:
         if progress is None:
             return own
         self.progress = progress
-        if not self.team.is_main:  # the first process has checked, with the text's fingerprint
+        if not self.team.is_main:  # the first process, which knows the text, checks for all
             return None
         run_state.check_resumable(
             self.run, progress, self.config.digest, fingerprint, self.device, self.team.size
@@ -278,10 +284,7 @@ class Trainer:
         return own or run_state.saved_tokenizer(self.run)
 
     def _resume(self, progress: run_state.Progress) -> None:
-        self.patterns, learned = run_state.load_state(self.run, self.model, self.optimizer)
-        self.routers = Routers.restored(
-            self.model, self.config.switch.router, learned, self.team.mean
-        )
+        self.patterns = run_state.load_state(self.run, self.model, self.optimizer)
         self.controller = SwitchController.from_dict(self.config, progress.controller)
         self.step, self.switches = progress.step, progress.switches
         self.seconds, self.flops = progress.seconds, progress.flops
@@ -295,7 +298,7 @@ class Trainer:
             controller=self.controller.to_dict(),
             switches=self.switches,
             config_digest=self.config.digest,
-            corpus_fingerprint=self.prepared.tokens.fingerprint,
+            corpus_fingerprint=self.data.tokens.fingerprint,
             device=self.device,
             threads=torch.get_num_threads(),
             processes=self.team.size,
@@ -304,9 +307,8 @@ class Trainer:
             self.run,
             self.model,
             self.optimizer,
-            self.prepared.tokens.tokenizer,
+            self.data.tokens.tokenizer,
             self.patterns,
-            self.routers.tensors(),
             progress,
             self.config.keep_states,
             is_main=self.team.is_main,
@@ -315,15 +317,15 @@ class Trainer:
     def _probe_and_switch(self) -> None:
         """Look at the activations when due, and change the phase if the controller decides so."""
         if self.controller.wants_probe(self.step):
-            now = observe(self.model, self.prepared.probe_BL)
+            now = observe(self.model, self.data.probe_BL)
             settled = self._similarity("previous", now)
             drift = self._similarity("birth", now)
             self.patterns["previous"] = now
             self.controller.observe(settled, drift)
-            seen = study(self.model, self.prepared.probe_BL, self.config.switch.top_k[-1])
+            seen = study(self.model, self.data.probe_BL, self.config.switch.top_k[-1])
             self._log(probe=seen.to_dict(), settled=settled, drift=drift)
-            # Two forward passes, each a third of what a dense training token costs.
-            self.flops += self.counter.plain_token * 2 / 3 * self.prepared.probe_BL.numel()
+            # A probe takes two forward passes; each costs a third of what training on a token does.
+            self.flops += self.counter.plain_token * 2 / 3 * self.data.probe_BL.numel()
         decision = self.controller.decide(self.step)
         if decision is not None:
             self._switch(decision)
@@ -340,41 +342,30 @@ class Trainer:
         self.switches.append(decision.to_dict())
         if decision.cluster:
             self._cluster(warm_start=clustered_before)
-            self.patterns["birth"] = observe(self.model, self.prepared.probe_BL)
+            self.patterns["birth"] = observe(self.model, self.data.probe_BL)
         if decision.phase is Phase.DENSE:
             self.patterns.pop("birth", None)
 
     def _cluster(self, *, warm_start: bool) -> None:
-        """Build the experts anew; everything that is indexed by neuron moves along."""
+        """Build the experts anew, and move everything along that is indexed by neuron."""
         layouts = build_experts(
             self.model,
             self.optimizer,
-            self.prepared.probe_BL,
+            self.data.probe_BL,
             self._generator(self.step + 1),
             warm_start=warm_start,
-            method=self.config.switch.clustering,
-            learn=self.config.switch.router == "learned",
             agree=self.team.agree,
         )
         self.patterns = {n: p.permute(layouts) for n, p in self.patterns.items()}
-        self.routers.clustered()
 
     def _train_step(self) -> dict[str, Any]:
         """One optimiser step; returns its record for the log."""
         top_k = self.controller.step_top_k(self.step)
-        self.routers.before_step()
+        refresh_routers(self.model)
         self.optimizer.zero_grad(set_to_none=True)
-        inputs_BL, targets_BL = self.prepared.batches.batch(
-            self.step, self.team.rank, self.team.size
-        )
+        inputs_BL, targets_BL = self.data.batches.batch(self.step, self.team.rank, self.team.size)
         loss, outside = accumulate(
-            lambda inputs, targets: self.objective(
-                inputs,
-                targets,
-                top_k,
-                self.config.switch,
-                self.routers.hear if self.routers.learning else None,
-            ),
+            lambda inputs, targets: self.objective(inputs, targets, top_k, self.config.switch),
             inputs_BL.to(self.device),
             targets_BL.to(self.device),
             self.config,
@@ -383,8 +374,7 @@ class Trainer:
         loss = self.team.mean(loss)
         outside = None if outside is None else self.team.mean(outside)
         norm = self._update(loss.item(), sparse=top_k is not None)
-        per_token = self.counter.token(top_k, learning=self.routers.learning)
-        self.flops += per_token * self.config.batch_tokens
+        self.flops += self.counter.token(top_k) * self.config.batch_tokens
         return {
             "phase": self.controller.phase.value,
             "loss": loss.item(),
@@ -396,6 +386,7 @@ class Trainer:
     def _update(self, loss: float, *, sparse: bool) -> float:
         """Clip and take the optimiser's step, unless a value is not finite; returns the norm."""
         clip = self.config.optimizer.grad_clip
+        # The norm is taken before clipping; that of a sharded model is a sum over all processes.
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         total = whole(torch.nn.utils.get_total_norm(gradients))
         torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), clip, total)
@@ -419,8 +410,8 @@ class Trainer:
     def _validate(self) -> None:
         """Score some held-out text when due, dense and at the sparsest and the last k.
 
-        After the step's state was saved, so that a resumed run, whose log ends before it, repeats
-        it.
+        This comes after the step's state was saved: the log of a resumed run ends before that
+        step, so the resumed run scores the text again.
         """
         share = self.config.validate_share
         if not self.step or not share or self.step % self.config.steps_of(share):
@@ -431,7 +422,7 @@ class Trainer:
             for k in sorted({switch.top_k[-1], min(switch.mixed_top_k)}):
                 policies[str(k)] = ExpertPolicy.top_k(k)
         scores = {
-            name: evaluate(self.model, self.prepared.glance, policy).perplexity
+            name: evaluate(self.model, self.data.glance, policy).perplexity
             for name, policy in policies.items()
         }
         self._log(valid=scores)
@@ -439,10 +430,10 @@ class Trainer:
         self.monitor.message(f"step {self.step}: held-out perplexity {found}")
 
     def _finish(self) -> Path:
-        """Cluster a run that never was, score it, write the checkpoint."""
+        """Cluster the neurons if no switch did, score the model, and write the checkpoint."""
         if not any(switch["cluster"] for switch in self.switches):
             self._cluster(warm_start=False)
-        self.routers.before_step()
+        refresh_routers(self.model)  # the last optimiser step moved the weights
         path = self.run / "checkpoint"
         model = plain(self.model, keep=self.team.is_main)
         if model is None:
@@ -462,10 +453,9 @@ class Trainer:
             path,
             model,
             self.config,
-            self.prepared,
+            self.data,
             history,
             self.monitor.message,
-            learned_router=self.routers.learning,
             texts={} if self.start is None else self.start.texts,
         )
         return path

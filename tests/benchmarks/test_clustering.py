@@ -25,14 +25,13 @@ def test_one_table_of_the_packaged_model_and_its_records(
     printed = capsys.readouterr().out
     records = json.loads(path.read_text(encoding="utf-8"))
     coverages = [r for r in records if r["name"] == "coverage"]
-    assert len(coverages) == 13
+    assert len(coverages) == 10
     for record in coverages:
         assert 0 < record["ratio"] <= 1.0001
         assert f"{record['value']:.1%}" in printed
     assert {r["params"]["grouping"] for r in coverages} == {
         "present",
         "weights",
-        "coactivation",
         "random",
     }
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.test_distributed import free_port
+from tests.training.parallel.test_distributed import free_port
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "deploy" / "training"

@@ -12,7 +12,7 @@ from engine.checkpoint import Checkpoint
 from engine.model.decoder import Decoder
 from tests.models import make_corpus, word_tokenizer
 from training.config import ModelShape, SwitchConfig, TrainConfig
-from training.conversion import refresh_router
+from training.experts.conversion import refresh_router
 
 
 @pytest.fixture

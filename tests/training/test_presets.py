@@ -61,7 +61,7 @@ weight_decay = 0
 mode = "static"
 top_k = [32, 16]
 mixed_top_k = 8
-router = 'learned'
+router = 'centroid'
 """
 
 
@@ -76,9 +76,7 @@ def test_a_file_changes_what_it_names_and_nothing_else(tmp_path: Path) -> None:
         dtype="float32",
         model=dataclasses.replace(base.model, num_experts=128, intermediate_size=2048),
         optimizer=OptimizerConfig(schedule="wsd", weight_decay=0.0),
-        switch=dataclasses.replace(
-            base.switch, mode="static", top_k=(32, 16), mixed_top_k=(8,), router="learned"
-        ),
+        switch=dataclasses.replace(base.switch, mode="static", top_k=(32, 16), mixed_top_k=(8,)),
     )
     assert type(read_config(path).optimizer.weight_decay) is float
 
@@ -150,7 +148,7 @@ def test_settings_change_nested_values() -> None:
             "optimizer.learning_rate = 1",
             "switch.top_k=[4, 2]",
             "switch.mixed_top_k=3",
-            "switch.router='learned'",
+            "switch.clustering='weights'",
             "dtype = float32 ",
             "steps=13",
         ],
@@ -161,7 +159,7 @@ def test_settings_change_nested_values() -> None:
         steps=13,
         dtype="float32",
         optimizer=OptimizerConfig(schedule="wsd", learning_rate=1.0),
-        switch=dataclasses.replace(base.switch, top_k=(4, 2), mixed_top_k=(3,), router="learned"),
+        switch=dataclasses.replace(base.switch, top_k=(4, 2), mixed_top_k=(3,)),
     )
 
 

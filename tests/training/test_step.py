@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.model.decoder import Decoder
-from engine.model.experts import true_mass
 from engine.model.trace import Trace
 from engine.policy import ExpertPolicy
 from training.config import SwitchConfig, TrainConfig
-from training.conversion import refresh_router
+from training.experts.conversion import refresh_router
 from training.step import Objective, accumulate, objective, outside_share
 
 EXPERTS = 8
@@ -129,20 +128,6 @@ def test_a_weight_of_zero_computes_no_masses(
     assert found.outside is None
     assert found.total is found.loss
     assert traces == [None]
-
-
-@pytest.mark.parametrize("top_k", [None, 2])
-def test_a_listener_hears_the_true_masses_whatever_the_penalty(
-    model: Decoder, micro: TrainConfig, top_k: int | None
-) -> None:
-    heard: list[Trace] = []
-    switch = without_penalty(micro.switch)
-    found = objective(model, *tokens(), top_k, switch, heard.append)
-    assert found.outside is None
-    (trace,) = heard
-    assert trace.mass_every == switch.penalty_every == 8
-    for ffn, x_TD, mass_nE in zip(model.ffns(), trace.inputs, trace.masses, strict=True):
-        torch.testing.assert_close(mass_nE, true_mass(x_TD[::8], ffn.up, EXPERTS, "relu"))
 
 
 @pytest.mark.parametrize("top_k", [None, 2])

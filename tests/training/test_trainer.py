@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 
 from engine.checkpoint import load, write_json
 from tests.models import make_corpus
-from training import run_state
 from training.config import OptimizerConfig, TrainConfig
 from training.errors import DataError, NonFiniteLoss, StorageError, TrainingError
+from training.run import run_state
 from training.trainer import Trainer
 
 

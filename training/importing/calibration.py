@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from engine.text.tokenizer import Tokenizer
-from training.corpus import Part, Survey, find_sources
+from training.data.corpus import Part, Survey, find_sources
+from training.data.vocabulary import Tokens
 from training.errors import DataError
-from training.vocabulary import Tokens
 
-VALID_SHARE: Final = 0.2  # of the text, held out where no files are
+VALID_SHARE: Final = 0.2  # share of the text that is held out where no files are named for it
 MOST_LENGTH: Final = 512  # tokens of a sequence
-_PIECE_SEQUENCES: Final = 2  # about; more and smaller pieces would cut more texts
+_PIECE_SEQUENCES: Final = 2  # roughly; more and smaller pieces would cut more texts
 _CHARS_A_TOKEN: Final = 8  # more than any usual tokenizer needs
 _CHECK_SHARE: Final = 8  # every eighth calibration sequence judges the routers and fits none
 
@@ -78,7 +78,7 @@ def read_calibration(
     """Sample, tokenise and cut the text of an import.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         paths: files and folders of text.
         valid_paths: text to hold out; none hold out documents of `paths`.
         length: tokens of a sequence.
@@ -116,7 +116,7 @@ def sample_tokens(
     for number, (part, piece) in enumerate(_pieces(survey, piece_chars)):
         if part not in wanted:
             continue
-        # The pieces with the lowest of as many random numbers are a random sample of them.
+        # Each piece gets a random number; those with the lowest numbers are a random sample.
         entry = (-source.random(), number, piece)
         if len(kept[part]) < most[part]:
             heapq.heappush(kept[part], entry)

@@ -16,28 +16,27 @@ from torch import Tensor
 from engine.errors import CheckpointError
 from engine.model.experts import ExpertLayout
 from engine.model.ffn import ExpertFFN
-from training.conversion import (
+from training.experts.conversion import (
     calibrate_router,
     cluster_neurons,
     learn_router,
     permute_neurons,
     token_mass,
 )
-from training.expert_use import ExpertUse
-from training.importing.options import ImportOptions
-from training.study import LayerStudy, study_layer
+from training.experts.study import LayerStudy, study_layer
+from training.quality.expert_use import ExpertUse
 
 _JUDGED_SHARE: Final = 8  # routers are compared, and layers studied, at an eighth of the experts
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What is known of a converted layer.
+    """The measurements of a converted layer.
 
     Attributes:
-        study: of its activations and its router, on calibration tokens that fitted nothing.
+        study: its activations and its router, measured on calibration tokens that fitted nothing.
         router: the one that was kept: `fitted` or `centroid`.
-        uses: of each stream, on held-out tokens.
+        uses: how each stream used the experts, on held-out tokens.
     """
 
     study: LayerStudy
@@ -64,11 +63,9 @@ def judged_k(num_experts: int) -> int:
 
 
 @torch.no_grad()
-def build_layer_experts(
-    ffn: ExpertFFN, fit_TD: Tensor, options: ImportOptions, generator: torch.Generator
-) -> None:
+def build_layer_experts(ffn: ExpertFFN, generator: torch.Generator) -> None:
     """Cluster the neurons and move them; the FFN's function stays what it was."""
-    clusters = cluster_neurons(ffn, generator, options.cluster, fit_TD)
+    clusters = cluster_neurons(ffn, generator)
     permute_neurons(ffn, ExpertLayout.from_labels(clusters.labels_F, ffn.num_experts), None)
 
 

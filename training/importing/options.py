@@ -10,7 +10,6 @@ from typing import Final
 
 from engine.config import MAX_EXPERTS, check_choice, check_range
 from engine.errors import require
-from training.config import CLUSTERINGS
 
 ROUTERS: Final = ("fitted", "centroid")
 DTYPES: Final = ("auto", "float32", "bfloat16")
@@ -20,20 +19,22 @@ _LEAST_SIZE, _MOST_SIZE = 16, 64  # neurons of an expert, where the choice is ou
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What the user decides.
+    """The settings of an import.
 
     Attributes:
-        num_experts: of each layer; 0: chosen from the number of neurons.
+        num_experts: how many each layer gets; 0: chosen from the number of neurons.
         expert_size: neurons of an expert; 0: follows from `num_experts`.
-        cluster: what makes neurons alike: their `weights` or their `coactivation`.
+        cluster: how neurons are grouped: by their `weights`, the only way that is left.
         router: `fitted` to the true activation mass where that covers more than its beginning, the
             `centroid` of the experts' weights; or that alone.
-        calibration_tokens: to cluster, fit and compare on; 0: by the model's size.
-        quality_tokens: held out, to measure the quality curve on; 0: by the model's size.
-        dtype: of the weights written and of the products; `auto` is the source's, but bfloat16 for
-            float16, which no CPU computes with.
+        calibration_tokens: how many tokens routers are fitted and compared on; 0: by the model's
+            size.
+        quality_tokens: how many held-out tokens the quality curve is measured on; 0: by the
+            model's size.
+        dtype: the type of the written weights and of the products; `auto` is the source's, but
+            bfloat16 for float16, which no CPU computes with.
         max_loss: how much perplexity the recommended policy may lose, as a share of the dense one.
-        seed: of the sample of text and of the clusterings.
+        seed: decides the sample of text and the clusterings.
     """
 
     num_experts: int = 0
@@ -49,7 +50,12 @@ class ImportOptions:
     def __post_init__(self) -> None:
         check_range("--experts", self.num_experts, 0, MAX_EXPERTS)
         check_range("--expert-size", self.expert_size, 0, 1 << 20)
-        check_choice("--cluster", self.cluster, CLUSTERINGS)
+        require(
+            self.cluster != "coactivation",
+            "--cluster coactivation was removed, because it made models no better (docs/log.md); "
+            "leave --cluster out to cluster by weights",
+        )
+        check_choice("--cluster", self.cluster, ("weights",))
         check_choice("--router", self.router, ROUTERS)
         check_range("--calibration-tokens", self.calibration_tokens, 0, 1 << 24)
         check_range("--quality-tokens", self.quality_tokens, 0, 1 << 24)

@@ -16,44 +16,37 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from engine.checkpoint import atomic_directory, write_json
 from engine.config import ModelConfig
-from engine.cpu import native
-from engine.cpu.build import processor
 from engine.text.tokenizer import Tokenizer
-from training.errors import TrainingError, writing
-from training.importing import source as sources
-from training.importing.calibration import MOST_LENGTH, CalibrationText, read_calibration
+from training.errors import writing
+from training.importing.curve import Quality, measure_quality
+from training.importing.formats.source import dtype_of
+from training.importing.job import ImportJob
 from training.importing.layer import LayerResult, build_layer_experts, fit_layer_router, studied
-from training.importing.options import ImportOptions
 from training.importing.plan import Plan, Stream
-from training.importing.quality import Quality, measure_quality
-from training.importing.report import import_card, import_page, import_report
-from training.importing.source import ModelSource, dtype_of
 from training.importing.streams import Frame, embed, pack, pass_layer
+from training.importing.summary import import_card, import_page, import_report
 from training.importing.workspace import Workspace
 
-_FORMAT: Final = 1
 
-
-class Monitor(Protocol):
-    """What an import tells whoever watches: a progress bar, or nobody."""
+class ImportMonitor(Protocol):
+    """What an import calls to tell about its progress; a progress bar implements it."""
 
     def message(self, text: str) -> None: ...
 
     def advance(self, stage: str, tokens: int) -> None: ...
 
 
-class SilentMonitor:
-    """Watches nothing."""
+class SilentImport:
+    """Ignores what it is told."""
 
     def message(self, text: str) -> None:
         pass
@@ -62,99 +55,8 @@ class SilentMonitor:
         pass
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """An import that could begin.
-
-    Attributes:
-        path: of the source.
-        source: opened.
-        tokenizer: of the source.
-        plan: what will be done.
-        text: what on.
-        kept: files of the source to keep beside the checkpoint, by name.
-    """
-
-    path: Path
-    source: ModelSource
-    tokenizer: Tokenizer
-    plan: Plan
-    text: CalibrationText
-    kept: Mapping[str, str]
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a half-done import must share with the one that goes on from it."""
-        return {
-            "format": _FORMAT,
-            "source": sources.fingerprint(self.path),
-            "settings": dataclasses.asdict(self.plan.options),
-            "text": self.text.fingerprint,
-            "threads": torch.get_num_threads(),
-            "version of torch": torch.__version__,
-            "CPU kernels": _kernels(),
-            "processor": processor(),
-        }
-
-    def describe(self) -> Iterator[tuple[str, str]]:
-        """The plan for people; tokens are those that the text really has."""
-        for name, value in self.plan.describe():
-            yield name, value
-            if name == "tokens":
-                text = self.text
-                yield (
-                    "the text gives",
-                    f"{text.calibration_tokens:,} and {text.held_out_tokens:,}, in sequences of "
-                    f"{text.length}",
-                )
-
-    @property
-    def work(self) -> int:
-        """Tokens that pass a layer, over all layers and ways to choose experts."""
-        plan, text = self.plan, self.text
-        tokens = text.calibration_tokens + len(plan.streams) * text.held_out_tokens
-        return tokens * plan.config.num_hidden_layers
-
-
-def _kernels() -> str:
-    """Whose operators compute: sums are rounded in another order by others."""
-    return "native" if native.available() else "torch"
-
-
-def prepare(
-    path: Path,
-    out: Path,
-    paths: Sequence[Path],
-    valid_paths: Sequence[Path],
-    options: ImportOptions,
-) -> Prepared:
-    """Read everything that can refuse an import, and write nothing.
-
-    Raises:
-        CheckpointError: if the source cannot be imported.
-        ConfigError: if an option does not fit it.
-        DataError: if there is too little text.
-        TrainingError: if `out` is there already.
-    """
-    if out.exists() or out.is_symlink():
-        raise TrainingError(f"{out}: is there already; give --out a new directory")
-    source = sources.open_source(path)
-    plan = Plan.make(source.family, source.model_config, options)
-    tokenizer, kept = sources.read_tokenizer(path, plan.config), source.texts()
-    text = read_calibration(
-        tokenizer,
-        paths,
-        valid_paths,
-        length=min(plan.config.max_position_embeddings, MOST_LENGTH),
-        calibration_tokens=plan.calibration_tokens,
-        held_out_tokens=plan.quality_tokens,
-        seed=options.seed,
-    )
-    return Prepared(path, source, tokenizer, plan, text, kept)
-
-
 def run(
-    prepared: Prepared, out: Path, monitor: Monitor, command: str = "", *, fresh: bool = False
+    job: ImportJob, out: Path, monitor: ImportMonitor, command: str = "", *, fresh: bool = False
 ) -> Quality:
     """Import into the new directory `out`, or go on with what a kill left beside it.
 
@@ -164,29 +66,29 @@ def run(
         CheckpointError: if the source or the half-done import is damaged.
     """
     workspace = Workspace(out)
-    with workspace.opened(prepared.identity, fresh=fresh):
-        config = prepared.plan.config
+    with workspace.opened(job.identity, fresh=fresh):
+        config = job.plan.config
         dtype = dtype_of(config.torch_dtype)
-        rest = {name: tensor.to(dtype) for name, tensor in prepared.source.rest().items()}
+        rest = {name: tensor.to(dtype) for name, tensor in job.source.rest().items()}
         frame = Frame(config, rest)
-        states = _begin(workspace, frame, prepared, monitor)
+        states = _begin(workspace, frame, job, monitor)
         for index in range(workspace.layers_done, config.num_hidden_layers):
-            _import_layer(index, frame, states, workspace, prepared, monitor)
+            _import_layer(index, frame, states, workspace, job, monitor)
         results = workspace.results()
-        quality = measure_quality(frame, states, results, prepared.text, prepared.plan)
-        _write(out, workspace, rest, results, quality, prepared, command)
+        quality = measure_quality(frame, states, results, job.text, job.plan)
+        _write(out, workspace, rest, results, quality, job, command)
         workspace.remove()
     return quality
 
 
 def _begin(
-    workspace: Workspace, frame: Frame, prepared: Prepared, monitor: Monitor
+    workspace: Workspace, frame: Frame, job: ImportJob, monitor: ImportMonitor
 ) -> dict[str, Tensor]:
     """The states in front of the next layer: of the half-done import, or of the embedding."""
-    text, plan = prepared.text, prepared.plan
+    text, plan = job.text, job.plan
     if done := workspace.layers_done:
         monitor.message(f"going on behind layer {done} of {plan.config.num_hidden_layers}")
-        monitor.advance("", prepared.work // plan.config.num_hidden_layers * done)
+        monitor.advance("", job.work // plan.config.num_hidden_layers * done)
         return workspace.states()
     with frame.ends() as model:
         held_TD = embed(model, text.held_BL[:, :-1])
@@ -199,19 +101,20 @@ def _import_layer(
     frame: Frame,
     states: dict[str, Tensor],
     workspace: Workspace,
-    prepared: Prepared,
-    monitor: Monitor,
+    job: ImportJob,
+    monitor: ImportMonitor,
 ) -> None:
     """Turn one layer's neurons into experts and carry all tokens through it."""
-    plan, length, options = prepared.plan, prepared.text.length, prepared.plan.options
+    plan, length, options = job.plan, job.text.length, job.plan.options
     dtype = dtype_of(plan.config.torch_dtype)
     generator = torch.Generator().manual_seed(options.seed * 1_000_003 + index)
     number = f"layer {index + 1}/{plan.config.num_hidden_layers}"
-    tensors = {name: t.to(dtype) for name, t in prepared.source.layer(index).items()}
+    tensors = {name: t.to(dtype) for name, t in job.source.layer(index).items()}
     with frame.layer(index, tensors) as layer:
-        del tensors
+        del tensors  # the layer owns the weights now; a second copy would double the memory
 
         def passed(name: str, stream: Stream, inputs: list[Tensor] | None = None) -> Any:
+            # The states of this name move from before the layer to behind it.
             return pass_layer(
                 frame.model,
                 layer,
@@ -223,18 +126,21 @@ def _import_layer(
                 inputs,
             )
 
+        # The calibration tokens pass first, dense: the router is fitted to what the FFN sees then.
         inputs: dict[str, list[Tensor]] = {"fit": [], "check": []}
         for name, kept in inputs.items():
             passed(name, Stream("dense"), kept)
         fit_TD, check_TD = torch.cat(inputs.pop("fit")), torch.cat(inputs.pop("check"))
         monitor.advance(f"{number} cluster", 0)
-        build_layer_experts(layer.ffn, fit_TD, options, generator)
+        build_layer_experts(layer.ffn, generator)
         monitor.advance(f"{number} router", 0)
         router = fit_layer_router(layer.ffn, fit_TD, check_TD, options.router)
         study = studied(layer.ffn, check_TD)
         del fit_TD, check_TD
+        # The weights are taken before packing, which keeps them in the order of the CPU's kernels.
         weights = {f"layers.{index}.{name}": t for name, t in layer.state_dict().items()}
         pack(layer, plan.config)
+        # The held-out tokens pass once for each choice of experts that the quality curve compares.
         uses = {stream.name: passed(stream.name, stream) for stream in plan.streams}
         result = LayerResult(study, router, uses)
         workspace.save(index, weights, result, states)
@@ -256,25 +162,25 @@ def _write(
     rest: Mapping[str, Tensor],
     results: Sequence[LayerResult],
     quality: Quality,
-    prepared: Prepared,
+    job: ImportJob,
     command: str,
 ) -> None:
-    """The checkpoint, whole or not at all."""
+    """Write the checkpoint, whole or not at all."""
     config = dataclasses.replace(
-        prepared.plan.config,
+        job.plan.config,
         experts=dataclasses.replace(
-            prepared.plan.config.experts,
+            job.plan.config.experts,
             default_policy=quality.recommended,
-            quality=quality.curve.points(prepared.plan.config.experts.num_experts),
+            quality=quality.curve.points(job.plan.config.experts.num_experts),
         ),
     )
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    content = import_report(prepared, results, quality, command, versions)
+    content = import_report(job, results, quality, command, versions)
     intact = "all layers are done and intact: free space and run the same command again"
     with writing(out, intact), atomic_directory(out) as directory:
-        for name, kept in prepared.kept.items():
+        for name, kept in job.kept.items():
             (directory / name).write_text(kept, encoding="utf-8")
-        _write_files(directory, config, prepared.tokenizer, content)
+        _write_files(directory, config, job.tokenizer, content)
         (directory / "README.md").write_text(import_card(config, content), encoding="utf-8")
         (directory / "report.html").write_text(
             import_page(out.name, config, content), encoding="utf-8"

@@ -13,13 +13,13 @@ from typing import Final
 
 from engine.config import ExpertConfig, ModelConfig
 from engine.policy import ExpertPolicy
-from training.evaluation import top_k_of
+from training.experts.shares import top_k_of
 from training.importing.options import ImportOptions, choose_experts
 
 SHARES: Final = tuple(Fraction(n, 16) for n in (1, 2, 4, 6, 8, 12))
 _KINDS: Final = ("routed", "oracle", "random")
 _BATCH_TOKENS: Final = 2048
-# Operations that a default import may spend on each kind of tokens: minutes on two CPU cores.
+# A default import may spend this many operations on each kind of tokens: minutes on two CPU cores.
 _CALIBRATION_FLOPS: Final = 12e12
 _QUALITY_FLOPS: Final = 6e12
 _LEAST_TOKENS, _MOST_TOKENS = 2048, 16384
@@ -60,12 +60,12 @@ class Plan:
     """An import, decided.
 
     Attributes:
-        family: of the source.
-        source_dtype: of the source's weights.
-        config: of the checkpoint that will be written, apart from its measured quality.
+        family: the source's family.
+        source_dtype: the type of the source's weights.
+        config: the configuration of the checkpoint to write, apart from its measured quality.
         why: how the number of experts came about.
         calibration_tokens, quality_tokens: at most.
-        options: as given.
+        options: what the user decided.
     """
 
     family: str
@@ -134,9 +134,9 @@ class Plan:
         up, neurons = config.hidden_size * config.intermediate_size, config.intermediate_size
         experts, tokens = config.experts.num_experts, self.calibration_tokens
         rest = self.other_parameters * self.item_bytes
-        # A layer as it was read and as it is written, or as written and as its kernels have it.
+        # A layer is in memory twice: as read or as its kernels need it, and as it is written.
         layer = self.layer_parameters * (self.item_bytes + max(self.item_bytes, self.source_bytes))
-        # Rows and centroids in float32, similarities and prices beside them in both precisions.
+        # Clustering holds rows and centroids in float32, and similarities and prices in both types.
         clustering = 3 * 4 * up + 6 * 8 * neurons * experts
         fitting = 2 * 4 * tokens * (config.hidden_size + 3 * experts)
         running = 3 * 4 * _BATCH_TOKENS * neurons
@@ -204,7 +204,7 @@ class Plan:
 
 
 def _layer_parameters(config: ModelConfig) -> int:
-    """Of one layer, from the shape's own count."""
+    """The number of parameters of one layer, from the shape's own count."""
     two = dataclasses.replace(config, num_hidden_layers=2)
     one = dataclasses.replace(config, num_hidden_layers=1)
     return two.num_parameters - one.num_parameters

@@ -7,8 +7,8 @@ from typing import Final
 
 import torch
 
+from training.importing.formats.source import dtype_of
 from training.importing.plan import Plan
-from training.importing.source import dtype_of
 
 _ROWS, _INNER, _COLUMNS = 1024, 1024, 2048
 _ROUNDS: Final = 3
@@ -25,7 +25,7 @@ def estimate_seconds(plan: Plan) -> float:
 
 
 def _flops_per_second(dtype: torch.dtype) -> float:
-    """Of a product of matrices that fit no cache, the best of a few."""
+    """The speed of a product of matrices that fit no cache, the best of a few tries."""
     x, weight = torch.randn(_ROWS, _INNER).to(dtype), torch.randn(_COLUMNS, _INNER).to(dtype)
     best = float("inf")
     for _ in range(_ROUNDS):

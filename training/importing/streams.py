@@ -26,8 +26,8 @@ from engine.model.decoder import Decoder, Layer
 from engine.model.ffn import ExpertFFN
 from engine.model.policy_batch import PolicyBatch
 from engine.model.trace import Trace
-from training.expert_use import ExpertUse
 from training.importing.plan import Stream
+from training.quality.expert_use import ExpertUse
 
 _BATCH_TOKENS: Final = 2048
 _LOGIT_TOKENS: Final = 256
@@ -78,7 +78,7 @@ def pack(layer: Layer, config: ModelConfig) -> None:
 
 @torch.no_grad()
 def embed(model: Decoder, ids_BL: Tensor) -> Tensor:
-    """What goes into the first layer: [T, D], sequence by sequence."""
+    """The input of the first layer, [T, D], sequence by sequence."""
     sequences, length = ids_BL.shape
     return model.embed(ids_BL.flatten(), torch.arange(length).repeat(sequences))
 
@@ -97,12 +97,12 @@ def pass_layer(
     """Carry the states of whole sequences through one layer, in place.
 
     Args:
-        model: for its positions.
-        layer: with its weights.
-        x_TD: states in front of it; behind it afterwards.
-        length: L, of every sequence.
+        model: gives the positions their rotations.
+        layer: the layer, with its weights.
+        x_TD: the states in front of the layer, which become those behind it.
+        length: L, the length of every sequence.
         stream: how experts are chosen.
-        generator: of the choices by chance.
+        generator: draws the experts that are chosen by chance.
         advance: hears of every batch how many tokens it had.
         inputs: gains the FFN's inputs, batch by batch.
 

@@ -30,9 +30,9 @@ from engine.checkpoint import (
     verify_manifest,
     write_json,
 )
-from training import run_state
 from training.errors import TrainingError, writing
 from training.importing.layer import LayerResult
+from training.run import run_state
 
 _IDENTITY: Final = "import.json"
 _RESULT: Final = "result.json"
@@ -64,7 +64,7 @@ class Workspace:
                 self._sweep()
                 yield
             except BaseException:
-                if is_new and self.layers_done == 0:  # nothing to go on from
+                if is_new and self.layers_done == 0:  # there is nothing to go on from
                     shutil.rmtree(self.path)
                 raise
 
@@ -146,7 +146,7 @@ class Workspace:
         return load_tensors(path, verify_manifest(path), "states")
 
     def results(self) -> list[LayerResult]:
-        """Of every finished layer, its files verified.
+        """Read the result of every finished layer and verify its files.
 
         Raises:
             CheckpointError: if one is missing or damaged.

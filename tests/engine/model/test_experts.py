@@ -22,8 +22,8 @@ from engine.model.policy_batch import PolicyBatch
 from engine.model.sliced_ffn import sparse_ffn
 from engine.model.trace import Trace
 from engine.policy import ExpertPolicy
-from training.clustering import balanced_kmeans
-from training.conversion import permute_neurons, refresh_router
+from training.experts.clustering import balanced_kmeans
+from training.experts.conversion import permute_neurons, refresh_router
 
 SHAPES = [(1, 100, 4, 24), (7, 32, 8, 8), (33, 100, 5, 3), (16, 48, 1, 40)]  # T, D, E, S
 

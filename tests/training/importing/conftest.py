@@ -14,8 +14,9 @@ from engine.model.decoder import Decoder
 from tests.models import word_tokenizer
 from training.config import TrainConfig
 from training.importing import pipeline
+from training.importing.curve import Quality
+from training.importing.job import prepare_import
 from training.importing.options import ImportOptions
-from training.importing.quality import Quality
 
 Run = Callable[..., Quality]
 
@@ -50,14 +51,14 @@ def run(model_dir: Path, corpus: Path, options: ImportOptions) -> Run:
     def imported(
         out: Path,
         wanted: ImportOptions = options,
-        monitor: pipeline.Monitor | None = None,
+        monitor: pipeline.ImportMonitor | None = None,
         *,
         fresh: bool = False,
         source: Path = model_dir,
     ) -> Quality:
-        prepared = pipeline.prepare(source, out, [corpus], [], wanted)
+        prepared = prepare_import(source, out, [corpus], [], wanted)
         return pipeline.run(
-            prepared, out, monitor or pipeline.SilentMonitor(), "ambidex import", fresh=fresh
+            prepared, out, monitor or pipeline.SilentImport(), "ambidex import", fresh=fresh
         )
 
     return imported

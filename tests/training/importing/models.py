@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from engine.config import ExpertConfig, ModelConfig
 from engine.model.decoder import Decoder
 from engine.model.experts import centroid_router
-from training.importing.reader import Source
+from training.importing.formats.reader import Source
 
 VOCABULARY: Final = 300
 LONGEST: Final = 240

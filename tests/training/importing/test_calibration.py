@@ -10,7 +10,7 @@ import torch
 from tokenizers import processors
 
 from engine.text.tokenizer import Tokenizer
-from training.data import train_tokenizer
+from training.data.vocabulary import train_tokenizer
 from training.errors import DataError
 from training.importing.calibration import CalibrationText, read_calibration
 

@@ -25,9 +25,9 @@ from tests.training.importing.models import (
     read,
     state_of,
 )
-from training.conversion import permute_neurons
-from training.importing.export import export
-from training.importing.reader import SOURCE_CONFIG, Source
+from training.experts.conversion import permute_neurons
+from training.importing.formats.export import export
+from training.importing.formats.reader import SOURCE_CONFIG, Source
 
 DENSE = ExpertPolicy.dense()
 

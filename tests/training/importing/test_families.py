@@ -26,7 +26,7 @@ from tests.training.importing.models import (
     make,
     read,
 )
-from training.importing.reader import Source
+from training.importing.formats.reader import Source
 
 DENSE = ExpertPolicy.dense()
 KINDS = list(MAKERS)

@@ -11,7 +11,7 @@ import torch
 from engine import checkpoint
 from engine.config import ExpertConfig, ModelConfig
 from engine.model.decoder import Decoder
-from training.data import train_tokenizer
+from training.data.vocabulary import train_tokenizer
 
 WIDTH, NEURONS = 256, 4096
 LAYER_BYTES = 4 * (4 * WIDTH**2 + 2 * WIDTH * NEURONS)
@@ -20,13 +20,14 @@ import sys
 from pathlib import Path
 import torch
 from training.importing import pipeline
+from training.importing.job import prepare_import
 from training.importing.options import ImportOptions
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 options = ImportOptions(16, calibration_tokens=128, quality_tokens=64, router="centroid")
-prepared = pipeline.prepare(folder / "model", folder / "out", [folder / "text.txt"], [], options)
-pipeline.run(prepared, folder / "out", pipeline.SilentMonitor())
+prepared = prepare_import(folder / "model", folder / "out", [folder / "text.txt"], [], options)
+pipeline.run(prepared, folder / "out", pipeline.SilentImport())
 status = Path("/proc/self/status").read_text()  # not getrusage, which begins at the parent's size
 print(int(status.split("VmHWM:")[1].split()[0]) << 10)
 """

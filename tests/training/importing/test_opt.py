@@ -17,6 +17,7 @@ from engine.policy import ExpertPolicy
 from engine.serving.engine import Engine
 from engine.serving.request import SamplingParams
 from training.importing import pipeline
+from training.importing.job import prepare_import
 from training.importing.options import ImportOptions
 
 transformers.logging.set_verbosity_error()
@@ -55,7 +56,7 @@ def opt(tmp_path: Path, corpus: Path) -> Path:
     return path
 
 
-class StopAfterOne(pipeline.SilentMonitor):
+class StopAfterOne(pipeline.SilentImport):
     def message(self, text: str) -> None:
         if text.startswith("layer 1"):
             raise KeyboardInterrupt
@@ -66,13 +67,13 @@ def test_an_opt_is_imported_in_two_sittings_and_generates(
 ) -> None:
     options = ImportOptions(8, calibration_tokens=128, quality_tokens=64)
     out = tmp_path / "out"
-    first = pipeline.prepare(opt, out, [corpus], [], options)
+    first = prepare_import(opt, out, [corpus], [], options)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(first, out, StopAfterOne())
-    prepared = pipeline.prepare(opt, out, [corpus], [], options)
+    prepared = prepare_import(opt, out, [corpus], [], options)
     assert prepared.plan.family == "OPT"
     assert prepared.plan.config.torch_dtype == "bfloat16"
-    quality = pipeline.run(prepared, out, pipeline.SilentMonitor())
+    quality = pipeline.run(prepared, out, pipeline.SilentImport())
     assert quality.curve.dense.perplexity > 1
     engine = Engine.load(out, EngineConfig(dtype="float32", kv_cache_bytes=1 << 20))
     ids = [5, 9, 30, 41]
@@ -96,5 +97,5 @@ def test_tensors_that_nothing_reads_are_refused(opt: Path, corpus: Path, tmp_pat
     options = ImportOptions(8, calibration_tokens=128, quality_tokens=64)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(CheckpointError, match=r"no OPT model has a tensor .*adapter\.weight"):
-        pipeline.prepare(opt, tmp_path / "out", [corpus], [], options)
+        prepare_import(opt, tmp_path / "out", [corpus], [], options)
     assert sorted(tmp_path.iterdir()) == before

@@ -16,10 +16,11 @@ from engine.checkpoint import Checkpoint, save_tensors
 from engine.errors import AmbidexError, CheckpointError
 from engine.policy import ExpertPolicy
 from training.errors import DataError, StorageError, TrainingError
-from training.evaluation import evaluate
-from training.importing import pipeline, workspace
+from training.importing import job, pipeline, workspace
+from training.importing.formats.reader import KEPT_FILES, SOURCE_CONFIG
+from training.importing.job import prepare_import
 from training.importing.options import ImportOptions
-from training.importing.reader import KEPT_FILES, SOURCE_CONFIG
+from training.quality.evaluation import evaluate
 
 if TYPE_CHECKING:
     from tests.training.importing.conftest import Run
@@ -58,7 +59,7 @@ def test_the_curve_is_what_the_whole_model_scores(
     quality = run(tmp_path / "out")
     curve = quality.curve
     after = loaded(tmp_path / "out")
-    text = pipeline.prepare(model_dir, tmp_path / "other", [corpus], [], options).text
+    text = prepare_import(model_dir, tmp_path / "other", [corpus], [], options).text
     batches = [(text.held_BL[:, :-1], text.held_BL[:, 1:])]
     dense = evaluate(after.model, batches, ExpertPolicy.dense())
     assert curve.dense.perplexity == pytest.approx(dense.perplexity, rel=1e-4)
@@ -117,7 +118,7 @@ class Killed(BaseException):
     """Nothing in the import may catch it, as nothing catches SIGKILL."""
 
 
-class KillAfter(pipeline.SilentMonitor):
+class KillAfter(pipeline.SilentImport):
     """Ends the import when so many layers have been reported."""
 
     def __init__(self, layers: int) -> None:
@@ -183,7 +184,7 @@ def test_what_rounds_otherwise_does_not_go_on(
 ) -> None:
     with pytest.raises(Killed):
         run(tmp_path / "out", monitor=KillAfter(1))
-    monkeypatch.setattr(pipeline, name, lambda: "another")
+    monkeypatch.setattr(job, name, lambda: "another")
     with pytest.raises(TrainingError, match=f"half-done import with another {what}"):
         run(tmp_path / "out")
 
@@ -258,7 +259,7 @@ def test_refusals_leave_nothing_behind(
         wanted: ImportOptions = options,
     ) -> None:
         with pytest.raises(error, match=match):
-            pipeline.prepare(source, out, [text], [], wanted)
+            prepare_import(source, out, [text], [], wanted)
 
     refused(TrainingError, "is there already; give --out a new directory", out=corpus)
     refused(CheckpointError, "no such directory", source=tmp_path / "none")
@@ -279,7 +280,7 @@ def test_a_missing_tokenizer_is_named(
     del manifest["files"]["tokenizer.json"]
     (model_dir / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=r"tokenizer.json: missing; transformers' Auto"):
-        pipeline.prepare(model_dir, tmp_path / "out", [corpus], [], options)
+        prepare_import(model_dir, tmp_path / "out", [corpus], [], options)
 
 
 def test_weights_that_are_not_finite_are_refused_in_the_end(
@@ -308,7 +309,7 @@ def test_standard_errors_are_those_of_sequences_and_may_be_missing(
             return torch.ones_like(by_sequence)
         return by_sequence if len(calls) > 2 else by_sequence / 0.0
 
-    monkeypatch.setattr("training.importing.quality.token_losses", losses)
+    monkeypatch.setattr("training.importing.curve.token_losses", losses)
     first, *others = run(tmp_path / "out").errors.values()
     sequences = torch.arange(calls[0]).double()
     assert first is None
@@ -317,11 +318,8 @@ def test_standard_errors_are_those_of_sequences_and_may_be_missing(
     assert next(iter(report["standard_errors"].values())) is None
 
 
-@pytest.mark.parametrize("cluster", ["coactivation", "weights"])
-def test_other_clusterings_and_routers(
-    run: Run, options: ImportOptions, tmp_path: Path, cluster: str
-) -> None:
-    options = dataclasses.replace(options, cluster=cluster, router="centroid")
+def test_routers_can_stay_centroids(run: Run, options: ImportOptions, tmp_path: Path) -> None:
+    options = dataclasses.replace(options, router="centroid")
     quality = run(tmp_path / "out", options)
     report = json.loads((tmp_path / "out" / "training_report.json").read_text())
     assert {layer["router"] for layer in report["layers"]} == {"centroid"}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from engine.errors import AmbidexError, CheckpointError
 from engine.text.chat_template import MAX_BYTES
 from tests.training.importing.models import change_config, make, state_of
-from training.importing.reader import INDEX, SINGLE, Source
+from training.importing.formats.reader import INDEX, SINGLE, Source
 
 KINDS = {"opt": "OPT", "relu-llama": "Llama", "gpt2-relu": "GPT-2"}
 

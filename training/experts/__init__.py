@@ -1,0 +1,1 @@
+"""How neurons become experts, how routers find them, and what is measured of both."""

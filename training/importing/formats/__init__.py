@@ -1,0 +1,1 @@
+"""Other makers' checkpoints: their configurations, tensors and names, read and written."""
