@@ -145,8 +145,8 @@ image:  ## Build the container images ambidex (ambidex:cpu) and ambidex:cuda wit
 	docker build --tag ambidex --tag ambidex:cpu --build-arg REVISION=$$(git rev-parse HEAD) .
 	docker build --tag ambidex:cuda --target cuda --build-arg REVISION=$$(git rev-parse HEAD) .
 
-image-check:  ## Carry out the Dockerfile without an engine and run TARGETS (cpu cuda) of it; as root, with debootstrap
-	$(PYTHON) -m deploy.image_check $(addprefix --target ,$(TARGETS))
+image-check:  ## Build TARGETS (cpu cuda) of the Dockerfile with buildah and run them with podman; as root
+	$(PYTHON) tests/image/check.py $(TARGETS)
 
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) $(CLIENTS) $(RAY) *.egg-info build .pytest_cache .mypy_cache .ruff_cache

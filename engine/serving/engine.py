@@ -28,6 +28,7 @@ from engine.errors import InvalidRequest, Overloaded, require
 from engine.model.decoder import Decoder
 from engine.policy import ExpertPolicy
 from engine.serving.kv_blocks import BlockAllocator
+from engine.serving.output import RequestText
 from engine.serving.request import (
     MAX_COMPLETIONS,
     FinishReason,
@@ -42,7 +43,6 @@ from engine.serving.sampler import Sampled, completion_seed, sample
 from engine.serving.scheduler import Plan, Scheduler
 from engine.serving.stats import Stats, usage_of
 from engine.serving.token_experts import check_size
-from engine.text.output import RequestText
 from engine.text.structured import Grammars
 
 # Gives the parameters when it is told how many tokens the prompt leaves for the output.

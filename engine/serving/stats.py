@@ -18,7 +18,7 @@ from itertools import zip_longest
 from typing import Any, Final
 
 from engine.errors import EngineStopped, InvalidRequest, Overloaded
-from engine.serving.histogram import (
+from engine.histogram import (
     BATCH_BUCKETS,
     FIRST_TOKEN_BUCKETS,
     INTER_TOKEN_BUCKETS,

@@ -22,7 +22,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from engine.serving.histogram import Histogram
+from engine.histogram import Histogram
 from engine.serving.stats import DECODE_BATCHES, DECODE_KINDS, Numbers
 from engine.version import VERSION
 from server.engines.fleet import Fleet

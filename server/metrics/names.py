@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from engine.serving.histogram import Histogram
+from engine.histogram import Histogram
 from engine.serving.stats import Numbers
 
 # (name, help, the histogram of a snapshot)

@@ -18,8 +18,8 @@ from engine.errors import ConfigError, InvalidRequest, Overloaded
 from engine.model.decoder import Decoder, generate
 from engine.policy import ExpertPolicy
 from engine.serving.engine import Engine
+from engine.serving.output import StopMatcher
 from engine.serving.request import Request, SamplingParams, TokenEvent
-from engine.text.output import StopMatcher
 from tests.engine.conftest import serve
 
 MakeEngine = Callable[..., Engine]

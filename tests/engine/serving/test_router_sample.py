@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from engine.config import EngineConfig
+from engine.histogram import Histogram
 from engine.model.decoder import Decoder
 from engine.model.trace import Trace
 from engine.policy import ExpertPolicy
 from engine.serving.engine import Engine
-from engine.serving.histogram import Histogram
 from engine.serving.request import SamplingParams
 from engine.serving.router_sample import SAMPLED_TOKENS, sampling_trace
 from engine.serving.stats import Numbers, Stats
