@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from engine.gpu.attention.paged_kv import rotate_and_store
 from torch import Tensor
 
 from benchmarks import gpu_tiles
@@ -42,7 +43,6 @@ from benchmarks.gpu_timing import DEVICE, Call, check, interleaved_us, relative_
 from benchmarks.records import Record
 from engine.gpu.attention import paged_prefill
 from engine.gpu.attention.batches import KernelAttend
-from engine.gpu.attention.paged_kv import rotate_and_store
 from engine.gpu.ffn import grouped_ffn, grouped_tma
 from engine.gpu.routing import routing
 from engine.model.attention import KVCache, SequenceSpan, rotate

@@ -25,14 +25,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from engine.gpu.ffn.grouped_pairs import Pairs
+from engine.gpu.routing.routing import Routing
+from engine.gpu.routing.top_k import route_top_k, route_top_k_reference
 from torch import Tensor
 
 from benchmarks.gpu_timing import Call, check, eager_us, interleaved_us, relative_error
 from benchmarks.records import Record
 from engine.gpu.ffn import grouped_pairs, grouped_training
-from engine.gpu.ffn.grouped_pairs import Pairs
-from engine.gpu.routing.routing import Routing
-from engine.gpu.routing.top_k import route_top_k, route_top_k_reference
 from engine.model.sliced_ffn import sparse_ffn
 
 SHAPES = ((512, 2048), (768, 3072), (2048, 8192))

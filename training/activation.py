@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.gpu.ffn.expert_ffn import activate_reference, gated_reference
+from engine.gpu.ffn.activations import activate_reference, gated_reference
 from engine.model.decoder import Decoder
 from engine.model.experts import ExpertFFN, ExpertLayout, Trace
 from engine.serving.request import ExpertPolicy

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.cpu.build import library
-from engine.gpu.ffn.expert_ffn import activate_reference, gated_reference
+from engine.gpu.ffn.activations import activate_reference, gated_reference
 
 DTYPES: Final = (torch.float32, torch.bfloat16)
 KV_BLOCK: Final = 16  # tokens of one block of keys and values

@@ -25,10 +25,9 @@ from torch import Tensor
 
 from engine.gpu.arrivals import Arrivals
 from engine.gpu.attention.batches import DecodeBatch, StepAttend
-from engine.gpu.ffn.gpu_ways import expected_union
+from engine.gpu.ffn.cheapest_way import expected_used
 from engine.gpu.forward import fused_forward, thin_forward
 from engine.gpu.graph_capture import capture
-from engine.gpu.routing import sharing
 from engine.gpu.routing.count_chosen import count_chosen
 from engine.model.attention import KVCache
 from engine.model.decoder import Decoder
@@ -51,14 +50,12 @@ class GraphKey(NamedTuple):
         batch: rows.
         max_k: most experts of a row; 0: every row is dense.
         longest: most tokens of a context.
-        shares: whether rows may share experts, which takes launches of its own.
         quarters: of the experts that such batches used of late, rounded up; 0: does not matter.
     """
 
     batch: int
     max_k: int
     longest: int
-    shares: bool = False
     quarters: int = 0
 
 
@@ -97,7 +94,6 @@ def graph_key(
         batch_bucket(len(policies), most_rows),
         0 if all(policy_is_dense(p, num_experts) for p in policies) else max_k,
         context_bucket(max(contexts), most_tokens),
-        any(policy.kind == "shared" for policy in policies),
     )
 
 
@@ -107,8 +103,7 @@ def policy_is_dense(policy: ExpertPolicy, num_experts: int) -> bool:
 
 
 def _most_experts(policy: ExpertPolicy, num_experts: int) -> int:
-    k = policy.limits(num_experts)[0]
-    return sharing.most(k, num_experts) if policy.kind == "shared" else k
+    return policy.limits(num_experts)[0]
 
 
 def _policy_among(request: Request, requests: Sequence[Request]) -> ExpertPolicy:
@@ -154,9 +149,8 @@ class StaticBatch:
             block, offset = divmod(position, block_size)
             policy = _policy_among(request, requests)
             k, self._mass[row] = policy.limits(num_experts)
-            k, shared = (sharing.kept(k), k) if policy.kind == "shared" else (k, 0)
             slot = request.blocks[block] * block_size + offset
-            self._numbers[:, row] = (request.token_ids[position], slot, position + 1, k, shared)
+            self._numbers[:, row] = (request.token_ids[position], slot, position + 1, k, 0)
             if self._blocks[row] != request.blocks:
                 self._blocks[row] = list(request.blocks)
                 self._table[row, : len(request.blocks)] = request.blocks
@@ -257,7 +251,7 @@ class DecodeGraphs:
         """The share of the experts that such a batch uses, from the steps before."""
         if key.batch == 1 or not key.max_k:  # these read what they must, whatever is expected
             return 0.0
-        expected = expected_union(key.batch, key.max_k, self.num_experts) / self.num_experts
+        expected = expected_used(key.batch, key.max_k, self.num_experts) / self.num_experts
         return self._used.get((key.batch, key.max_k), expected)
 
     def _note_union(self, key: GraphKey, union_L: list[int]) -> None:
@@ -291,14 +285,12 @@ class DecodeGraphs:
         decode = DecodeBatch(batch.table_BM, batch.contexts_B, key.longest)
         tables = model.cos, model.sin
         attend = StepAttend(self.cache, tables, batch.slots_B, decode, arrivals)
-        shared_B = batch.shared_B if key.shares else None
         policy = PolicyBatch(
             batch.k_B,
             batch.mass_B,
             key.max_k,
             None,
             None,
-            shared_T=shared_B,
             quarters=key.quarters,
         )
         chosen_LBE: Tensor | None = None

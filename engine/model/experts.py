@@ -27,16 +27,14 @@ from engine.errors import require
 from engine.gpu import thin_linear
 from engine.gpu.add_norm import Norm
 from engine.gpu.arrivals import Arrivals
-from engine.gpu.ffn import (
-    expert_ffn,
-    gpu_ways,
-    grouped_ffn,
-    grouped_training,
-    masked_ffn,
-    union_ffn,
-)
-from engine.gpu.ffn.expert_ffn import ACTIVATIONS, activate_reference, gated_reference
-from engine.gpu.routing import route_step, routing, sharing
+from engine.gpu.ffn import all_experts, few_tokens, many_tokens, used_experts
+from engine.gpu.ffn import training as training_ffn
+from engine.gpu.ffn.activations import ACTIVATIONS, activate_reference, gated_reference
+from engine.gpu.ffn.cheapest_way import FFNShape, cheapest_way, one_pass_is_cheaper
+from engine.gpu.routing.choose_few import MOST_TOKENS, choose_few
+from engine.gpu.routing.choose_many import choose_many
+from engine.gpu.routing.pairs import sort_pairs
+from engine.gpu.routing.rule import Choice, choose_reference
 from engine.model.sliced_ffn import sparse_ffn
 from engine.serving.request import ExpertPolicy
 
@@ -113,9 +111,8 @@ class PolicyBatch:
         largest k of the tokens that are not dense; 0 if all are dense. dense_rows: indices of dense
         tokens; None if there are none. sparse_rows: indices of the other tokens; None if there are
         no dense ones. same_k: the k of all those tokens, if it is one k and mass never binds; else
-        None. shared_T: k of the tokens that share (`engine.gpu.routing.sharing`), 0 for others,
-        int32; None if
-            none does, as beside dense tokens.
+        None. shared_T: k of the tokens that share, on a CPU alone, 0 for others, int32;
+        None if none does, as beside dense tokens.
         oracle: choose by true activation mass instead of the router (evaluation).
         quarters: of the experts that such batches use together, rounded up; 0: unknown.
     """
@@ -150,8 +147,8 @@ class PolicyBatch:
             policy_k, policy_mass = policy.limits(num_experts)
             shares = policy.kind == "shared"
             if shares and any(dense_entries):  # everything is read: a choice of its own
-                policy_k, shares = sharing.most(policy_k, num_experts), False
-            k += [sharing.kept(policy_k) if shares else policy_k] * tokens
+                policy_k, shares = policy_k, False
+            k += [policy_k] * tokens
             mass += [policy_mass] * tokens
             shared += [policy_k if shares else 0] * tokens
             is_dense += [dense] * tokens
@@ -162,7 +159,7 @@ class PolicyBatch:
 
         limits = {(k[i], mass[i], shared[i]) for i in sparse_rows}
         alike = len(limits) == 1 and mass[sparse_rows[0]] > 1 and not any(shared)
-        widest = [max(k[i], sharing.most(shared[i], num_experts)) for i in sparse_rows]
+        widest = [k[i] for i in sparse_rows]
 
         def tensor(values: list[int], dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
@@ -377,10 +374,10 @@ class ExpertFFN(nn.Module):
             return torch.addmm(x_1D, h_1F, self.down)
         size = self.up.shape[0] // self.num_experts
         limits = policy.k_T, policy.mass_T, policy.max_k
-        choice = route_step.route_step(x_1D, self.router, *limits, arrivals, norm, chosen_1E)
+        choice = choose_few(x_1D, self.router, *limits, arrivals, norm, chosen_1E)
         ids_1K = choice.ids_TK
-        h_1KS = expert_ffn.expert_up(x_1D, self.up, ids_1K, size, self.activation, norm=norm)
-        return expert_ffn.expert_down(h_1KS, self.down, ids_1K, arrivals, add_to=x_1D)
+        h_1KS = few_tokens.first_product(x_1D, self.up, ids_1K, size, self.activation, norm=norm)
+        return few_tokens.second_product(h_1KS, self.down, ids_1K, arrivals, add_to=x_1D)
 
     def _record_mass(self, sampled_nD: Tensor, trace: Trace) -> None:
         """The true mass of every expert, which takes the whole first product."""
@@ -397,7 +394,7 @@ class ExpertFFN(nn.Module):
         if (
             self._use_kernels
             and self.is_plain
-            and gpu_ways.mixed_is_masked(
+            and one_pass_is_cheaper(
                 self._gpu_layer, policy.dense_rows.numel(), rows.numel(), policy.max_k
             )
         ):
@@ -427,20 +424,18 @@ class ExpertFFN(nn.Module):
         if self._use_kernels:
             return self._sparse_kernels(x_TD, k_T, mass_T, policy)
         if self.packed is not None and not policy.oracle:
-            chosen_TE = native.choose(x_TD, self.router, k_T, mass_T, policy.shared_T)
+            chosen_TE = native.choose(x_TD, self.router, k_T, mass_T)
             return self.packed(x_TD, native.sort_pairs(chosen_TE)), chosen_TE
         scores_TE = self.scores(x_TD, oracle=policy.oracle)
         if policy.same_k is not None and self.is_plain and self._trains_with_kernels(x_TD):
-            routed = grouped_training.route_top_k(scores_TE, policy.same_k)
-            y_TD = grouped_training.grouped_ffn(x_TD, self.up, self.down, routed, self.activation)
+            routed = training_ffn.choose_top_k(scores_TE, policy.same_k)
+            y_TD = training_ffn.ffn(x_TD, self.up, self.down, routed, self.activation)
             return y_TD, routed.chosen_TE
         if policy.same_k is not None:  # the usual case, in a quarter of the operators
             best_TK = scores_TE.topk(policy.same_k, sorted=False).indices
             chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, best_TK, True)
         else:
-            chosen_TE = routing.choose_reference(scores_TE, k_T, mass_T)
-        if policy.shared_T is not None:
-            chosen_TE = sharing.share_reference(scores_TE, chosen_TE, policy.shared_T)
+            chosen_TE = choose_reference(scores_TE, k_T, mass_T)
         if self.packed is not None:
             return self.packed(x_TD, native.sort_pairs(chosen_TE)), chosen_TE
         if self.is_plain:
@@ -451,7 +446,7 @@ class ExpertFFN(nn.Module):
 
     def _trains_with_kernels(self, x_TD: Tensor) -> bool:
         wanted = x_TD.requires_grad or self.up.requires_grad or self.down.requires_grad
-        supported = grouped_training.supports(x_TD, self.num_experts)
+        supported = training_ffn.supports(x_TD, self.num_experts)
         return torch.is_grad_enabled() and wanted and supported
 
     def _sparse_kernels(
@@ -459,15 +454,15 @@ class ExpertFFN(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """`sparse` on CUDA: nothing here waits for the device."""
         size = self.up.shape[0] // self.num_experts
-        way = gpu_ways.sparse_way(self._gpu_layer, x_TD.shape[0], policy.max_k, policy.quarters)
-        if way in ("masked", "union") and not self.is_plain:
-            way = "grouped"
-        if way == "masked":
-            return self._masked(x_TD, k_T, mass_T, policy.max_k, policy.shared_T)
-        choice = self._select(x_TD, k_T, mass_T, policy.max_k, policy.shared_T)
-        if way == "few":
+        way = cheapest_way(self._gpu_layer, x_TD.shape[0], policy.max_k, policy.quarters)
+        if way in ("all_experts", "used_experts") and not self.is_plain:
+            way = "many_tokens"
+        if way == "all_experts":
+            return self._masked(x_TD, k_T, mass_T, policy.max_k)
+        choice = self._select(x_TD, k_T, mass_T, policy.max_k)
+        if way == "few_tokens":
             assert self._arrivals is not None
-            y_TD = expert_ffn.expert_ffn(
+            y_TD = few_tokens.ffn(
                 x_TD,
                 self.up,
                 self.down,
@@ -477,13 +472,11 @@ class ExpertFFN(nn.Module):
                 self._arrivals,
                 **self._extras,
             )
-        elif way == "union":
-            y_TD = union_ffn.union_ffn(x_TD, self.up, self.down, choice.chosen_TE, self.activation)
+        elif way == "used_experts":
+            y_TD = used_experts.ffn(x_TD, self.up, self.down, choice.chosen_TE, self.activation)
         else:
-            pairs = routing.sort_pairs(choice)
-            y_TD = grouped_ffn.grouped_ffn(
-                x_TD, self.up, self.down, pairs, self.activation, **self._extras
-            )
+            pairs = sort_pairs(choice)
+            y_TD = many_tokens.ffn(x_TD, self.up, self.down, pairs, self.activation, **self._extras)
         return y_TD, choice.chosen_TE
 
     @property
@@ -495,30 +488,26 @@ class ExpertFFN(nn.Module):
         return extras | {"threshold": self.threshold}
 
     def _masked(
-        self, x_TD: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int, shared_T: Tensor | None = None
+        self, x_TD: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int
     ) -> tuple[Tensor, Tensor]:
         chosen_TE, h_TF = side_by_side(
-            lambda: self._select(x_TD, k_T, mass_T, max_k, shared_T).chosen_TE,
+            lambda: self._select(x_TD, k_T, mass_T, max_k).chosen_TE,
             lambda: x_TD @ self.up.T,
         )
-        return masked_ffn.activate_chosen(h_TF, chosen_TE, self.activation) @ self.down, chosen_TE
+        return all_experts.activate_chosen(h_TF, chosen_TE, self.activation) @ self.down, chosen_TE
 
-    def _select(
-        self, x_TD: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int, shared_T: Tensor | None
-    ) -> routing.Choice:
-        """The choice on CUDA, in one launch or two, or more if tokens share."""
-        if shared_T is not None:
-            return sharing.select(x_TD, self.router, k_T, mass_T, shared_T, max_k)
-        if x_TD.shape[0] > route_step.MOST_TOKENS:
-            return routing.select(x_TD, self.router, k_T, mass_T, max_k)
+    def _select(self, x_TD: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int) -> Choice:
+        """The choice on CUDA, in one launch or two."""
+        if x_TD.shape[0] > MOST_TOKENS:
+            return choose_many(x_TD, self.router, k_T, mass_T, max_k)
         assert self._arrivals is not None
-        return route_step.route_step(x_TD, self.router, k_T, mass_T, max_k, self._arrivals)
+        return choose_few(x_TD, self.router, k_T, mass_T, max_k, self._arrivals)
 
     @property
-    def _gpu_layer(self) -> gpu_ways.Layer:
+    def _gpu_layer(self) -> FFNShape:
         neurons, width = self.up.shape
         size = neurons // self.num_experts
-        return gpu_ways.Layer(width, self.num_experts, size, self.up.element_size())
+        return FFNShape(width, self.num_experts, size, self.up.element_size())
 
     def scores(self, x_TD: Tensor, *, oracle: bool = False) -> Tensor:
         """Scores [T, E] whose softmax is the (predicted or true) share of activation mass."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from engine.gpu.ffn.expert_ffn import ACTIVATIONS, activate_reference
+from engine.gpu.ffn.activations import ACTIVATIONS, activate_reference
 
 
 def sparse_ffn_reference(

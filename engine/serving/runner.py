@@ -16,7 +16,7 @@ from engine.config import EngineConfig, ModelConfig
 from engine.cpu import native
 from engine.cpu.attention import NativeAttend
 from engine.errors import ConfigError
-from engine.gpu.attention.batches import KernelAttend, supports
+from engine.gpu.attention.batches import attend_spans, supports
 from engine.gpu.decode_graphs import DecodeGraphs, GraphKey
 from engine.gpu.forward import fused_forward
 from engine.gpu.prompt_graphs import PromptGraphs, PromptKey
@@ -220,7 +220,9 @@ class Runner:
         if isinstance(self.cache, native.PagedCache):
             attend = NativeAttend(self.cache, self.block_size, spans)
         elif supports(self.cache):
-            kernels = KernelAttend.of_spans(self.cache, spans, self.model.turns(positions_T))
+            config, tables = self.model.config, (self.model.cos, self.model.sin)
+            group = config.num_attention_heads // config.num_key_value_heads
+            kernels = attend_spans(self.cache, spans, tables, group)
             return fused_forward(self.model, ids_T, kernels, policy, trace, rows, positions_T)
         else:
             attend = PagedAttend(self.cache, spans)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.gpu.ffn.expert_ffn import activate_reference
+from engine.gpu.ffn.activations import activate_reference
 from training.clustering import balanced_kmeans
 from training.coactivation import coactivation_rows
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.cpu import native
-from engine.gpu.ffn.expert_ffn import hidden_reference
-from engine.gpu.routing import routing
+from engine.gpu.ffn.activations import hidden_reference
+from engine.gpu.routing import rule
 from engine.model.attention import rotate
 from engine.model.rotary import rope_table
 from engine.model.sliced_ffn import sparse_ffn_reference
@@ -333,7 +333,7 @@ def test_choice_follows_the_rule(dtype: torch.dtype, T: int, E: int, D: int) -> 
     mass_T = (torch.rand(T) * 0.98 + 0.01).float()
     mass_T[::2] = 2.0
     chosen_TE = native.choose(x_TD, router_ED, k_T, mass_T)
-    expected_TE = routing.choose_reference(x_TD.float() @ router_ED.T, k_T, mass_T)
+    expected_TE = rule.choose_reference(x_TD.float() @ router_ED.T, k_T, mass_T)
     assert torch.equal(chosen_TE[::2], expected_TE[::2])
     # A sum of shares may fall on either side of a mass that it all but equals.
     assert ((chosen_TE != expected_TE).sum(1) <= 1).all()
@@ -369,7 +369,7 @@ def test_scores_that_are_not_numbers_come_last(dtype: torch.dtype) -> None:
     x_TD[3] = torch.nan
     k_T, mass_T = limits([5, 6, 6, 3], [2.0, 2.0, 0.999999, 2.0])
     chosen_TE = native.choose(x_TD, router_ED, k_T, mass_T)
-    assert torch.equal(chosen_TE, routing.choose_reference(x_TD.float() @ router_ED.T, k_T, mass_T))
+    assert torch.equal(chosen_TE, rule.choose_reference(x_TD.float() @ router_ED.T, k_T, mass_T))
     assert chosen_TE[:, 2].tolist() == [False, True, False, False]
     assert chosen_TE[3].tolist() == [True, False, False, False, False, False]
 

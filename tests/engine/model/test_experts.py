@@ -13,9 +13,7 @@ from engine import checkpoint as checkpoints
 from engine.checkpoint import Checkpoint
 from engine.config import ModelConfig
 from engine.errors import ConfigError
-from engine.gpu.ffn.expert_ffn import activate_reference
-from engine.gpu.routing.routing import choose_reference
-from engine.gpu.routing.sharing import share_reference
+from engine.gpu.ffn.activations import activate_reference
 from engine.model.decoder import Decoder
 from engine.model.experts import (
     ExpertFFN,
@@ -130,48 +128,6 @@ def test_mixed_policies_in_one_batch_each_get_their_own(checkpoint: Checkpoint) 
     assert counts[9] == 8
     assert all(1 <= count <= 8 for count in counts[7:9])
     assert union_L.tolist() == [8]
-
-
-@pytest.mark.parametrize("kernels", [False, True], ids=["plain", "kernels"])
-def test_shared_tokens_use_what_the_batch_reads(checkpoint: Checkpoint, kernels: bool) -> None:
-    """Beside tokens of other policies, whose results stay what they are alone."""
-    ffn = tiny_ffn(checkpoint.config)
-    if kernels:
-        ffn.use_kernels()
-    x = torch.randn(9, checkpoint.config.hidden_size)
-    policies = [ExpertPolicy.shared(4), ExpertPolicy.top_k(2), ExpertPolicy.mass(0.5)]
-    entries = [(policies[i % 3], 1) for i in range(9)]
-    trace = Trace()
-    y = ffn(x, PolicyBatch.build(entries, 8), trace)
-    scores, sharers = ffn.scores(x), torch.arange(9) % 3 == 0
-    chosen = trace.chosen[0]
-    assert chosen is not None
-    k_T = torch.tensor([2, 2, 8] * 3, dtype=torch.int32)
-    mass_T = torch.tensor([2.0, 2.0, 0.5] * 3)
-    taken = choose_reference(scores, k_T, mass_T)
-    assert torch.equal(chosen, share_reference(scores, taken, torch.where(sharers, 4, 0).int()))
-    assert not torch.equal(chosen, choose_reference(scores, k_T.where(~sharers, 4), mass_T))
-    torch.testing.assert_close(y, sparse_ffn(x, ffn.up, ffn.down, chosen, "relu"))
-    for row in (~sharers).nonzero().flatten().tolist():
-        alone = ffn(x[row : row + 1], PolicyBatch.build([entries[row]], 8))
-        torch.testing.assert_close(y[row : row + 1], alone)
-
-
-@pytest.mark.parametrize("kernels", [False, True], ids=["plain", "kernels"])
-def test_beside_dense_tokens_a_shared_one_has_its_best_experts(
-    checkpoint: Checkpoint, kernels: bool
-) -> None:
-    """As many as it may use at most: all are read."""
-    ffn = tiny_ffn(checkpoint.config)
-    if kernels:
-        ffn.use_kernels()
-    x = torch.randn(5, checkpoint.config.hidden_size)
-    entries = [(ExpertPolicy.shared(4), 3), (ExpertPolicy.dense(), 1), (ExpertPolicy.top_k(8), 1)]
-    trace = Trace()
-    y = ffn(x, PolicyBatch.build(entries, 8), trace)
-    assert trace.counts()[0].tolist() == [[6, 6, 6, 8, 8]]
-    best = ffn(x[:3], PolicyBatch.uniform(ExpertPolicy.top_k(6), 3, 8))
-    torch.testing.assert_close(y[:3], best)
 
 
 def test_oracle_captures_at_least_the_mass_that_the_router_does(checkpoint: Checkpoint) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.gpu.ffn.expert_ffn import activate_reference
+from engine.gpu.ffn.activations import activate_reference
 from engine.model.sliced_ffn import sparse_ffn, sparse_ffn_reference
 
 # Tokens, width, experts, neurons per expert: one of each, odd sizes, and a usual one.
