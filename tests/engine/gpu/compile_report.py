@@ -172,13 +172,8 @@ def step_cases(itemsize: int) -> list[tuple[str, Any, dict[str, Any]]]:
     ]
     for experts in (E, 64, 512):
         blocks = choose_few.choose_few_blocks(experts, D, K)
-        found.append(
-            (
-                f"choose few {experts}",
-                choose_few._choose_few_kernel,
-                {**blocks, **normed, **chained},
-            )
-        )
+        blocks = {**blocks, **normed, **chained}
+        found.append((f"choose few {experts}", choose_few._choose_few_kernel, blocks))
     for tokens in (8, 16, used_experts.MOST_TOKENS) if itemsize == 2 else ():  # as `cheapest_way`
         lists = {"BLOCK_L": 8, "BLOCK_E": 512}
         tiles = {**used_experts.first_blocks(tokens), **lists, **chained}
@@ -247,9 +242,7 @@ def source(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[ASTSourc
             signature[name] = "fp32"
         else:
             signature[name] = "*" + POINTERS.get(name, dtype)
-        plain = (
-            name not in constexprs and name not in FLOATS and not signature[name].startswith("t")
-        )
+        plain = name not in FLOATS and not signature[name].startswith(("constexpr", "tensordesc"))
         if plain and INTS.get(name, 16) % 16 == 0:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constexprs, attributes), options
