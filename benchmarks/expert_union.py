@@ -33,12 +33,12 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from engine.gpu.ffn.cheapest_way import expected_used
 from torch import Tensor, nn
 
 from benchmarks.records import MACHINE, VERSIONS, Record, write_records
 from engine import checkpoint
 from engine.checkpoint import STARTER, Checkpoint
+from engine.gpu.ffn.cheapest_way import expected_used
 from engine.model.decoder import Decoder, Layer
 from engine.model.experts import ExpertFFN, PolicyBatch, Trace
 from engine.model.sliced_ffn import sparse_ffn_reference

@@ -6,8 +6,9 @@ engine and one kind of graph; the peer of every row is the dense mode.
 
 `decode` is one step of the engine's own graphs (engine.gpu.decode_graphs): `device` rows are the
 replay alone, `step` rows what the engine waits for, from the requests in Python to the counted
-experts on the host. "alike" requests are copies of each other and choose the same experts; "independent" ones
-have random states, and random routers give each its own experts: real routing lies between.
+experts on the host. "alike" requests are copies of each other and choose the same experts;
+"independent" ones have random states, and random routers give each its own experts: real routing
+lies between.
 
 `prefill` is one prompt in one chunk, dense and sparse alike by one way: `launched` rows operator by
 operator, waiting for Python; `device` rows the device's time of that alone; `graph` rows the replay

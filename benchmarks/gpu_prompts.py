@@ -42,8 +42,8 @@ from benchmarks.gpu_timing import DEVICE, Call, check, interleaved_us, relative_
 from benchmarks.records import Record
 from engine.gpu.attention import attend_chunks
 from engine.gpu.attention.rotate_and_store import rotate_and_store
-from engine.gpu.ffn import many_tokens
-from engine.gpu.ffn.many_tokens import Pairs
+from engine.gpu.ffn import many_tokens, product_blocks, products
+from engine.gpu.ffn.products import Pairs
 from engine.gpu.routing import choose_many
 from engine.gpu.routing.pairs import sort_pairs
 from engine.gpu.routing.rule import Choice
@@ -63,7 +63,7 @@ def check_products(width: int, neurons: int, tokens: int, dtype: torch.dtype) ->
     up_FD, down_FD = (
         (torch.randn(neurons, width, device=DEVICE) / width**0.5).to(dtype) for _ in range(2)
     )
-    if not many_tokens.supports_tma(x_TD, neurons // EXPERTS):
+    if not products.supports_tma(x_TD, neurons // EXPERTS):
         return []
     pairs = random_pairs(tokens, "independent")
     wide = x_TD.double(), up_FD.double(), down_FD.double()
@@ -226,7 +226,7 @@ def compare_products(
 ) -> list[Record]:
     """One product with and without TMA, the blocks in use without it first."""
     rivals = [(brief(blocks), run(blocks, False)) for blocks in plain]
-    if many_tokens.supports_tma(case.x_TD, case.expert_size):
+    if products.supports_tma(case.x_TD, case.expert_size):
         rivals += [(f"TMA {brief(blocks)}", run(blocks, True)) for blocks in by_tma]
     expected = rivals[0][1](0)
     assert isinstance(expected, Tensor)
@@ -238,7 +238,7 @@ def gather_case(case: Problem) -> list[Record]:
     pairs = Pairs.of(case.pairs)
 
     def run(blocks: Blocks, tma: bool) -> Call:
-        return lambda i: many_tokens.gather(
+        return lambda i: products.gather(
             case.x_TD,
             case.weights[i % len(case.weights)][0],
             pairs,
@@ -247,26 +247,26 @@ def gather_case(case: Problem) -> list[Record]:
             blocks=blocks,
         )
 
-    usual = many_tokens.gather_blocks(pairs.mean_pairs, case.expert_size, 2)
-    plain = [usual, *(many_tokens.product_blocks(*sizes) for sizes in GATHER_PLAIN)]
-    by_tma = [many_tokens.product_blocks(*sizes) for sizes in GATHER_TMA]
+    usual = product_blocks.gather_blocks(pairs.mean_pairs, case.expert_size, 2)
+    plain = [usual, *(product_blocks.product_blocks(*sizes) for sizes in GATHER_PLAIN)]
+    by_tma = [product_blocks.product_blocks(*sizes) for sizes in GATHER_TMA]
     return compare_products("gather", case, run, plain, by_tma)
 
 
 def spread_case(case: Problem) -> list[Record]:
     """The second product in every way."""
     pairs = Pairs.of(case.pairs)
-    h_PS = many_tokens.gather(case.x_TD, case.weights[0][0], pairs, "relu")
+    h_PS = products.gather(case.x_TD, case.weights[0][0], pairs, "relu")
 
     def run(blocks: Blocks, tma: bool) -> Call:
-        return lambda i: many_tokens.spread_to_slots(
+        return lambda i: products.spread_to_slots(
             h_PS, case.weights[i % len(case.weights)][1], pairs, tma=tma, blocks=blocks
         )
 
     def blocks_of(sizes: tuple[int, ...]) -> Blocks:
-        return {**many_tokens.product_blocks(*sizes), "WHOLE": False}
+        return {**product_blocks.product_blocks(*sizes), "WHOLE": False}
 
-    plain = [many_tokens.spread_blocks(pairs.mean_pairs), *map(blocks_of, SPREAD_PLAIN)]
+    plain = [product_blocks.spread_blocks(pairs.mean_pairs), *map(blocks_of, SPREAD_PLAIN)]
     return compare_products("spread", case, run, plain, [blocks_of(s) for s in SPREAD_TMA])
 
 
@@ -277,9 +277,9 @@ def combine_case(case: Problem) -> list[Record]:
     slots = torch.randn(shape, device=DEVICE).bfloat16().unbind(0)
 
     def run(blocks: dict[str, int]) -> Call:
-        return lambda i: many_tokens.combine(slots[i % 4], case.pairs.ids_TK, None, blocks)
+        return lambda i: products.combine(slots[i % 4], case.pairs.ids_TK, None, blocks)
 
-    usual = many_tokens.combine_blocks(width)
+    usual = product_blocks.combine_blocks(width)
     sizes = ((128, 1), (256, 2), (512, 2), (512, 4), (1024, 4))
     others = [{"BLOCK_K": 8, "BLOCK_D": d, "num_warps": w} for d, w in sizes if d <= width]
     return gpu_tiles.compare("combine", params_of(case), [usual, *others], run, 4)

@@ -22,8 +22,8 @@ from benchmarks.gpu_kernels import (
 )
 from benchmarks.gpu_timing import Call, interleaved_us, relative_error
 from benchmarks.records import Record
-from engine.gpu.ffn import few_tokens, many_tokens, used_experts
-from engine.gpu.ffn.many_tokens import Pairs
+from engine.gpu.ffn import few_tokens, product_blocks, products, used_experts
+from engine.gpu.ffn.products import Pairs
 
 Blocks = dict[str, int]
 
@@ -216,29 +216,29 @@ def used_case(case: Problem, part: str) -> list[Record]:
 def gather_case(case: Problem, tiles: tuple[tuple[int, ...], ...]) -> list[Record]:
     """Tiles of `gather`, in serving."""
     pairs = Pairs.of(case.pairs)
-    usual = many_tokens.gather_blocks(pairs.mean_pairs, case.expert_size, 2)
+    usual = product_blocks.gather_blocks(pairs.mean_pairs, case.expert_size, 2)
 
     def run(blocks: Blocks) -> Call:
-        return lambda i: many_tokens.gather(
+        return lambda i: products.gather(
             case.x_TD, case.weights[i % len(case.weights)][0], pairs, "relu", blocks=blocks
         )
 
-    candidates = [usual, *(many_tokens.product_blocks(*sizes) for sizes in tiles)]
+    candidates = [usual, *(product_blocks.product_blocks(*sizes) for sizes in tiles)]
     return compare("gather", params_of(case), candidates, run, len(case.weights))
 
 
 def spread_case(case: Problem, tiles: tuple[tuple[int, ...], ...]) -> list[Record]:
     """Tiles of `spread`, in serving."""
     pairs = Pairs.of(case.pairs)
-    usual = many_tokens.spread_blocks(pairs.mean_pairs)
-    h_PS = many_tokens.gather(case.x_TD, case.weights[0][0], pairs, "relu")
+    usual = product_blocks.spread_blocks(pairs.mean_pairs)
+    h_PS = products.gather(case.x_TD, case.weights[0][0], pairs, "relu")
 
     def run(blocks: Blocks) -> Call:
-        return lambda i: many_tokens.spread_to_slots(
+        return lambda i: products.spread_to_slots(
             h_PS, case.weights[i % len(case.weights)][1], pairs, blocks=blocks
         )
 
-    candidates = [usual, *({**many_tokens.product_blocks(*s), "WHOLE": False} for s in tiles)]
+    candidates = [usual, *({**product_blocks.product_blocks(*s), "WHOLE": False} for s in tiles)]
     return compare("spread", params_of(case), candidates, run, len(case.weights))
 
 

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from benchmarks.gpu_timing import Call, check, eager_us, interleaved_us, relative_error
 from benchmarks.records import Record
-from engine.gpu.ffn import many_tokens, training
-from engine.gpu.ffn.many_tokens import Pairs
+from engine.gpu.ffn import products, training
+from engine.gpu.ffn.products import Pairs
 from engine.gpu.routing.choose_top_k import choose_top_k, choose_top_k_reference
 from engine.gpu.routing.pairs import SortedPairs
 from engine.model.sliced_ffn import sparse_ffn
@@ -143,19 +143,19 @@ def correctness() -> list[Record]:
 # --- measurements --------------------------------------------------------------------------------
 
 
-def products(layer: Layer) -> dict[str, Call]:
+def product_calls(layer: Layer) -> dict[str, Call]:
     """The kernels that a step of `kernels` launches, each a call of its own."""
     x_TD, up_FD, down_FD = (leaf.detach() for leaf in layer.leaves)
     offsets_E1, capacity = layer.pairs.offsets_E1, layer.pairs.ids_TK.numel()
-    tiles_N2 = many_tokens.list_tiles(offsets_E1, capacity)
+    tiles_N2 = products.list_tiles(offsets_E1, capacity)
     pairs = Pairs.of(layer.pairs)._replace(tiles_N2=tiles_N2)
-    h_PS = many_tokens.gather(x_TD, up_FD, pairs, "relu")
+    h_PS = products.gather(x_TD, up_FD, pairs, "relu")
     return {
-        "tiles": lambda _: many_tokens.list_tiles(offsets_E1, capacity),
-        "gather": lambda _: many_tokens.gather(x_TD, up_FD, pairs, "relu"),
-        "gather back": lambda _: many_tokens.gather(layer.dy_TD, down_FD, pairs, "relu", h_PS=h_PS),
-        "spread": lambda _: many_tokens.spread(h_PS, down_FD, pairs),
-        "weights": lambda _: many_tokens.weights(h_PS, x_TD, pairs),
+        "tiles": lambda _: products.list_tiles(offsets_E1, capacity),
+        "gather": lambda _: products.gather(x_TD, up_FD, pairs, "relu"),
+        "gather back": lambda _: products.gather(layer.dy_TD, down_FD, pairs, "relu", h_PS=h_PS),
+        "spread": lambda _: products.spread(h_PS, down_FD, pairs),
+        "weights": lambda _: products.weights(h_PS, x_TD, pairs),
     }
 
 
@@ -173,7 +173,7 @@ def layer_records(layer: Layer, calls: int) -> list[Record]:
     params |= {"tokens": tokens, "dtype": "bf16"}
     steps = {name: layer.step(getattr(layer, name)) for name in ("dense", "masked", "kernels")}
     replayed = dict(zip(steps, interleaved_us(list(steps.values()), calls), strict=True))
-    parts = {**products(layer), "route": route(layer)}
+    parts = {**product_calls(layer), "route": route(layer)}
     parts_us = interleaved_us(list(parts.values()), calls)
     steps["slices"] = layer.step(layer.slices)
     eager = {name: eager_us(steps[name]) for name in ("dense", "slices", "kernels")}

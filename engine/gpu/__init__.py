@@ -11,10 +11,11 @@
 `ffn/`: the sparse FFN, in one of four ways.
 - `few_tokens`: bound by memory; reads the rows of each token's experts.
 - `used_experts`: for a batch that decodes; reads each expert that any token uses, once.
-- `many_tokens`: bound by arithmetic; products over sorted pairs.
+- `many_tokens`: bound by arithmetic; multiplies each token with its own experts.
 - `all_experts`: dense products, for when nearly every expert is in use.
 - `cheapest_way`: which of these a batch takes, from shapes alone.
-- `training`: the products of `many_tokens` with their gradients.
+- `training`: what `many_tokens` computes, with gradients.
+- `products`, `product_blocks`: the products over sorted pairs that both are made of.
 - `activations`: what stands between the two products of all of them.
 
 `attention/`: over the paged cache.

@@ -1,6 +1,6 @@
-"""The sparse FFN for training: the products of `many_tokens` with their gradients.
+"""The sparse FFN for training: the products over pairs with their gradients.
 
-Three layers: the kernels of `many_tokens`; operators that PyTorch knows by name, shapes and
+Three layers: the kernels of `products`; operators that PyTorch knows by name, shapes and
 derivative, so that torch.compile takes them whole; and the plain function `ffn` below. Neither pass
 computes a pair that was not chosen.
 
@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from engine.gpu._triton import AVAILABLE
-from engine.gpu.ffn import many_tokens
+from engine.gpu.ffn import products
 from engine.gpu.ffn.activations import ACTIVATIONS
-from engine.gpu.ffn.many_tokens import Pairs
+from engine.gpu.ffn.products import Pairs
 from engine.gpu.routing import choose_top_k as routing
 from engine.gpu.routing.pairs import SortedPairs
 from engine.gpu.routing.rule import MAX_EXPERTS
@@ -56,10 +56,10 @@ def _forward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [T, D], and for the backward pass h [P, S] and the order of the tiles, int32 [N, 2]."""
-    tiles_N2 = many_tokens.list_tiles(offsets_E1, ids_TK.numel())
+    tiles_N2 = products.list_tiles(offsets_E1, ids_TK.numel())
     pairs = Pairs(ids_TK, offsets_E1, pair_token_P, pair_slot_P, tiles_N2)
-    h_PS = many_tokens.gather(x_TD, up_FD, pairs, activation)
-    return many_tokens.spread(h_PS, down_FD, pairs), h_PS, tiles_N2
+    h_PS = products.gather(x_TD, up_FD, pairs, activation)
+    return products.spread(h_PS, down_FD, pairs), h_PS, tiles_N2
 
 
 @torch.library.custom_op(
@@ -84,11 +84,11 @@ def _backward(
     """The gradients of x [T, D], up and down [F, D]."""
     pairs = Pairs(ids_TK, offsets_E1, pair_token_P, pair_slot_P, tiles_N2)
     dy_TD = dy_TD.contiguous()
-    g_PS = many_tokens.gather(dy_TD, down_FD, pairs, activation, h_PS=h_PS)
+    g_PS = products.gather(dy_TD, down_FD, pairs, activation, h_PS=h_PS)
     return (
-        many_tokens.spread(g_PS, up_FD, pairs),
-        many_tokens.weights(g_PS, x_TD, pairs),
-        many_tokens.weights(h_PS, dy_TD, pairs),
+        products.spread(g_PS, up_FD, pairs),
+        products.weights(g_PS, x_TD, pairs),
+        products.weights(h_PS, dy_TD, pairs),
     )
 
 
@@ -104,7 +104,7 @@ def _forward_shapes(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_experts, capacity = offsets_E1.numel() - 1, ids_TK.numel()
-    tiles = many_tokens.num_listed_tiles(capacity, num_experts)
+    tiles = products.num_listed_tiles(capacity, num_experts)
     return (
         torch.empty_like(x_TD),
         x_TD.new_empty((capacity, up_FD.shape[0] // num_experts)),

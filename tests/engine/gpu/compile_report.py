@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 from engine.gpu import add_norm, thin_linear
 from engine.gpu.attention import attend_chunks, attend_step, rotate_and_store
-from engine.gpu.ffn import all_experts, few_tokens, many_tokens, used_experts
+from engine.gpu.ffn import all_experts, few_tokens, product_blocks, products, used_experts
 from engine.gpu.routing import choose_few, choose_many, choose_top_k, pairs, rule
 
 D, S, E, K, T = 2048, 256, 32, 6, 2048
@@ -86,7 +86,7 @@ def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
     found: list[tuple[str, Any, dict[str, Any], str]] = [
         ("choose", choose_many._choose_kernel, rule.choose_token_blocks(E, N, K), "fp32"),
         ("choose 512", choose_many._choose_kernel, rule.choose_token_blocks(512, N, 16), "fp32"),
-        ("list tiles", many_tokens._list_tiles_kernel, many_tokens.list_tiles_blocks(E), "i32"),
+        ("list tiles", products._list_tiles_kernel, product_blocks.list_tiles_blocks(E), "i32"),
     ]
     for experts in (E, 64, 512):
         blocks = pairs.sort_blocks(experts)
@@ -98,7 +98,7 @@ def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
     for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
         found += [
             ("scores", choose_many._scores_kernel, choose_many.scores_blocks(E, itemsize), dtype),
-            ("combine", many_tokens._combine_kernel, many_tokens.combine_blocks(D), dtype),
+            ("combine", products._combine_kernel, product_blocks.combine_blocks(D), dtype),
             ("add norm", add_norm._add_norm_kernel, add_norm.add_norm_blocks(D), dtype),
             ("add norm 5120", add_norm._add_norm_kernel, add_norm.add_norm_blocks(5120), dtype),
             ("activate", all_experts._activate_kernel, all_experts.activate_blocks(), dtype),
@@ -135,25 +135,25 @@ def serving_cases(itemsize: int) -> list[tuple[str, Any, dict[str, Any]]]:
     """The products over pairs that a prompt takes, as (name, kernel, constants)."""
     found = []
     for mean in (12, 96, 384) if itemsize == 2 else (384,):
-        up = {**many_tokens.gather_blocks(mean, S, itemsize), **SERVING}
-        down = {**many_tokens.spread_blocks(mean), **SERVING}
+        up = {**product_blocks.gather_blocks(mean, S, itemsize), **SERVING}
+        down = {**product_blocks.spread_blocks(mean), **SERVING}
         found += [
-            (f"up {mean}", many_tokens._gather_kernel, up),
-            (f"down {mean}", many_tokens._spread_kernel, down),
+            (f"up {mean}", products._gather_kernel, up),
+            (f"down {mean}", products._spread_kernel, down),
         ]
-    many = many_tokens.gather_blocks(384, S, itemsize, gated=True)
+    many = product_blocks.gather_blocks(384, S, itemsize, gated=True)
     full = {**many, **SERVING, "GATED": True, "BIASED": True}
-    return [*found, ("up full", many_tokens._gather_kernel, full)]
+    return [*found, ("up full", products._gather_kernel, full)]
 
 
 def tma_cases() -> list[tuple[str, Any, dict[str, Any], str]]:
     """The same products where weights come by TMA, as `cases`."""
     found: list[tuple[str, Any, dict[str, Any], str]] = []
     for mean in (96, 384):
-        up = {**many_tokens.tma_gather_blocks(mean, S), **SERVING, "TMA": True}
-        found.append((f"tma up {mean}", many_tokens._gather_kernel, up, "bf16"))
-    down = {**many_tokens.tma_spread_blocks(S), **SERVING, "WALKS": True}
-    return [*found, ("tma down", many_tokens._spread_kernel, down, "bf16")]
+        up = {**product_blocks.tma_gather_blocks(mean, S), **SERVING, "TMA": True}
+        found.append((f"tma up {mean}", products._gather_kernel, up, "bf16"))
+    down = {**product_blocks.tma_spread_blocks(S), **SERVING, "WALKS": True}
+    return [*found, ("tma down", products._spread_kernel, down, "bf16")]
 
 
 def step_cases(itemsize: int) -> list[tuple[str, Any, dict[str, Any]]]:
@@ -192,19 +192,19 @@ def training_cases(size: int, itemsize: int) -> list[tuple[str, Any, dict[str, A
     }
     forward, backward = (
         {
-            **many_tokens.listed_gather_blocks(size, itemsize, backward=b),
+            **product_blocks.listed_gather_blocks(size, itemsize, backward=b),
             **order,
             "BACKWARD": b,
         }
         for b in (False, True)
     )
-    spread = {**many_tokens.listed_spread_blocks(size, itemsize), **order}
-    weights = {**many_tokens.weights_blocks(size, itemsize), **order}
+    spread = {**product_blocks.listed_spread_blocks(size, itemsize), **order}
+    weights = {**product_blocks.weights_blocks(size, itemsize), **order}
     return [
-        ("gather", many_tokens._gather_kernel, forward),
-        ("gather back", many_tokens._gather_kernel, {**backward, "SQUARE": True}),
-        ("spread", many_tokens._spread_kernel, spread),
-        ("weights", many_tokens._weights_kernel, weights),
+        ("gather", products._gather_kernel, forward),
+        ("gather back", products._gather_kernel, {**backward, "SQUARE": True}),
+        ("spread", products._spread_kernel, spread),
+        ("weights", products._weights_kernel, weights),
     ]
 
 

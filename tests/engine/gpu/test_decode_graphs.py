@@ -279,12 +279,15 @@ def test_what_has_no_graph(kernels: Decoder) -> None:
     assert graphs.key(requests_of([ExpertPolicy.oracle(2)])) is None
 
 
+@pytest.mark.parametrize("counts", [(1, 3, 1, 4, 1), (1, 1, 1, 1, 1), (2, 3, 5, 4, 2)], ids=str)
 @torch.inference_mode()
-def test_kernel_attention_equals_plain_attention_over_any_batch(plain: Decoder) -> None:
-    """Chunks and decoding sequences in one batch, in any order."""
+def test_kernel_attention_equals_plain_attention_over_any_batch(
+    counts: tuple[int, ...], plain: Decoder
+) -> None:
+    """Chunks and decoding sequences in one batch in any order, and either alone."""
     requests = requests_of([DENSE] * 5)
     spans, ids, positions, start = [], [], [], 0
-    for request, count in zip(requests, (1, 3, 1, 4, 1), strict=True):
+    for request, count in zip(requests, counts, strict=True):
         request.num_computed = request.prompt_len - count
         spans.append(SequenceSpan(start, count, request.prompt_len, request.blocks))
         ids += request.prompt_ids[-count:]
@@ -295,7 +298,11 @@ def test_kernel_attention_equals_plain_attention_over_any_batch(plain: Decoder) 
     for kernels in (False, True):
         cache = new_cache()
         cache.slots.normal_(generator=torch.Generator().manual_seed(0))
-        ids_T, positions_T, rows = torch.tensor(ids), torch.tensor(positions), torch.tensor([0, 9])
+        ids_T, positions_T, rows = (
+            torch.tensor(ids),
+            torch.tensor(positions),
+            torch.tensor([0, start - 1]),
+        )
         if kernels:
             attend = attend_spans(cache, spans, (plain.cos, plain.sin), 2)
             logits = fused_forward(plain, ids_T, attend, policy, rows=rows)

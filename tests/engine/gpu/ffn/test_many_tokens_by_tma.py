@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from engine.gpu.ffn import many_tokens
-from engine.gpu.ffn.many_tokens import Pairs, combine, ffn, ffn_reference, product_blocks
+from engine.gpu.ffn.many_tokens import ffn, ffn_reference
+from engine.gpu.ffn.product_blocks import product_blocks
+from engine.gpu.ffn.products import Pairs, combine, gather, spread_to_slots, supports_tma
 from engine.gpu.routing.pairs import SortedPairs, sort_pairs_reference
 from engine.gpu.routing.rule import choose_scores_reference
 
@@ -23,7 +25,7 @@ TOLERANCE = {torch.bfloat16: 1.2e-2, torch.float16: 1.2e-3}
 
 @pytest.fixture(autouse=True)
 def _has_tma(device: torch.device) -> None:
-    if not many_tokens.supports_tma(torch.empty(1, 16, device=device).bfloat16(), 16):
+    if not supports_tma(torch.empty(1, 16, device=device).bfloat16(), 16):
         pytest.skip("this device has no TMA")
 
 
@@ -73,9 +75,9 @@ def test_equals_the_reference(
     pairs = random_pairs(tokens, experts, max_k, device)
     order = Pairs.of(pairs)
     first, second = product_blocks(16, 32, 64, 4, 3), product_blocks(16, 16, 64, 4, 3)
-    h_PS = many_tokens.gather(x_TD, up_FD, order, activation, tma=True, blocks=first)
+    h_PS = gather(x_TD, up_FD, order, activation, tma=True, blocks=first)
     second["WHOLE"] = False
-    slots_TKD = many_tokens.spread_to_slots(h_PS, down_FD, order, tma=True, blocks=second)
+    slots_TKD = spread_to_slots(h_PS, down_FD, order, tma=True, blocks=second)
     y_TD = combine(slots_TKD, pairs.ids_TK)
     wide = x_TD.double(), up_FD.double(), down_FD.double()
     expected = ffn_reference(*wide, pairs, activation)
@@ -97,7 +99,6 @@ def test_the_ffn_takes_them_from_enough_pairs_on(
         up_FD[expert * 32 : (expert + 1) * 32] = torch.nan
         down_FD[expert * 32 : (expert + 1) * 32] = torch.nan
     taken: list[bool] = []
-    gather = many_tokens.gather
 
     def note(*arguments: Any, tma: bool, **options: Any) -> Tensor:
         taken.append(tma)
@@ -125,7 +126,7 @@ def test_gates_are_multiplied_without(device: torch.device, relative_error: Rela
 
 def test_what_is_not_supported(device: torch.device) -> None:
     x_TD = torch.empty(2, 64, device=device)
-    assert not many_tokens.supports_tma(x_TD, 32)
-    assert many_tokens.supports_tma(x_TD.half(), 32)
-    assert not many_tokens.supports_tma(x_TD.half(), 24)
-    assert not many_tokens.supports_tma(x_TD[:, :60].half(), 32)
+    assert not supports_tma(x_TD, 32)
+    assert supports_tma(x_TD.half(), 32)
+    assert not supports_tma(x_TD.half(), 24)
+    assert not supports_tma(x_TD[:, :60].half(), 32)

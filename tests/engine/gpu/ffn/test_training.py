@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.gpu.ffn import many_tokens, training
+from engine.gpu.ffn import product_blocks, products, training
 from engine.gpu.ffn.activations import activate_reference
 from engine.gpu.ffn.training import ffn
 from engine.gpu.routing.pairs import SortedPairs, sort_pairs_reference
@@ -152,8 +152,8 @@ def test_experts_without_tokens_are_not_read_and_get_zeros(
 def test_sums_over_pairs_may_be_split(
     device: torch.device, relative_error: RelativeError, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(many_tokens, "LEAST_PAIRS_PER_SPLIT", 8)
-    assert many_tokens.weights_splits(2, 140) == 17
+    monkeypatch.setattr(product_blocks, "LEAST_PAIRS_PER_SPLIT", 8)
+    assert product_blocks.weights_splits(2, 140) == 17
     inputs = leaves(140, 40, 2 * 16, torch.bfloat16, device)
     pairs = random_pairs(torch.randn(140, 2, device=device), 2)
     dy_TD = torch.randn(140, 40, device=device).bfloat16()
@@ -164,14 +164,14 @@ def test_sums_over_pairs_may_be_split(
 
 @pytest.mark.parametrize(("tiles", "columns"), [(1, 64), (300, 192), (5000, 768)])
 def test_few_tiles_share_a_row_between_programs(tiles: int, columns: int) -> None:
-    assert many_tokens.spread_columns(tiles, 768, 64) == columns
+    assert product_blocks.spread_columns(tiles, 768, 64) == columns
 
 
 def test_tiles_cover_every_pair_once_in_turns_of_all_experts(device: torch.device) -> None:
     counts = [300, 0, 128, 129, 5]
     offsets_E1 = torch.tensor([0, 300, 300, 428, 557, 562], dtype=torch.int32, device=device)
-    tiles = many_tokens.list_tiles(offsets_E1, 900).tolist()
-    size = many_tokens.TILE_PAIRS
+    tiles = products.list_tiles(offsets_E1, 900).tolist()
+    size = product_blocks.TILE_PAIRS
     expected = [
         [expert, int(offsets_E1[expert]) + n * size]
         for n in range(3)
