@@ -388,7 +388,7 @@ def _spread_kernel(
             inside = (p < end)[:, None] & (d < d_model)
             tl.store(at, acc.to(slots_ptr.dtype.element_ty), mask=inside)
     else:
-        # 1. Find the tile, its pairs and the slots of these.
+        # 1. Find the tile and its pairs. Listed tiles find the slots of these once for all columns.
         expert, first, end = _find_tile(
             tl.program_id(0) // parts,
             tiles_ptr,
@@ -402,8 +402,8 @@ def _spread_kernel(
             return
         p = first + tl.arange(0, BLOCK_P)
         in_p = (p < end)[:, None]
-        slot = tl.load(pair_slot_ptr + p, mask=p < end, other=0).to(tl.int64)
-        slot_rows = slots_ptr + slot[:, None] * d_model
+        if LISTED:
+            slot = tl.load(pair_slot_ptr + p, mask=p < end, other=0).to(tl.int64)
         h_rows = h + p.to(tl.int64)[:, None] * expert_size
         w_rows = w + expert.to(tl.int64) * expert_size * d_model
 
@@ -439,7 +439,10 @@ def _spread_kernel(
                     BLOCK_S,
                     BLOCK_D,
                 )
-            tl.store(slot_rows + d, acc.to(slots_ptr.dtype.element_ty), mask=in_p & (d < d_model))
+            if not LISTED:  # one block of columns: slots found late take no registers meanwhile
+                slot = tl.load(pair_slot_ptr + p, mask=p < end, other=0).to(tl.int64)
+            at = slots_ptr + slot[:, None] * d_model + d
+            tl.store(at, acc.to(slots_ptr.dtype.element_ty), mask=in_p & (d < d_model))
 
 
 @jit
