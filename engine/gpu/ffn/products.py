@@ -311,9 +311,9 @@ def _multiply_by_tma(
 @jit
 def _multiply(
     h_rows,
-    w_rows,
+    w_columns,
     in_p,
-    d,
+    in_d,
     d_model,
     expert_size,
     WIDEN: tl.constexpr,
@@ -322,14 +322,14 @@ def _multiply(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """h @ w_e for the columns d, through pointers, BLOCK_S neurons a step."""
+    """h @ w_e for the rows and columns that the pointers begin, BLOCK_S neurons a step."""
     acc = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
     for s_first in range(0, expert_size, BLOCK_S):
         s = s_first + tl.arange(0, BLOCK_S)
         in_s = s < expert_size
         h = tl.load(h_rows + s[None, :], mask=in_p & in_s[None, :], other=0.0)
-        w_at = w_rows + s.to(tl.int64)[:, None] * d_model + d
-        w = tl.load(w_at, mask=in_s[:, None] & (d < d_model), other=0.0)
+        w_at = w_columns + s.to(tl.int64)[:, None] * d_model
+        w = tl.load(w_at, mask=in_s[:, None] & in_d, other=0.0)
         if WIDEN:
             h, w = h.to(tl.float32), w.to(tl.float32)
         acc = tl.dot(h, w, acc, input_precision=PRECISION)
@@ -360,15 +360,14 @@ def _spread_kernel(
 ):
     """Tiles of h @ w_e, each pair's row written to its token's slot in slots [T * K, D].
 
-    A program takes `columns` columns of one tile of pairs. Where it `WALKS`, h and w are
-    descriptors, to be fetched by TMA, and a program takes BLOCK_D columns of one tile after
-    another; BLOCK_S then divides the expert's size, because a step past it would multiply the next
-    expert's weights. `WHOLE` says that BLOCK_S covers the expert: then h is read once for all
-    columns.
+    A program takes `columns` columns of one tile of pairs: BLOCK_D unless `LISTED`. `WHOLE` says
+    that BLOCK_S covers the expert. Where it `WALKS`, h and w are descriptors, to be fetched by TMA,
+    and a program takes BLOCK_D columns of one tile after another. BLOCK_S then divides the expert's
+    size, because a step past it would multiply the next expert's weights.
     """
     parts = tl.cdiv(d_model, columns)
     if WALKS:
-        # One loop over tiles and, by FLATTEN's doing, over the steps of their sums: so the next
+        # Flattening makes one loop of the tiles and of the steps of their sums. So the next
         # tile's loads are on their way when the last one's sum is stored. A tile's last rows may be
         # those of the next expert's pairs; they are not stored.
         work = _count_tiles(offsets_ptr, num_experts, BLOCK_E, BLOCK_P) * parts
@@ -388,7 +387,7 @@ def _spread_kernel(
             inside = (p < end)[:, None] & (d < d_model)
             tl.store(at, acc.to(slots_ptr.dtype.element_ty), mask=inside)
     else:
-        # 1. Find the tile and its pairs. Listed tiles find the slots of these once for all columns.
+        # 1. Find the tile and its pairs.
         expert, first, end = _find_tile(
             tl.program_id(0) // parts,
             tiles_ptr,
@@ -402,47 +401,65 @@ def _spread_kernel(
             return
         p = first + tl.arange(0, BLOCK_P)
         in_p = (p < end)[:, None]
-        if LISTED:
-            slot = tl.load(pair_slot_ptr + p, mask=p < end, other=0).to(tl.int64)
         h_rows = h + p.to(tl.int64)[:, None] * expert_size
         w_rows = w + expert.to(tl.int64) * expert_size * d_model
-
-        # 2. Read the whole of h, if it fits.
-        s = tl.arange(0, BLOCK_S)
-        if WHOLE:
-            h_tile = tl.load(h_rows + s[None, :], mask=in_p & (s < expert_size)[None, :], other=0.0)
-            if WIDEN:
-                h_tile = h_tile.to(tl.float32)
-
-        # 3. Multiply and store, BLOCK_D columns at a time.
         d_begin = (tl.program_id(0) % parts) * columns
-        for d_first in range(d_begin, tl.minimum(d_begin + columns, d_model), BLOCK_D):
-            d = d_first + tl.arange(0, BLOCK_D)[None, :]
-            if WHOLE:
-                inside = (s < expert_size)[:, None] & (d < d_model)
-                w_tile = tl.load(w_rows + s[:, None] * d_model + d, mask=inside, other=0.0)
-                if WIDEN:
-                    w_tile = w_tile.to(tl.float32)
-                acc = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
-                acc = tl.dot(h_tile, w_tile, acc, input_precision=PRECISION)
-            else:
-                acc = _multiply(
-                    h_rows,
-                    w_rows,
-                    in_p,
-                    d,
-                    d_model,
-                    expert_size,
-                    WIDEN,
-                    PRECISION,
-                    BLOCK_P,
-                    BLOCK_S,
-                    BLOCK_D,
-                )
-            if not LISTED:  # one block of columns: slots found late take no registers meanwhile
-                slot = tl.load(pair_slot_ptr + p, mask=p < end, other=0).to(tl.int64)
+        if not LISTED:
+            # 2. In serving a program has one block of columns. It looks its slots up when the
+            # product is done: until then they would take registers.
+            d = d_begin + tl.arange(0, BLOCK_D)[None, :]
+            in_d = d < d_model
+            acc = _multiply(
+                h_rows,
+                w_rows + d,
+                in_p,
+                in_d,
+                d_model,
+                expert_size,
+                WIDEN,
+                PRECISION,
+                BLOCK_P,
+                BLOCK_S,
+                BLOCK_D,
+            )
+            slot = tl.load(pair_slot_ptr + p, mask=p < end, other=0).to(tl.int64)
             at = slots_ptr + slot[:, None] * d_model + d
-            tl.store(at, acc.to(slots_ptr.dtype.element_ty), mask=in_p & (d < d_model))
+            tl.store(at, acc.to(slots_ptr.dtype.element_ty), mask=in_p & in_d)
+        else:
+            # 3. In training it has many columns: slots, and all of h if it fits, are read once.
+            slot = tl.load(pair_slot_ptr + p, mask=p < end, other=0).to(tl.int64)
+            slot_rows = slots_ptr + slot[:, None] * d_model
+            s = tl.arange(0, BLOCK_S)
+            in_s = s < expert_size
+            if WHOLE:
+                h_tile = tl.load(h_rows + s[None, :], mask=in_p & in_s[None, :], other=0.0)
+                if WIDEN:
+                    h_tile = h_tile.to(tl.float32)
+            for d_first in range(d_begin, tl.minimum(d_begin + columns, d_model), BLOCK_D):
+                d = d_first + tl.arange(0, BLOCK_D)[None, :]
+                in_d = d < d_model
+                if WHOLE:
+                    w_at = w_rows + s[:, None] * d_model + d
+                    w_tile = tl.load(w_at, mask=in_s[:, None] & in_d, other=0.0)
+                    if WIDEN:
+                        w_tile = w_tile.to(tl.float32)
+                    acc = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+                    acc = tl.dot(h_tile, w_tile, acc, input_precision=PRECISION)
+                else:
+                    acc = _multiply(
+                        h_rows,
+                        w_rows + d,
+                        in_p,
+                        in_d,
+                        d_model,
+                        expert_size,
+                        WIDEN,
+                        PRECISION,
+                        BLOCK_P,
+                        BLOCK_S,
+                        BLOCK_D,
+                    )
+                tl.store(slot_rows + d, acc.to(slots_ptr.dtype.element_ty), mask=in_p & in_d)
 
 
 @jit
