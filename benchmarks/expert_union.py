@@ -38,8 +38,7 @@ from torch import Tensor, nn
 from benchmarks.records import MACHINE, VERSIONS, Record, write_records
 from engine import checkpoint
 from engine.checkpoint import STARTER, Checkpoint
-from engine.gpu.ffn.gpu_ways import expected_union
-from engine.gpu.routing.sharing import kept, share_reference
+from engine.gpu.ffn.cheapest_way import expected_used
 from engine.model.decoder import Decoder, Layer
 from engine.model.ffn import ExpertFFN
 from engine.model.policy_batch import PolicyBatch
@@ -81,12 +80,6 @@ def free_riders(scores_CBE: Tensor, own_k: int, k: int) -> Tensor:
 def whole_union(scores_CBE: Tensor, own_k: int) -> Tensor:
     """Every token uses all that any token of the column chose."""
     return own_top_k(scores_CBE, own_k).any(1, keepdim=True).expand_as(scores_CBE)
-
-
-def shared(scores_CBE: Tensor, k: int) -> Tensor:
-    """The engine's policy `shared`."""
-    k_CB = torch.full(scores_CBE.shape[:2], k, dtype=torch.int32)
-    return share_reference(scores_CBE, own_top_k(scores_CBE, kept(k)), k_CB)
 
 
 def popular(scores_CBE: Tensor, k: int, bonus: float) -> Tensor:
@@ -210,8 +203,6 @@ def candidates(experts: int) -> Iterator[tuple[str, Choose]]:
     for few, most in ((2, 8), (4, 8), (6, 8), (4, 16), (8, 16), (12, 16)):
         own_k, k = scaled(few, experts), scaled(most, experts)
         yield f"free riders {own_k} to {k}", partial(free_riders, own_k=own_k, k=k)
-    for k in sorted({scaled(part, experts) for part in (4, 6, 8, 12, 16)}):
-        yield f"shared {k}", partial(shared, k=k)
     for few in (1, 2, 3, 4, 6, 8):
         own_k = scaled(few, experts)
         yield f"whole union of {own_k}", partial(whole_union, own_k=own_k)
@@ -253,7 +244,7 @@ def own_records(
             which = {"choice": f"own {k}", "k": k, "batch": batch, "layers": layers}
             which |= {"perplexity": own.perplexity, "experts_per_token": float(k)}
             which["by_load_layers"] = loaded
-            which["uniform"] = expected_union(batch, k, own.chosen[0].shape[1])
+            which["uniform"] = expected_used(batch, k, own.chosen[0].shape[1])
             peer = _mean(loaded)
             yield Record(
                 "own_union", which | params, _mean(layers), "experts", peer, peer / _mean(layers)

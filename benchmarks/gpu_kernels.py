@@ -29,8 +29,12 @@ from benchmarks.gpu_timing import DEVICE, Call, check, interleaved_us, relative_
 from benchmarks.records import Record
 from engine.gpu.arrivals import Arrivals
 from engine.gpu.attention import attend_step
-from engine.gpu.ffn import expert_ffn, gpu_ways, grouped_ffn, masked_ffn, union_ffn
-from engine.gpu.routing import route_step, routing
+from engine.gpu.ffn import all_experts, few_tokens, many_tokens, used_experts
+from engine.gpu.ffn.cheapest_way import FFNShape, cheapest_way
+from engine.gpu.routing.choose_few import MOST_TOKENS, choose_few
+from engine.gpu.routing.choose_many import choose_many, choose_many_reference
+from engine.gpu.routing.pairs import SortedPairs, sort_pairs, sort_pairs_reference
+from engine.gpu.routing.rule import Choice, choose_scores_reference
 from engine.model.rotary import rope_table
 
 Case = tuple[str, Callable[[], list[Record]]]
@@ -92,58 +96,58 @@ TINY = Sizes(
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of one shape: enough weight sets to miss the L2 cache, and one routing."""
+    """Inputs of one shape: enough weight sets to miss the L2 cache, and one choice of experts."""
 
     weights: list[tuple[Tensor, Tensor]]
     x_TD: Tensor
     router_ED: Tensor
-    routing: routing.Routing
+    pairs: SortedPairs
     limits: tuple[Tensor, Tensor]
 
     @property
     def expert_size(self) -> int:
         return int(self.weights[0][0].shape[0]) // EXPERTS
 
-    def few(self, i: int) -> Tensor:
+    def few_tokens(self, i: int) -> Tensor:
         up_FD, down_FD = self.weights[i % len(self.weights)]
-        return expert_ffn.expert_ffn(
-            self.x_TD, up_FD, down_FD, self.routing.ids_TK, self.expert_size, "relu", ARRIVALS
+        return few_tokens.ffn(
+            self.x_TD, up_FD, down_FD, self.pairs.ids_TK, self.expert_size, "relu", ARRIVALS
         )
 
-    def union(self, i: int) -> Tensor:
+    def used_experts(self, i: int) -> Tensor:
         up_FD, down_FD = self.weights[i % len(self.weights)]
-        return union_ffn.union_ffn(self.x_TD, up_FD, down_FD, self.routing.chosen_TE, "relu")
+        return used_experts.ffn(self.x_TD, up_FD, down_FD, self.pairs.chosen_TE, "relu")
 
-    def grouped(self, i: int) -> Tensor:
+    def many_tokens(self, i: int, tma: bool | None = None) -> Tensor:
         up_FD, down_FD = self.weights[i % len(self.weights)]
-        return grouped_ffn.grouped_ffn(self.x_TD, up_FD, down_FD, self.routing, "relu")
+        return many_tokens.ffn(self.x_TD, up_FD, down_FD, self.pairs, "relu", tma=tma)
 
     def dense(self, i: int) -> Tensor:
         up_FD, down_FD = self.weights[i % len(self.weights)]
         return (self.x_TD @ up_FD.T).relu_() @ down_FD
 
-    def masked(self, i: int) -> Tensor:
+    def all_experts(self, i: int) -> Tensor:
         up_FD, down_FD = self.weights[i % len(self.weights)]
-        return masked_ffn.masked_ffn(self.x_TD, up_FD, down_FD, self.routing.chosen_TE, "relu")
+        return all_experts.ffn(self.x_TD, up_FD, down_FD, self.pairs.chosen_TE, "relu")
 
     def routed(self, way: str, i: int) -> object:
         """A way as the engine runs it: scores and choice are computed, though not used here."""
-        if self.x_TD.shape[0] <= route_step.MOST_TOKENS:
-            route_step.route_step(self.x_TD, self.router_ED, *self.limits, CHOSEN, ARRIVALS)
+        if self.x_TD.shape[0] <= MOST_TOKENS:
+            choose_few(self.x_TD, self.router_ED, *self.limits, CHOSEN, ARRIVALS)
         else:
-            routing.select(self.x_TD, self.router_ED, *self.limits, CHOSEN)
-        if way == "grouped":
-            routing.sort_pairs(routing.Choice(self.routing.chosen_TE, self.routing.ids_TK))
+            choose_many(self.x_TD, self.router_ED, *self.limits, CHOSEN)
+        if way == "many_tokens":
+            sort_pairs(Choice(self.pairs.chosen_TE, self.pairs.ids_TK))
         return self.ways[way](i)
 
     @property
     def ways(self) -> dict[str, Call]:
-        """By the names of `gpu_ways`."""
+        """By the names of `cheapest_way`."""
         return {
-            "few": self.few,
-            "union": self.union,
-            "grouped": self.grouped,
-            "masked": self.masked,
+            "few_tokens": self.few_tokens,
+            "used_experts": self.used_experts,
+            "many_tokens": self.many_tokens,
+            "all_experts": self.all_experts,
         }
 
 
@@ -160,11 +164,11 @@ def weight_sets(width: int, neurons: int) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def random_routing(tokens: int, kind: str) -> routing.Routing:
+def random_pairs(tokens: int, kind: str) -> SortedPairs:
     """6 of 32 experts a token: drawn for each, or the same for all."""
     scores_TE = torch.randn(1 if kind == "shared" else tokens, EXPERTS, device=DEVICE)
     scores_TE = scores_TE.expand(tokens, EXPERTS).contiguous()
-    return routing.route_scores_reference(scores_TE, *limits(tokens), CHOSEN)
+    return sort_pairs_reference(choose_scores_reference(scores_TE, *limits(tokens), CHOSEN))
 
 
 def limits(tokens: int) -> tuple[Tensor, Tensor]:
@@ -175,7 +179,7 @@ def limits(tokens: int) -> tuple[Tensor, Tensor]:
 def problem(weights: list[tuple[Tensor, Tensor]], tokens: int, kind: str) -> Problem:
     x_TD = torch.randn(tokens, weights[0][0].shape[1], device=DEVICE).bfloat16()
     router_ED = torch.randn(EXPERTS, x_TD.shape[1], device=DEVICE)
-    return Problem(weights, x_TD, router_ED, random_routing(tokens, kind), limits(tokens))
+    return Problem(weights, x_TD, router_ED, random_pairs(tokens, kind), limits(tokens))
 
 
 # --- correctness ---------------------------------------------------------------------------------
@@ -191,37 +195,33 @@ def check_ffn(width: int, neurons: int, tokens: int, dtype: torch.dtype) -> list
         (torch.randn(neurons, width, device=DEVICE) / width**0.5).to(dtype) for _ in range(3)
     )
     biases = [torch.randn(n, device=DEVICE).to(dtype) for n in (neurons, width)]
-    routed = random_routing(tokens, "independent")
+    pairs = random_pairs(tokens, "independent")
     label = f"D={width} F={neurons} T={tokens} {str(dtype).removeprefix('torch.')}"
     found = []
     for name, extra in (
         ("", {}),
         (" full", {"gate_FD": gate_FD, "up_bias_F": biases[0], "down_bias_D": biases[1]}),
     ):
-        expected = grouped_ffn.grouped_ffn_reference(
+        expected = many_tokens.ffn_reference(
             x_TD.double(),
             up_FD.double(),
             down_FD.double(),
-            routed,
+            pairs,
             "relu",
             **{key: tensor.double() for key, tensor in extra.items()},
         )
-        results = {
-            "grouped_ffn": grouped_ffn.grouped_ffn(x_TD, up_FD, down_FD, routed, "relu", **extra)
-        }
+        results = {"many_tokens": many_tokens.ffn(x_TD, up_FD, down_FD, pairs, "relu", **extra)}
         if tokens <= 64:
             size = neurons // EXPERTS
-            results["expert_ffn"] = expert_ffn.expert_ffn(
-                x_TD, up_FD, down_FD, routed.ids_TK, size, "relu", ARRIVALS, **extra
+            results["few_tokens"] = few_tokens.ffn(
+                x_TD, up_FD, down_FD, pairs.ids_TK, size, "relu", ARRIVALS, **extra
             )
-        if tokens <= 64 and not extra:
-            results["union_ffn"] = union_ffn.union_ffn(
-                x_TD, up_FD, down_FD, routed.chosen_TE, "relu"
+        if tokens <= used_experts.MOST_TOKENS and not extra:
+            results["used_experts"] = used_experts.ffn(
+                x_TD, up_FD, down_FD, pairs.chosen_TE, "relu"
             )
         if not extra:
-            results["masked_ffn"] = masked_ffn.masked_ffn(
-                x_TD, up_FD, down_FD, routed.chosen_TE, "relu"
-            )
+            results["all_experts"] = all_experts.ffn(x_TD, up_FD, down_FD, pairs.chosen_TE, "relu")
         found += [
             check(f"{way}{name} {label}", relative_error(y_TD, expected), LIMITS[dtype])
             for way, y_TD in results.items()
@@ -255,9 +255,10 @@ def check_routing(tokens: int, width: int, experts: int) -> Record:
     router_ED = torch.randint(-2, 3, (experts, width), device=DEVICE) / 16
     k_T = torch.randint(1, CHOSEN + 1, (tokens,), dtype=torch.int32, device=DEVICE)
     mass_T = torch.rand(tokens, device=DEVICE) * 1.5
-    actual = routing.route(x_TD, router_ED, k_T, mass_T, CHOSEN)
-    expected = routing.route_reference(x_TD, router_ED, k_T, mass_T, CHOSEN)
-    again = routing.route(x_TD, router_ED, k_T, mass_T, CHOSEN)
+    actual, again = (
+        sort_pairs(choose_many(x_TD, router_ED, k_T, mass_T, CHOSEN)) for _ in range(2)
+    )
+    expected = sort_pairs_reference(choose_many_reference(x_TD, router_ED, k_T, mass_T, CHOSEN))
     differing = [
         name
         for name, a, b, c in zip(actual._fields, actual, expected, again, strict=True)
@@ -325,15 +326,15 @@ def ffn_records(case: Problem, kind: str, few: bool, ceilings: Ceilings) -> list
     tokens, size = case.x_TD.shape[0], case.expert_size
     rivals: dict[str, Call] = {
         "dense": case.dense,
-        "grouped_ffn": case.grouped,
-        "masked_ffn": case.masked,
+        "many_tokens": case.many_tokens,
+        "all_experts": case.all_experts,
     }
     if few:
-        rivals["expert_ffn"] = case.few
-    if tokens <= union_ffn.MOST_TOKENS:
-        rivals["union_ffn"] = case.union
-    layer = gpu_ways.Layer(width, EXPERTS, size, 2)
-    way = gpu_ways.sparse_way(layer, tokens, CHOSEN)
+        rivals["few_tokens"] = case.few_tokens
+    if tokens <= used_experts.MOST_TOKENS:
+        rivals["used_experts"] = case.used_experts
+    shape = FFNShape(width, EXPERTS, size, 2)
+    way = cheapest_way(shape, tokens, CHOSEN)
     rivals["way " + way] = partial(case.routed, way)
     of = dict(zip(rivals, interleaved_us(list(rivals.values()), len(case.weights)), strict=True))
     params: dict[str, Any] = {"D": width, "F": neurons, "E": EXPERTS, "k": CHOSEN}
@@ -344,9 +345,9 @@ def ffn_records(case: Problem, kind: str, few: bool, ceilings: Ceilings) -> list
         if name != "dense"
     ]
     bandwidth, rate = ceilings.measure()
-    used = float(case.routing.chosen_TE.any(0).sum()) * layer.expert_bytes
-    useful = tokens * CHOSEN * layer.pair_flops
-    for name in ("expert_ffn", "union_ffn", "grouped_ffn"):
+    used = float(case.pairs.chosen_TE.any(0).sum()) * shape.expert_bytes
+    useful = tokens * CHOSEN * shape.pair_flops
+    for name in ("few_tokens", "used_experts", "many_tokens"):
         if name in of and tokens <= 16:
             share = used / of[name] / bandwidth
             found.append(Record(f"{name} share of copy", params, share, "ratio"))
@@ -365,19 +366,19 @@ def routing_records(width: int, sizes: Sizes) -> list[Record]:
         k_T, mass_T = limits(tokens)
 
         def select(i: int, x_TD: Tensor = x_TD, k_T: Tensor = k_T, m: Tensor = mass_T) -> object:
-            return routing.select(x_TD, routers[i % 8], k_T, m, CHOSEN)
+            return choose_many(x_TD, routers[i % 8], k_T, m, CHOSEN)
 
         def route(i: int, x_TD: Tensor = x_TD, k_T: Tensor = k_T, m: Tensor = mass_T) -> object:
-            return routing.route(x_TD, routers[i % 8], k_T, m, CHOSEN)
+            return sort_pairs(choose_many(x_TD, routers[i % 8], k_T, m, CHOSEN))
 
         def step(i: int, x_TD: Tensor = x_TD, k_T: Tensor = k_T, m: Tensor = mass_T) -> object:
-            return route_step.route_step(x_TD, routers[i % 8], k_T, m, CHOSEN, ARRIVALS)
+            return choose_few(x_TD, routers[i % 8], k_T, m, CHOSEN, ARRIVALS)
 
         def top_k(i: int, x_TD: Tensor = x_TD) -> object:
             return torch.topk(x_TD.float() @ routers[i % 8].T, CHOSEN)
 
         rivals = {"select": select, "route": route}
-        if tokens <= route_step.MOST_TOKENS:
+        if tokens <= MOST_TOKENS:
             rivals["step"] = step
         *ours, peer_us = interleaved_us([*rivals.values(), top_k], calls=16)
         params: dict[str, Any] = {

@@ -4,16 +4,17 @@ Random bfloat16 weights in the shapes of OPT 1.3B and 6.7B, made on the device: 
 time, and times do not depend on what the weights say. Sparse and dense are one set of weights, one
 engine and one kind of graph; the peer of every row is the dense mode.
 
-`decode` is one step of the engine's own graphs (engine.cuda_graphs): `device` rows are the replay
-alone, `step` rows what the engine waits for, from the requests in Python to the counted experts on
-the host. "alike" requests are copies of each other and choose the same experts; "independent" ones
-have random states, and random routers give each its own experts: real routing lies between.
+`decode` is one step of the engine's own graphs (engine.gpu.decode_graphs): `device` rows are the
+replay alone, `step` rows what the engine waits for, from the requests in Python to the counted
+experts on the host. "alike" requests are copies of each other and choose the same experts;
+"independent" ones have random states, and random routers give each its own experts: real routing
+lies between.
 
 `prefill` is one prompt in one chunk, dense and sparse alike by one way: `launched` rows operator by
 operator, waiting for Python; `device` rows the device's time of that alone; `graph` rows the replay
-of the engine's prompt graphs (engine.prompt_graphs), whose attention reads the paged cache, and
-`graph step` rows what the engine waits for then. `TMA` rows take the products of
-engine.gpu.ffn.grouped_tma. `mixed` rows have decoding requests beside the chunk.
+of the engine's prompt graphs (engine.gpu.prompt_graphs), whose attention reads the paged cache, and
+`graph step` rows what the engine waits for then. `mixed` rows have decoding requests beside the
+chunk.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from benchmarks.gpu_kernels import Case
 from benchmarks.gpu_timing import DEVICE, ROUNDS, Call, eager_us, interleaved_us, replay_ms
 from benchmarks.records import Record
 from engine.config import ExpertConfig, ModelConfig
-from engine.gpu.attention.batches import KernelAttend
+from engine.gpu.attention.batches import attend_spans
 from engine.gpu.decode_graphs import DecodeGraph, DecodeGraphs, GraphKey, Replay, StaticBatch
 from engine.gpu.decoder import KernelDecoder
 from engine.gpu.prompt_graphs import PromptGraphs, PromptKey
@@ -286,18 +287,18 @@ def launched_call(model: Decoder, cache: KVCache, plan: Plan, experts: int) -> C
     """The plan as the engine computes it without a graph; its tensors are made once."""
     spans: list[SequenceSpan] = []
     ids: list[int] = []
-    positions: list[int] = []
     for request, count in plan:
         context = request.num_computed + count
         spans.append(SequenceSpan(len(ids), count, context, request.blocks))
         ids += request.token_ids[request.num_computed : context]
-        positions += range(request.num_computed, context)
-    ids_T, positions_T, rows = (
+    ids_T, rows = (
         torch.tensor(values, device=DEVICE)
-        for values in (ids, positions, [s.start + s.length - 1 for s in spans])
+        for values in (ids, [s.start + s.length - 1 for s in spans])
     )
     policies = PolicyBatch.build([(r.policy, n) for r, n in plan], experts, DEVICE)
-    attend = KernelAttend.of_spans(cache, spans, model.turns(positions_T))
+    config = model.config
+    group = config.num_attention_heads // config.num_key_value_heads
+    attend = attend_spans(cache, spans, (model.cos, model.sin), group)
     decoder = KernelDecoder(model)
     return lambda _: decoder.forward(ids_T, attend, policies, None, rows)
 

@@ -2,14 +2,14 @@
 
 First the checks: products by TMA and attention over the paged cache against float64, and a captured
 prompt step against the same step launched. Then rivals, the one in use first, each checked against
-its result: the products of `grouped_ffn` and `grouped_tma` in several tiles, the sum over slots,
+its result: the products of `many_tokens` with and without TMA in several tiles, the sum over slots,
 attention of a chunk, the router's scores. `share of dense product` rows relate the useful
 operations to the square product's rate of the same run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from benchmarks.gpu_kernels import (
     Problem,
     Sizes,
     problem,
-    random_routing,
+    random_pairs,
     weight_sets,
 )
 from benchmarks.gpu_model import (
@@ -37,15 +37,17 @@ from benchmarks.gpu_model import (
     random_model,
     set_experts,
 )
-from benchmarks.gpu_tiles import brief, compare_calls, params_of
+from benchmarks.gpu_tiles import Blocks, brief, compare_calls, params_of
 from benchmarks.gpu_timing import DEVICE, Call, check, interleaved_us, relative_error
 from benchmarks.records import Record
-from engine.gpu.attention import paged_prefill
-from engine.gpu.attention.batches import KernelAttend
-from engine.gpu.attention.paged_kv import rotate_and_store
-from engine.gpu.ffn import grouped_ffn, grouped_tma
-from engine.gpu.routing import routing
-from engine.model.attention import KVCache, SequenceSpan, rotate
+from engine.gpu.attention import attend_chunks
+from engine.gpu.attention.rotate_and_store import rotate_and_store
+from engine.gpu.ffn import many_tokens, product_blocks, products
+from engine.gpu.ffn.products import Pairs
+from engine.gpu.routing import choose_many
+from engine.gpu.routing.pairs import sort_pairs
+from engine.gpu.routing.rule import Choice
+from engine.model.attention import KVCache, PagedAttend, SequenceSpan, rotate
 from engine.policy import ExpertPolicy
 from engine.serving.request import Request, SamplingParams
 from engine.serving.scheduler import Plan, Scheduled
@@ -57,24 +59,19 @@ Lengths = Sequence[tuple[int, int]]
 
 
 def check_products(width: int, neurons: int, tokens: int, dtype: torch.dtype) -> list[Record]:
-    """The products by TMA against the reference in float64, one program a tile and walking."""
+    """The products by TMA against the reference in float64."""
     x_TD = torch.randn(tokens, width, device=DEVICE).to(dtype)
     up_FD, down_FD = (
         (torch.randn(neurons, width, device=DEVICE) / width**0.5).to(dtype) for _ in range(2)
     )
-    routed = random_routing(tokens, "independent")
+    if not products.supports_tma(x_TD, neurons // EXPERTS):
+        return []
+    pairs = random_pairs(tokens, "independent")
     wide = x_TD.double(), up_FD.double(), down_FD.double()
-    expected = grouped_ffn.grouped_ffn_reference(*wide, routed, "relu")
+    expected = many_tokens.ffn_reference(*wide, pairs, "relu")
     label = f"D={width} F={neurons} T={tokens} {str(dtype).removeprefix('torch.')}"
-    found = []
-    for per_sm in (0, 1):
-        up = {**grouped_tma.up_blocks(tokens, neurons // EXPERTS), "per_sm": per_sm}
-        down = {**grouped_tma.down_blocks(neurons // EXPERTS), "per_sm": per_sm}
-        h_PS, slot_P = grouped_tma.up_product(x_TD, up_FD, routed, "relu", up)
-        slots_TKD = grouped_tma.down_product(h_PS, slot_P, down_FD, routed, down)
-        error = relative_error(grouped_ffn.combine(slots_TKD, routed.ids_TK), expected)
-        found.append(check(f"grouped_tma per_sm={per_sm} {label}", error, LIMITS[dtype]))
-    return found
+    y_TD = many_tokens.ffn(x_TD, up_FD, down_FD, pairs, "relu", tma=True)
+    return [check(f"many_tokens by TMA {label}", relative_error(y_TD, expected), LIMITS[dtype])]
 
 
 class Chunks:
@@ -94,8 +91,13 @@ class Chunks:
         self.heads_TNd = torch.randn(shape, device=DEVICE).to(dtype)
         angles_Tc = torch.randn(self.tokens, width // 2, device=DEVICE)
         self.turns = angles_Tc.cos(), angles_Tc.sin()
-        self.usual = paged_prefill.prefill_blocks(q_heads // kv_heads, width, dtype.itemsize)
-        self._launched = KernelAttend.of_spans(self.cache, self.spans, self.turns)
+        self.usual = attend_chunks.chunk_blocks(q_heads // kv_heads, width, dtype.itemsize)
+        inside = torch.arange(BLOCK, device=DEVICE)
+        slots = (self.table_BM[:, :, None] * BLOCK + inside).flatten(1).long()
+        self._slots = [slots[b, : span.context] for b, span in enumerate(self.spans)]
+        self._slots_T = torch.cat(
+            [s[-span.length :] for s, span in zip(self._slots, self.spans, strict=True)]
+        )
 
     @property
     def tokens(self) -> int:
@@ -103,20 +105,26 @@ class Chunks:
 
     def pieces(self, block_q: int) -> Tensor:
         spans = [(s.start, s.length, s.context - s.length) for s in self.spans]
-        pieces = paged_prefill.cut(spans, self.tokens, block_q)
+        pieces = attend_chunks.cut(spans, self.tokens, block_q)
         return torch.tensor(pieces, dtype=torch.int32, device=DEVICE)
 
-    def launched(self, _: int = 0) -> Tensor:
-        """As without a graph: contexts gathered for PyTorch's kernel, decoding rows apart."""
-        return self._launched(0, self.heads_TNd)
+    def gathered(self, _: int = 0) -> Tensor:
+        """PyTorch's attention over each sequence's gathered context."""
+        keys, values = self.cache.slots[0]
+        q_THd = rotate_and_store(self.heads_TNd, *self.turns, keys, values, self._slots_T)
+        out_THd = torch.empty_like(q_THd)
+        for span, slots in zip(self.spans, self._slots, strict=True):
+            rows = slice(span.start, span.start + span.length)
+            out_THd[rows] = PagedAttend.chunk(q_THd[rows], keys[slots], values[slots])
+        return out_THd
 
     def paged(self, blocks: dict[str, int], pieces_N4: Tensor, _: int = 0) -> Tensor:
-        """As in a graph, cache writes included too."""
+        """The engine's attention, cache writes included too."""
         keys, values = self.cache.slots[0]
-        slots_T = self._launched._slots_T
-        q_THd = rotate_and_store(self.heads_TNd, *self.turns, keys, values, slots_T)
-        table_BM = self.table_BM
-        return paged_prefill.paged_prefill(q_THd, keys, values, table_BM, pieces_N4, BLOCK, blocks)
+        q_THd = rotate_and_store(self.heads_TNd, *self.turns, keys, values, self._slots_T)
+        return attend_chunks.attend_chunks(
+            q_THd, keys, values, self.table_BM, pieces_N4, BLOCK, blocks
+        )
 
 
 def check_attention(heads: tuple[int, int, int], dtype: torch.dtype) -> list[Record]:
@@ -126,11 +134,11 @@ def check_attention(heads: tuple[int, int, int], dtype: torch.dtype) -> list[Rec
     found = case.paged(case.usual, pieces_N4)
     keys, values = case.cache.slots[0].double()  # written by now
     q_THd = rotate(case.heads_TNd[:, : heads[0]], *case.turns).double()
-    expected = paged_prefill.paged_prefill_reference(
+    expected = attend_chunks.attend_chunks_reference(
         q_THd, keys, values, case.table_BM, pieces_N4, BLOCK
     )
     label = f"{heads} {str(dtype).removeprefix('torch.')}"
-    return [check(f"paged_prefill {label}", relative_error(found, expected), LIMITS[dtype])]
+    return [check(f"attend_chunks {label}", relative_error(found, expected), LIMITS[dtype])]
 
 
 # Small, and in float32: a rounded score may choose another expert, and both steps be right.
@@ -187,88 +195,80 @@ def plan_of(policy: ExpertPolicy, lengths: Lengths) -> Plan:
 
 # --- rivals --------------------------------------------------------------------------------------
 
-# Pairs, neurons, columns, warps, stages, programs a multiprocessor; see `grouped_tma.tile`.
-UP_TMA = (
-    (128, 256, 64, 8, 3, 0),
-    (128, 256, 64, 8, 4, 0),
-    (128, 256, 64, 8, 3, 1),
-    (128, 256, 64, 8, 4, 1),
-    (64, 256, 64, 8, 4, 0),
-    (64, 256, 64, 8, 5, 0),
-    (64, 256, 64, 8, 4, 1),
-    (64, 256, 64, 4, 4, 0),
-    (128, 128, 64, 8, 5, 0),
-    (128, 128, 64, 8, 5, 1),
-    (128, 128, 128, 8, 3, 0),
-    (64, 128, 64, 4, 4, 0),
+# Pairs, neurons, columns, warps, stages of products by TMA.
+GATHER_TMA = (
+    (128, 256, 64, 8, 3),
+    (128, 256, 64, 8, 4),
+    (64, 256, 64, 8, 4),
+    (64, 256, 64, 8, 5),
+    (64, 256, 64, 4, 4),
+    (128, 128, 64, 8, 5),
+    (128, 128, 128, 8, 3),
+    (64, 128, 64, 4, 4),
 )
-DOWN_TMA = (
-    (128, 64, 256, 8, 3, 0),
-    (128, 64, 256, 8, 4, 0),
-    (128, 64, 256, 8, 3, 1),
-    (128, 64, 256, 8, 4, 1),
-    (128, 128, 256, 8, 2, 0),
-    (64, 64, 256, 8, 4, 0),
-    (64, 64, 256, 8, 4, 1),
-    (128, 64, 128, 4, 3, 0),
-    (128, 64, 128, 4, 3, 2),
-    (128, 64, 128, 4, 4, 0),
-    (128, 128, 128, 8, 3, 1),
-    (64, 64, 128, 4, 4, 0),
+SPREAD_TMA = (
+    (128, 64, 256, 8, 3),
+    (128, 64, 256, 8, 4),
+    (64, 64, 256, 8, 4),
+    (128, 64, 128, 4, 3),
+    (128, 128, 128, 8, 3),
 )
-# The same products without TMA, in tiles that were not compared before.
-UP_PLAIN = ((64, 256, 64, 8, 4), (64, 256, 64, 8, 5), (128, 256, 64, 8, 4))
-DOWN_PLAIN = ((128, 64, 256, 8, 4), (128, 32, 256, 8, 4), (128, 64, 256, 8, 3))
+# The same products without.
+GATHER_PLAIN = ((64, 256, 64, 8, 4), (64, 256, 64, 8, 5), (128, 256, 64, 8, 4))
+SPREAD_PLAIN = ((128, 64, 256, 8, 4), (128, 32, 256, 8, 4), (128, 64, 256, 8, 3))
 
 
-def _walking(sizes: tuple[int, ...]) -> dict[str, int]:
-    return grouped_tma.tile(*sizes[:-1], per_sm=sizes[-1])
+def compare_products(
+    name: str,
+    case: Problem,
+    run: Callable[[Blocks, bool], Call],
+    plain: list[Blocks],
+    by_tma: list[Blocks],
+) -> list[Record]:
+    """One product with and without TMA, the blocks in use without it first."""
+    rivals = [(brief(blocks), run(blocks, False)) for blocks in plain]
+    if products.supports_tma(case.x_TD, case.expert_size):
+        rivals += [(f"TMA {brief(blocks)}", run(blocks, True)) for blocks in by_tma]
+    expected = rivals[0][1](0)
+    assert isinstance(expected, Tensor)
+    return compare_calls(name, params_of(case), rivals, len(case.weights), expected, 5e-3)
 
 
-def up_case(case: Problem) -> list[Record]:
+def gather_case(case: Problem) -> list[Record]:
     """The first product in every way."""
-    pairs = -(-case.x_TD.shape[0] * CHOSEN // EXPERTS)
-    usual = grouped_ffn.up_blocks(pairs, case.expert_size, 2)
+    pairs = Pairs.of(case.pairs)
 
-    def plain(blocks: dict[str, int]) -> Call:
-        return lambda i: grouped_ffn.up_product(
-            case.x_TD, case.weights[i % len(case.weights)][0], case.routing, "relu", blocks=blocks
+    def run(blocks: Blocks, tma: bool) -> Call:
+        return lambda i: products.gather(
+            case.x_TD,
+            case.weights[i % len(case.weights)][0],
+            pairs,
+            "relu",
+            tma=tma,
+            blocks=blocks,
         )
 
-    def by_tma(blocks: dict[str, int]) -> Call:
-        return lambda i: grouped_tma.up_product(
-            case.x_TD, case.weights[i % len(case.weights)][0], case.routing, "relu", blocks
-        )[0]
-
-    rivals = [(brief(b), plain(b)) for b in (usual, *(grouped_ffn.tile(*s) for s in UP_PLAIN))]
-    rivals += [(f"TMA {brief(b)}", by_tma(b)) for b in map(_walking, UP_TMA)]
-    expected = plain(usual)(0)
-    assert isinstance(expected, Tensor)
-    return compare_calls("up", params_of(case), rivals, len(case.weights), expected, 5e-3)
+    usual = product_blocks.gather_blocks(pairs.mean_pairs, case.expert_size, 2)
+    plain = [usual, *(product_blocks.product_blocks(*sizes) for sizes in GATHER_PLAIN)]
+    by_tma = [product_blocks.product_blocks(*sizes) for sizes in GATHER_TMA]
+    return compare_products("gather", case, run, plain, by_tma)
 
 
-def down_case(case: Problem) -> list[Record]:
+def spread_case(case: Problem) -> list[Record]:
     """The second product in every way."""
-    pairs = -(-case.x_TD.shape[0] * CHOSEN // EXPERTS)
-    usual = grouped_ffn.down_blocks(pairs)
-    h_PS, slot_P = grouped_tma.up_product(case.x_TD, case.weights[0][0], case.routing, "relu")
+    pairs = Pairs.of(case.pairs)
+    h_PS = products.gather(case.x_TD, case.weights[0][0], pairs, "relu")
 
-    def plain(blocks: dict[str, int]) -> Call:
-        return lambda i: grouped_ffn.down_product(
-            h_PS, case.weights[i % len(case.weights)][1], case.routing, blocks
+    def run(blocks: Blocks, tma: bool) -> Call:
+        return lambda i: products.spread_to_slots(
+            h_PS, case.weights[i % len(case.weights)][1], pairs, tma=tma, blocks=blocks
         )
 
-    def by_tma(blocks: dict[str, int]) -> Call:
-        return lambda i: grouped_tma.down_product(
-            h_PS, slot_P, case.weights[i % len(case.weights)][1], case.routing, blocks
-        )
+    def blocks_of(sizes: tuple[int, ...]) -> Blocks:
+        return {**product_blocks.product_blocks(*sizes), "WHOLE": False}
 
-    tiles = [usual, *({**grouped_ffn.tile(*s), "BLOCK_K": 8} for s in DOWN_PLAIN)]
-    rivals = [(brief(b), plain(b)) for b in tiles]
-    rivals += [(f"TMA {brief(b)}", by_tma(b)) for b in map(_walking, DOWN_TMA)]
-    expected = plain(usual)(0)
-    assert isinstance(expected, Tensor)
-    return compare_calls("down", params_of(case), rivals, len(case.weights), expected, 5e-3)
+    plain = [product_blocks.spread_blocks(pairs.mean_pairs), *map(blocks_of, SPREAD_PLAIN)]
+    return compare_products("spread", case, run, plain, [blocks_of(s) for s in SPREAD_TMA])
 
 
 def combine_case(case: Problem) -> list[Record]:
@@ -278,26 +278,21 @@ def combine_case(case: Problem) -> list[Record]:
     slots = torch.randn(shape, device=DEVICE).bfloat16().unbind(0)
 
     def run(blocks: dict[str, int]) -> Call:
-        return lambda i: grouped_ffn.combine(slots[i % 4], case.routing.ids_TK, None, blocks)
+        return lambda i: products.combine(slots[i % 4], case.pairs.ids_TK, None, blocks)
 
-    usual = grouped_ffn.combine_blocks(width)
+    usual = product_blocks.combine_blocks(width)
     sizes = ((128, 1), (256, 2), (512, 2), (512, 4), (1024, 4))
     others = [{"BLOCK_K": 8, "BLOCK_D": d, "num_warps": w} for d, w in sizes if d <= width]
     return gpu_tiles.compare("combine", params_of(case), [usual, *others], run, 4)
 
 
 def ffn_case(case: Problem, kind: str, ceilings: Ceilings) -> list[Record]:
-    """The whole grouped FFN, as in use and by TMA, and its share of the dense product's rate."""
-
-    def by_tma(i: int) -> Tensor:
-        up_FD, down_FD = case.weights[i % len(case.weights)]
-        h_PS, slot_P = grouped_tma.up_product(case.x_TD, up_FD, case.routing, "relu")
-        slots_TKD = grouped_tma.down_product(h_PS, slot_P, down_FD, case.routing)
-        return grouped_ffn.combine(slots_TKD, case.routing.ids_TK)
-
-    rivals: list[tuple[str, Call]] = [("in use", case.grouped), ("TMA", by_tma)]
+    """The FFN of many tokens, as in use and without TMA, and its share of the dense rate."""
+    plain = partial(case.many_tokens, tma=False)
+    rivals: list[tuple[str, Call]] = [("in use", case.many_tokens), ("without TMA", plain)]
     params = {**params_of(case), "routing": kind}
-    found = compare_calls("grouped_ffn", params, rivals, len(case.weights), case.grouped(0), 2e-2)
+    expected = case.many_tokens(0)
+    found = compare_calls("many_tokens", params, rivals, len(case.weights), expected, 2e-2)
     useful = 4.0 * case.x_TD.numel() * CHOSEN * case.expert_size
     rate = ceilings.measure()[1]
     return found + [
@@ -311,16 +306,17 @@ CHUNK_BLOCKS = ((128, 64, 8, 3), (128, 64, 4, 3), (128, 128, 8, 3), (64, 64, 4, 
 
 
 def attention_case(heads: tuple[int, int, int], lengths: Lengths) -> list[Record]:
-    """Chunks over the paged cache: gathered for PyTorch's kernel, or through the table."""
+    """Chunks over the paged cache: through the table, or gathered for PyTorch's kernel."""
     case = Chunks(heads, lengths, torch.bfloat16)
-    rivals: list[tuple[str, Call]] = [("launched", case.launched)]
+    usual = partial(case.paged, case.usual, case.pieces(case.usual["BLOCK_Q"]))
+    rivals: list[tuple[str, Call]] = [("in use", usual), ("gathered", case.gathered)]
     for rows, keys, warps, stages in CHUNK_BLOCKS:
         blocks = {**case.usual, "BLOCK_Q": rows // case.usual["BLOCK_H"], "BLOCK_N": keys}
         blocks |= {"num_warps": warps, "num_stages": stages}
         rivals.append((brief(blocks), partial(case.paged, blocks, case.pieces(blocks["BLOCK_Q"]))))
     params: dict[str, Any] = {"heads": heads[0], "kv_heads": heads[1], "d": heads[2]}
     params |= {"sequences": len(lengths), "tokens": case.tokens, "before": lengths[-1][0]}
-    return compare_calls("chunk attention", params, rivals, 8, case.launched(), 2e-2)
+    return compare_calls("chunk attention", params, rivals, 8, case.gathered(), 2e-2)
 
 
 # Tokens, columns, warps, stages
@@ -337,18 +333,18 @@ SCORE_BLOCKS = (
 def routing_case(case: Problem) -> list[Record]:
     """The parts of the routing of many tokens, and other tiles for its scores."""
     routers = [torch.randn_like(case.router_ED) for _ in range(8)]
-    pieces_TNE = routing.score_pieces(case.x_TD, routers[0])
+    pieces_TNE = choose_many.score_pieces(case.x_TD, routers[0])
 
     def choose(_: int) -> object:
-        return routing.choose(pieces_TNE, *case.limits, CHOSEN)
+        return choose_many.choose_pieces(pieces_TNE, *case.limits, CHOSEN)
 
     def sort(_: int) -> object:
-        return routing.sort_pairs(routing.Choice(case.routing.chosen_TE, case.routing.ids_TK))
+        return sort_pairs(Choice(case.pairs.chosen_TE, case.pairs.ids_TK))
 
     def scores(blocks: dict[str, int]) -> Call:
-        return lambda i: routing.score_pieces(case.x_TD, routers[i % 8], blocks)
+        return lambda i: choose_many.score_pieces(case.x_TD, routers[i % 8], blocks)
 
-    usual = routing.scores_blocks(EXPERTS, 2)
+    usual = choose_many.scores_blocks(EXPERTS, 2)
     tiles = [usual]
     for rows, columns, warps, stages in SCORE_BLOCKS:
         changed = {"BLOCK_T": rows, "BLOCK_D": columns, "num_warps": warps, "num_stages": stages}
@@ -394,8 +390,8 @@ def cases(sizes: Sizes) -> Iterator[Case]:
                 label = f"prompts D={width} tokens={tokens} {kind}"
                 yield f"{label} ffn", partial(ffn_case, case, kind, ceilings)
             case = problem(weights, tokens, "independent")
-            yield f"{label} up", partial(up_case, case)
-            yield f"{label} down", partial(down_case, case)
+            yield f"{label} gather", partial(gather_case, case)
+            yield f"{label} spread", partial(spread_case, case)
             yield f"{label} combine", partial(combine_case, case)
             yield f"{label} routing", partial(routing_case, case)
         del weights

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from benchmarks.gpu_kernels import (
     ARRIVALS,
-    CHOSEN,
-    EXPERTS,
     Case,
     Problem,
     Sizes,
@@ -24,13 +22,14 @@ from benchmarks.gpu_kernels import (
 )
 from benchmarks.gpu_timing import Call, interleaved_us, relative_error
 from benchmarks.records import Record
-from engine.gpu.ffn import expert_ffn, grouped_ffn, union_ffn
+from engine.gpu.ffn import few_tokens, product_blocks, products, used_experts
+from engine.gpu.ffn.products import Pairs
 
 Blocks = dict[str, int]
 
 
-EXPERT_UP = ((4096, 2), (4096, 4), (8192, 4), (8192, 8), (16384, 8))
-EXPERT_DOWN = (
+FEW_FIRST = ((4096, 2), (4096, 4), (8192, 4), (8192, 8), (16384, 8))
+FEW_SECOND = (
     (32, 64, 64, 1),
     (64, 32, 64, 1),
     (64, 64, 64, 1),
@@ -43,29 +42,29 @@ EXPERT_DOWN = (
 )
 
 
-def few_up_candidates(width: int) -> list[Blocks]:
-    """Tiles of `expert_up`: elements of a program, warps."""
-    usual = expert_ffn.up_blocks(width)
+def few_first_candidates(width: int) -> list[Blocks]:
+    """Tiles of `first_product`: elements of a program, warps."""
+    usual = few_tokens.row_blocks(width)
     block_d = usual["BLOCK_D"]
     found = [usual]
-    for elements, warps in EXPERT_UP:
+    for elements, warps in FEW_FIRST:
         rows = max(1, elements // block_d)
         candidate = {"BLOCK_N": rows, "BLOCK_D": block_d, "num_warps": warps}
         found += [] if candidate in found else [candidate]
     return found
 
 
-def few_down_candidates(size: int) -> list[Blocks]:
-    """Tiles of `expert_down`: neurons and columns of a program, pieces added at once, warps."""
-    found = [expert_ffn.down_blocks(size)]
-    for sizes in EXPERT_DOWN:
+def few_second_candidates(size: int) -> list[Blocks]:
+    """Tiles of `second_product`: neurons and columns of a program, pieces added at once, warps."""
+    found = [few_tokens.second_blocks(size)]
+    for sizes in FEW_SECOND:
         names = ("BLOCK_S", "BLOCK_D", "BLOCK_C", "num_warps")
         candidate = dict(zip(names, sizes, strict=True))
         found += [] if candidate in found or sizes[0] > size else [candidate]
     return found
 
 
-UNION_UP = (
+USED_FIRST = (
     (64, 64, 4, 5),
     (64, 128, 4, 3),
     (64, 128, 4, 5),
@@ -75,7 +74,7 @@ UNION_UP = (
     (32, 128, 4, 5),
     (32, 256, 4, 4),
 )
-UNION_DOWN = (
+USED_SECOND = (
     (64, 128, 4, 6, 0),
     (64, 128, 4, 8, 0),
     (64, 64, 4, 6, 0),
@@ -89,8 +88,8 @@ UNION_DOWN = (
 )
 
 
-UP_FEW = ((16, 16, 128, 4, 4), (16, 16, 256, 4, 3), (16, 32, 128, 4, 5), (16, 32, 256, 4, 3))
-UP_MANY = (
+GATHER_FEW = ((16, 16, 128, 4, 4), (16, 16, 256, 4, 3), (16, 32, 128, 4, 5), (16, 32, 256, 4, 3))
+GATHER_MANY = (
     (64, 128, 64, 4, 3),
     (64, 256, 64, 8, 3),
     (128, 128, 64, 4, 4),
@@ -98,8 +97,8 @@ UP_MANY = (
     (128, 256, 64, 8, 4),
     (128, 256, 32, 8, 4),
 )
-DOWN_FEW = ((16, 32, 64, 4, 4), (16, 64, 64, 4, 4), (16, 64, 128, 4, 3), (16, 128, 64, 4, 3))
-DOWN_MANY = (
+SPREAD_FEW = ((16, 32, 64, 4, 4), (16, 64, 64, 4, 4), (16, 64, 128, 4, 3), (16, 128, 64, 4, 3))
+SPREAD_MANY = (
     (64, 64, 128, 4, 3),
     (64, 64, 256, 8, 3),
     (128, 32, 128, 4, 4),
@@ -163,78 +162,84 @@ def brief(blocks: Blocks) -> str:
 
 
 def few_case(case: Problem, candidates: list[Blocks], part: str) -> list[Record]:
-    """Tiles of `expert_up` or `expert_down`."""
-    ids_TK, size = case.routing.ids_TK, case.expert_size
-    hidden = [expert_ffn.expert_up(case.x_TD, up, ids_TK, size, "relu") for up, _ in case.weights]
+    """Tiles of `first_product` or `second_product`."""
+    ids_TK, size = case.pairs.ids_TK, case.expert_size
+    hidden = [
+        few_tokens.first_product(case.x_TD, up, ids_TK, size, "relu") for up, _ in case.weights
+    ]
 
     def run(blocks: Blocks) -> Call:
         def call(i: int) -> object:
             i %= len(hidden)
             up_FD, down_FD = case.weights[i]
-            if part == "up":
-                return expert_ffn.expert_up(case.x_TD, up_FD, ids_TK, size, "relu", blocks=blocks)
-            return expert_ffn.expert_down(hidden[i], down_FD, ids_TK, ARRIVALS, blocks=blocks)
+            if part == "first":
+                return few_tokens.first_product(
+                    case.x_TD, up_FD, ids_TK, size, "relu", blocks=blocks
+                )
+            return few_tokens.second_product(hidden[i], down_FD, ids_TK, ARRIVALS, blocks=blocks)
 
         return call
 
-    return compare(f"expert_ffn {part}", params_of(case), candidates, run, len(case.weights))
+    return compare(f"few_tokens {part}", params_of(case), candidates, run, len(case.weights))
 
 
-def union_case(case: Problem, part: str) -> list[Record]:
-    """Tiles of the products over a union of experts; the other product keeps its own."""
+def used_case(case: Problem, part: str) -> list[Record]:
+    """Tiles of the products over used experts; the other product keeps its own."""
     tokens = case.x_TD.shape[0]
-    shape = union_ffn.up_blocks(tokens) if part == "up" else union_ffn.down_blocks(tokens)
+    shape = (
+        used_experts.first_blocks(tokens) if part == "first" else used_experts.second_blocks(tokens)
+    )
     names = (
-        "BLOCK_N" if part == "up" else "BLOCK_S",
+        "BLOCK_N" if part == "first" else "BLOCK_S",
         "BLOCK_D",
         "num_warps",
         "num_stages",
         "shares",
     )
-    tiles: tuple[tuple[int, ...], ...] = UNION_UP if part == "up" else UNION_DOWN
+    tiles: tuple[tuple[int, ...], ...] = USED_FIRST if part == "first" else USED_SECOND
     candidates = [shape, *({**shape, **dict(zip(names, t, strict=False))} for t in tiles)]
 
     def run(blocks: Blocks) -> Call:
         tile = {key: value for key, value in blocks.items() if key != "shares"}
-        options: dict[str, Any] = {f"{part}_tile": tile, "shares": blocks.get("shares") or None}
+        options: dict[str, Any] = {part: tile, "shares": blocks.get("shares") or None}
 
         def call(i: int) -> object:
             up_FD, down_FD = case.weights[i % len(case.weights)]
-            chosen_TE = case.routing.chosen_TE
-            return union_ffn.union_ffn(case.x_TD, up_FD, down_FD, chosen_TE, "relu", **options)
+            chosen_TE = case.pairs.chosen_TE
+            return used_experts.ffn(case.x_TD, up_FD, down_FD, chosen_TE, "relu", **options)
 
         return call
 
-    return compare(f"union_ffn {part}", params_of(case), candidates, run, len(case.weights))
+    return compare(f"used_experts {part}", params_of(case), candidates, run, len(case.weights))
 
 
-def up_case(case: Problem, tiles: tuple[tuple[int, ...], ...]) -> list[Record]:
-    """Tiles of the grouped up product."""
-    pairs = -(-case.x_TD.shape[0] * CHOSEN // EXPERTS)
-    usual = grouped_ffn.up_blocks(pairs, case.expert_size, 2)
-
-    def run(blocks: Blocks) -> Call:
-        return lambda i: grouped_ffn.up_product(
-            case.x_TD, case.weights[i % len(case.weights)][0], case.routing, "relu", blocks=blocks
-        )
-
-    candidates = [usual, *(grouped_ffn.tile(*sizes) for sizes in tiles)]
-    return compare("up", params_of(case), candidates, run, len(case.weights))
-
-
-def down_case(case: Problem, tiles: tuple[tuple[int, ...], ...]) -> list[Record]:
-    """Tiles of the grouped down product."""
-    pairs = -(-case.x_TD.shape[0] * CHOSEN // EXPERTS)
-    usual = grouped_ffn.down_blocks(pairs)
-    h_PS = grouped_ffn.up_product(case.x_TD, case.weights[0][0], case.routing, "relu")
+def gather_case(case: Problem, tiles: tuple[tuple[int, ...], ...]) -> list[Record]:
+    """Tiles of `gather`, in serving."""
+    pairs = Pairs.of(case.pairs)
+    usual = product_blocks.gather_blocks(pairs.mean_pairs, case.expert_size, 2)
 
     def run(blocks: Blocks) -> Call:
-        return lambda i: grouped_ffn.down_product(
-            h_PS, case.weights[i % len(case.weights)][1], case.routing, blocks
+        return lambda i: products.gather(
+            case.x_TD, case.weights[i % len(case.weights)][0], pairs, "relu", blocks=blocks
         )
 
-    candidates = [usual, *({**grouped_ffn.tile(*s), "BLOCK_K": 8} for s in tiles)]
-    return compare("down", params_of(case), candidates, run, len(case.weights))
+    candidates = [usual, *(product_blocks.product_blocks(*sizes) for sizes in tiles)]
+    return compare("gather", params_of(case), candidates, run, len(case.weights))
+
+
+def spread_case(case: Problem, tiles: tuple[tuple[int, ...], ...]) -> list[Record]:
+    """Tiles of `spread`, in serving."""
+    pairs = Pairs.of(case.pairs)
+    usual = product_blocks.spread_blocks(pairs.mean_pairs)
+    h_PS = products.gather(case.x_TD, case.weights[0][0], pairs, "relu")
+
+    def run(blocks: Blocks) -> Call:
+        return lambda i: products.spread_to_slots(
+            h_PS, case.weights[i % len(case.weights)][1], pairs, blocks=blocks
+        )
+
+    candidates = [usual, *({**product_blocks.product_blocks(*s), "WHOLE": False} for s in tiles)]
+    return compare("spread", params_of(case), candidates, run, len(case.weights))
 
 
 def params_of(case: Problem) -> dict[str, Any]:
@@ -248,19 +253,22 @@ def cases(sizes: Sizes) -> Iterator[Case]:
         for tokens in (t for t in sizes.tokens if t in (1, 4)):
             case = problem(weights, tokens, "independent")
             label = f"tiles D={width} tokens={tokens}"
-            yield f"{label} few up", partial(few_case, case, few_up_candidates(width), "up")
-            downs = few_down_candidates(case.expert_size)
-            yield f"{label} few down", partial(few_case, case, downs, "down")
+            yield (
+                f"{label} few first",
+                partial(few_case, case, few_first_candidates(width), "first"),
+            )
+            seconds = few_second_candidates(case.expert_size)
+            yield f"{label} few second", partial(few_case, case, seconds, "second")
         for tokens in (t for t in sizes.tokens if t in (2, 16, 64)):
             case = problem(weights, tokens, "independent")
-            for part in ("up", "down"):
-                label = f"tiles D={width} tokens={tokens} union {part}"
-                yield label, partial(union_case, case, part)
+            for part in ("first", "second"):
+                label = f"tiles D={width} tokens={tokens} used {part}"
+                yield label, partial(used_case, case, part)
         for tokens in (t for t in sizes.tokens if t in (2, 8, 64)):
             case = problem(weights, tokens, "independent")
-            yield f"tiles D={width} tokens={tokens} up", partial(up_case, case, UP_FEW)
-            yield f"tiles D={width} tokens={tokens} down", partial(down_case, case, DOWN_FEW)
+            yield f"tiles D={width} tokens={tokens} gather", partial(gather_case, case, GATHER_FEW)
+            yield f"tiles D={width} tokens={tokens} spread", partial(spread_case, case, SPREAD_FEW)
         for tokens in (t for t in sizes.tokens if t >= 512):
             case = problem(weights, tokens, "independent")
-            yield f"tiles D={width} tokens={tokens} up", partial(up_case, case, UP_MANY)
-            yield f"tiles D={width} tokens={tokens} down", partial(down_case, case, DOWN_MANY)
+            yield f"tiles D={width} tokens={tokens} gather", partial(gather_case, case, GATHER_MANY)
+            yield f"tiles D={width} tokens={tokens} spread", partial(spread_case, case, SPREAD_MANY)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu --sections training [--json FILE]
 
-Every row is y and the gradients of x, up and down in bfloat16, for a routing that is given: each
-token has its own random experts, the case with the least reuse. `grouped` is
-engine.gpu.ffn.grouped_training. Its peers:
+Every row is y and the gradients of x, up and down in bfloat16, for a choice that is given: each
+token has its own random experts, the case with the least reuse. `kernels` is
+engine.gpu.ffn.training. Its peers:
 
 - `dense`: relu(x @ up.T) @ down over all neurons, what a dense step computes;
 - `masked`: the same with the unchosen neurons' activations set to zero, which gives the sparse
@@ -13,7 +13,7 @@ engine.gpu.ffn.grouped_training. Its peers:
 
 Rows are replayed from a CUDA graph, rivals in turn. `slices` waits for the device and cannot be in
 a graph, so it and its rivals are also timed eagerly, as a training loop launches them. `product`
-rows are the kernels that `grouped` is made of, and `route` is the choice and the sort of pairs.
+rows are the kernels that `kernels` is made of, and `route` is the choice and the sort of pairs.
 
 Random activations silence half of the neurons; no rival here gains by that.
 """
@@ -29,10 +29,10 @@ from torch import Tensor
 
 from benchmarks.gpu_timing import Call, check, eager_us, interleaved_us, relative_error
 from benchmarks.records import Record
-from engine.gpu.ffn import grouped_pairs, grouped_training
-from engine.gpu.ffn.grouped_pairs import Pairs
-from engine.gpu.routing.routing import Routing
-from engine.gpu.routing.top_k import route_top_k, route_top_k_reference
+from engine.gpu.ffn import products, training
+from engine.gpu.ffn.products import Pairs
+from engine.gpu.routing.choose_top_k import choose_top_k, choose_top_k_reference
+from engine.gpu.routing.pairs import SortedPairs
 from engine.model.sliced_ffn import sparse_ffn
 
 SHAPES = ((512, 2048), (768, 3072), (2048, 8192))
@@ -52,24 +52,24 @@ class Layer:
     up_FD: Tensor
     down_FD: Tensor
     dy_TD: Tensor
-    routing: Routing
+    pairs: SortedPairs
 
     @property
     def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.x_TD, self.up_FD, self.down_FD
 
-    def grouped(self, x_TD: Tensor, up_FD: Tensor, down_FD: Tensor) -> Tensor:
-        return grouped_training.grouped_ffn(x_TD, up_FD, down_FD, self.routing, "relu")
+    def kernels(self, x_TD: Tensor, up_FD: Tensor, down_FD: Tensor) -> Tensor:
+        return training.ffn(x_TD, up_FD, down_FD, self.pairs, "relu")
 
     def slices(self, x_TD: Tensor, up_FD: Tensor, down_FD: Tensor) -> Tensor:
-        return sparse_ffn(x_TD, up_FD, down_FD, self.routing.chosen_TE, "relu")
+        return sparse_ffn(x_TD, up_FD, down_FD, self.pairs.chosen_TE, "relu")
 
     def dense(self, x_TD: Tensor, up_FD: Tensor, down_FD: Tensor) -> Tensor:
         return (x_TD @ up_FD.T).relu() @ down_FD
 
     def masked(self, x_TD: Tensor, up_FD: Tensor, down_FD: Tensor) -> Tensor:
         h_TF = (x_TD @ up_FD.T).relu()
-        h_TES = h_TF.view(*self.routing.chosen_TE.shape, -1) * self.routing.chosen_TE[:, :, None]
+        h_TES = h_TF.view(*self.pairs.chosen_TE.shape, -1) * self.pairs.chosen_TE[:, :, None]
         return h_TES.flatten(1) @ down_FD
 
     def step(self, function: Function) -> Call:
@@ -92,16 +92,16 @@ def random_layer(
         (torch.randn(neurons, width, device=device) / size**0.5).to(dtype).requires_grad_()
         for size in (width, neurons)
     )
-    routing = route_top_k_reference(scores_TE, chosen)
-    return Layer(x_TD.requires_grad_(), up_FD, down_FD, dy_TD, routing)
+    pairs = choose_top_k_reference(scores_TE, chosen)
+    return Layer(x_TD.requires_grad_(), up_FD, down_FD, dy_TD, pairs)
 
 
 # --- correctness ---------------------------------------------------------------------------------
 
 
 def check_layer(layer: Layer, name: str) -> list[Record]:
-    """y and every gradient of `grouped` against the slices in float64."""
-    y_TD = layer.grouped(*layer.leaves)
+    """y and every gradient of `kernels` against the slices in float64."""
+    y_TD = layer.kernels(*layer.leaves)
     actual = (y_TD.detach(), *torch.autograd.grad(y_TD, layer.leaves, layer.dy_TD))
     doubles = tuple(leaf.detach().double().requires_grad_() for leaf in layer.leaves)
     expected_TD = layer.slices(*doubles)
@@ -114,9 +114,9 @@ def check_layer(layer: Layer, name: str) -> list[Record]:
 
 
 def check_route(tokens: int, experts: int, chosen: int) -> Record:
-    """Every field of a routing of random scores, identical."""
+    """Every field of the sorted pairs of random scores, identical."""
     scores_TE = torch.randn(tokens, experts, device="cuda")
-    actual, expected = route_top_k(scores_TE, chosen), route_top_k_reference(scores_TE, chosen)
+    actual, expected = choose_top_k(scores_TE, chosen), choose_top_k_reference(scores_TE, chosen)
     differing = [
         name
         for name, a, b in zip(actual._fields, actual, expected, strict=True)
@@ -143,40 +143,40 @@ def correctness() -> list[Record]:
 # --- measurements --------------------------------------------------------------------------------
 
 
-def products(layer: Layer) -> dict[str, Call]:
-    """The kernels that a step of `grouped` launches, each a call of its own."""
+def product_calls(layer: Layer) -> dict[str, Call]:
+    """The kernels that a step of `kernels` launches, each a call of its own."""
     x_TD, up_FD, down_FD = (leaf.detach() for leaf in layer.leaves)
-    routing, capacity = layer.routing, layer.routing.ids_TK.numel()
-    tiles_N2 = grouped_pairs.tiles(routing.offsets_E1, capacity)
-    pairs = Pairs(routing.ids_TK, routing.offsets_E1, routing.pair_token_P, tiles_N2)
-    h_PS = grouped_pairs.gather(x_TD, up_FD, pairs, "relu")
+    offsets_E1, capacity = layer.pairs.offsets_E1, layer.pairs.ids_TK.numel()
+    tiles_N2 = products.list_tiles(offsets_E1, capacity)
+    pairs = Pairs.of(layer.pairs)._replace(tiles_N2=tiles_N2)
+    h_PS = products.gather(x_TD, up_FD, pairs, "relu")
     return {
-        "tiles": lambda _: grouped_pairs.tiles(routing.offsets_E1, capacity),
-        "gather": lambda _: grouped_pairs.gather(x_TD, up_FD, pairs, "relu"),
-        "gather back": lambda _: grouped_pairs.gather(layer.dy_TD, down_FD, pairs, "relu", h_PS),
-        "spread": lambda _: grouped_pairs.spread(h_PS, down_FD, pairs),
-        "weights": lambda _: grouped_pairs.weights(h_PS, x_TD, pairs),
+        "tiles": lambda _: products.list_tiles(offsets_E1, capacity),
+        "gather": lambda _: products.gather(x_TD, up_FD, pairs, "relu"),
+        "gather back": lambda _: products.gather(layer.dy_TD, down_FD, pairs, "relu", h_PS=h_PS),
+        "spread": lambda _: products.spread(h_PS, down_FD, pairs),
+        "weights": lambda _: products.weights(h_PS, x_TD, pairs),
     }
 
 
 def route(layer: Layer) -> Call:
     """The choice from scores and the sort of its pairs."""
-    scores_TE = torch.randn_like(layer.routing.chosen_TE, dtype=torch.float32)
-    return lambda _: route_top_k(scores_TE, layer.routing.ids_TK.shape[1])
+    scores_TE = torch.randn_like(layer.pairs.chosen_TE, dtype=torch.float32)
+    return lambda _: choose_top_k(scores_TE, layer.pairs.ids_TK.shape[1])
 
 
 def layer_records(layer: Layer, calls: int) -> list[Record]:
     """All measurements of one layer; `calls` of them make a graph."""
     (tokens, width), neurons = layer.x_TD.shape, layer.up_FD.shape[0]
-    experts, chosen = layer.routing.counts_E.numel(), layer.routing.ids_TK.shape[1]
+    experts, chosen = layer.pairs.counts_E.numel(), layer.pairs.ids_TK.shape[1]
     params: dict[str, Any] = {"D": width, "F": neurons, "E": experts, "k": chosen}
     params |= {"tokens": tokens, "dtype": "bf16"}
-    steps = {name: layer.step(getattr(layer, name)) for name in ("dense", "masked", "grouped")}
+    steps = {name: layer.step(getattr(layer, name)) for name in ("dense", "masked", "kernels")}
     replayed = dict(zip(steps, interleaved_us(list(steps.values()), calls), strict=True))
-    parts = {**products(layer), "route": route(layer)}
+    parts = {**product_calls(layer), "route": route(layer)}
     parts_us = interleaved_us(list(parts.values()), calls)
     steps["slices"] = layer.step(layer.slices)
-    eager = {name: eager_us(steps[name]) for name in ("dense", "slices", "grouped")}
+    eager = {name: eager_us(steps[name]) for name in ("dense", "slices", "kernels")}
 
     def against_dense(label: str, times: dict[str, float]) -> list[Record]:
         dense = times["dense"]

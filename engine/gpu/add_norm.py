@@ -35,7 +35,7 @@ def normed_reference(x_TD: Tensor, norm: Norm | None) -> Tensor:
 def add_norm_reference(
     x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """As `add_norm`."""
+    """What `add_norm` computes."""
     sum_TD = x_TD + delta_TD
     wide_TD = sum_TD.float()
     scale_T1 = (wide_TD.square().mean(1, keepdim=True) + epsilon).rsqrt()

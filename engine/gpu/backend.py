@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from engine.gpu.attention.batches import KernelAttend, supports
+from engine.gpu.attention.batches import attend_spans, supports
 from engine.gpu.decode_graphs import DecodeGraphs
 from engine.gpu.decoder import KernelDecoder
 from engine.gpu.prompt_graphs import PromptGraphs
@@ -59,8 +59,9 @@ class GpuBackend:
     ) -> Tensor:
         """Logits [len(rows), V] in float32 of these rows of the batch; see `Decoder.forward`."""
         if self._has_kernels:
-            turns = self._decoder.model.turns(positions_T)
-            attend = KernelAttend.of_spans(self.cache, spans, turns)
+            model = self._decoder.model
+            group = model.config.num_attention_heads // model.config.num_key_value_heads
+            attend = attend_spans(self.cache, spans, (model.cos, model.sin), group)
             return self._decoder.forward(ids_T, attend, policy, trace, rows, positions_T)
         paged = PagedAttend(self.cache, spans)
         return self._decoder.forward_rotated(ids_T, positions_T, paged, policy, trace, rows)

@@ -26,7 +26,7 @@ from torch import Tensor
 from engine.gpu.arrivals import Arrivals
 from engine.gpu.attention.batches import DecodeBatch, StepAttend
 from engine.gpu.decoder import KernelDecoder
-from engine.gpu.ffn.gpu_ways import expected_union
+from engine.gpu.ffn.cheapest_way import expected_used
 from engine.gpu.graph_capture import capture
 from engine.gpu.routing.count_chosen import count_chosen
 from engine.model.attention import KVCache
@@ -254,7 +254,7 @@ class DecodeGraphs:
         """The share of the experts that such a batch uses, from the steps before."""
         if key.batch == 1 or not key.max_k:  # these read what they must, whatever is expected
             return 0.0
-        expected = expected_union(key.batch, key.max_k, self.num_experts) / self.num_experts
+        expected = expected_used(key.batch, key.max_k, self.num_experts) / self.num_experts
         return self._used.get((key.batch, key.max_k), expected)
 
     def _note_union(self, key: GraphKey, union_L: list[int]) -> None:

@@ -2,7 +2,7 @@
 
 Any step of at most MAX_TOKENS tokens: chunks of prompts, with decoding requests among them or not.
 It is padded to the next of a few numbers of tokens, of requests and of experts per token. Its
-attention reads from the device where each chunk lies (`engine.gpu.attention.paged_prefill`), so
+attention reads from the device where each chunk lies (`engine.gpu.attention.attend_chunks`), so
 that lengths and contexts are no part of the shape. One `StaticPrompt` feeds all graphs, and all
 leave their logits in one buffer, so memory grows with the number of graphs by their launches alone.
 
@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.gpu.attention.batches import KernelAttend, PromptBatch
-from engine.gpu.attention.paged_prefill import cut, most_pieces, prefill_blocks
+from engine.gpu.attention.attend_chunks import chunk_blocks, cut, most_pieces
+from engine.gpu.attention.batches import ChunkAttend, ChunkBatch
 from engine.gpu.decode_graphs import DecodingRequest, Replay, k_bucket
 from engine.gpu.decoder import KernelDecoder
-from engine.gpu.ffn.gpu_ways import Layer, mixed_is_masked
+from engine.gpu.ffn.cheapest_way import FFNShape, one_pass_is_cheaper
 from engine.gpu.graph_capture import capture
 from engine.gpu.routing.count_chosen import count_chosen
 from engine.model.attention import KVCache
@@ -204,7 +204,7 @@ class PromptGraphs:
         self.num_experts = model.config.experts.num_experts
         config, weight = model.config, model.embedding.weight
         group = config.num_attention_heads // config.num_key_value_heads
-        blocks = prefill_blocks(group, config.head_dim, weight.element_size())
+        blocks = chunk_blocks(group, config.head_dim, weight.element_size())
         self._block_q = blocks["BLOCK_Q"]
         self._longest = longest
         self._seen: set[PromptKey] = set()
@@ -264,8 +264,8 @@ class PromptGraphs:
             return None
         size = config.intermediate_size // experts
         itemsize = self.model.embedding.weight.element_size()
-        layer = Layer(config.hidden_size, experts, size, itemsize)
-        together = mixed_is_masked(layer, dense, sum(n for _, n in sparse), max_k)
+        shape = FFNShape(config.hidden_size, experts, size, itemsize)
+        together = one_pass_is_cheaper(shape, dense, sum(n for _, n in sparse), max_k)
         return experts if together else None
 
     def run(self, plan: Plan, key: PromptKey) -> tuple[Tensor, list[int]]:
@@ -308,9 +308,9 @@ class PromptGraphs:
         """What a graph holds: the model over the static tensors, with nothing read by the host."""
         static, rows = self._static_prompt(), slice(key.tokens)
         pieces = most_pieces(key.tokens, key.requests, self._block_q)
-        prompt = PromptBatch(static.table_RM[: key.requests], static.pieces_N4[:pieces])
+        chunks = ChunkBatch(static.table_RM[: key.requests], static.pieces_N4[:pieces])
         turns = self.model.turns(static.positions_T[rows])
-        attend = KernelAttend(self.cache, turns, static.slots_T[rows], None, prompt=prompt)
+        attend = ChunkAttend(self.cache, turns, static.slots_T[rows], chunks)
         policy = PolicyBatch(static.k_T[rows], static.mass_T[rows], key.max_k)
         trace = Trace()
         wanted = static.rows_R[: key.requests]

@@ -1,6 +1,6 @@
 """A product of one token with a whole matrix, norm before and sum behind, in one launch.
 
-With one token a product is the time that its weights take to arrive. Every program holds one tile
+With one token a product is the time that its weights take to arrive. Every program holds one block
 of weights in registers, fetched in a single burst. On Hopper launches are chained: a program
 fetches its weights while the kernel before still runs.
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from engine.gpu._triton import cdiv, chain, gdc_launch_dependents, gdc_wait, jit, tl
 from engine.gpu.add_norm import Norm, normed_reference
-from engine.gpu.ffn.expert_ffn import activate, up_blocks
+from engine.gpu.ffn.activations import activate
+from engine.gpu.ffn.few_tokens import row_blocks
 from engine.model.activations import ACTIVATIONS, activate_reference
 
 
@@ -27,7 +28,7 @@ def thin_linear_reference(
     add_to: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """As `thin_linear`."""
+    """What `thin_linear` computes."""
     x = normed_reference(x_1D, norm)
     y_1N = x @ weight_ND.to(x.dtype).T
     if activation is not None:
@@ -56,6 +57,7 @@ def _thin_linear_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Program i: BLOCK_N outputs."""
+    # 1. Fetch the weights, which no kernel writes, while the kernel before still runs.
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     in_n, in_d = n < outputs, d < d_model
@@ -66,12 +68,15 @@ def _thin_linear_kernel(
     if CHAINED:
         gdc_launch_dependents()
         gdc_wait()
+
+    # 2. Multiply. The norm's factor is common to all inputs, so it is applied to the sums.
     x = tl.load(x_ptr + d, mask=in_d, other=0.0).to(tl.float32)
-    # The norm's factor is common to all inputs, so it is applied to the sums.
     scaled = x * norm if NORMED else x
     y = tl.sum(weight.to(tl.float32) * scaled[None, :], axis=1)
     if NORMED:
         y *= 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / d_model + epsilon)
+
+    # 3. Activate and add what is asked for.
     if RECTIFIED:
         y = activate(y, SQUARE)
     if ADDED:
@@ -98,7 +103,7 @@ def thin_linear(
         activation: one of ACTIVATIONS, or none.
         add_to: [1, N], contiguous, any float type.
         dtype: of the result; that of x unless given.
-        blocks: the tile, for measurements.
+        blocks: block sizes, for measurements.
     """
     (tokens, d_model), outputs = x_1D.shape, weight_ND.shape[0]
     assert tokens == 1
@@ -107,7 +112,7 @@ def thin_linear(
     for tensor in (x_1D, weight_ND) if add_to is None else (x_1D, weight_ND, add_to):
         assert tensor.is_contiguous()
     y_1N = torch.empty((1, outputs), dtype=dtype or x_1D.dtype, device=x_1D.device)
-    blocks = blocks or up_blocks(d_model)
+    blocks = blocks or row_blocks(d_model)
     # What is absent is passed as another tensor, which the kernel then never reads.
     _thin_linear_kernel[(cdiv(outputs, blocks["BLOCK_N"]),)](
         x_1D,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.gpu.ffn import grouped_training
+from engine.gpu.ffn import training
 from engine.model.decoder import Decoder
 from engine.model.ffn import ExpertFFN
 
@@ -25,9 +25,9 @@ def top_k_ffn(
 ) -> tuple[Tensor, Tensor] | None:
     """The k best experts of every token; a `SparseTraining`."""
     trains = x_TD.requires_grad or ffn.up.requires_grad or ffn.down.requires_grad
-    supported = grouped_training.supports(x_TD, ffn.num_experts)
+    supported = training.supports(x_TD, ffn.num_experts)
     if not (torch.is_grad_enabled() and trains and supported):
         return None
-    routed = grouped_training.route_top_k(scores_TE, k)
-    y_TD = grouped_training.grouped_ffn(x_TD, ffn.up, ffn.down, routed, ffn.activation)
+    routed = training.choose_top_k(scores_TE, k)
+    y_TD = training.ffn(x_TD, ffn.up, ffn.down, routed, ffn.activation)
     return y_TD, routed.chosen_TE

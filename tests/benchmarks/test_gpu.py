@@ -25,11 +25,11 @@ def test_every_usual_section_runs_at_tiny_sizes(
     names = {record["name"] for record in json.loads(path.read_text())}
     wanted = {
         "ceiling copy bandwidth",
-        "expert_ffn",
-        "expert_ffn share of copy",
+        "few_tokens",
+        "few_tokens share of copy",
         "routing select",
         "routing step",
-        "union_ffn",
+        "used_experts",
         "attend_step",
         "decode device",
         "decode step",
@@ -37,15 +37,15 @@ def test_every_usual_section_runs_at_tiny_sizes(
         "prefill device",
         "prefill graph",
         "prefill graph step",
-        "tile up best",
-        "tile down best",
-        "tile expert_ffn up best",
-        "tile expert_ffn down best",
-        "tile union_ffn up best",
-        "tile union_ffn down best",
+        "tile gather best",
+        "tile spread best",
+        "tile few_tokens first best",
+        "tile few_tokens second best",
+        "tile used_experts first best",
+        "tile used_experts second best",
     }
     assert wanted <= names
-    for kind in ("expert_ffn full", "grouped_tma", "paged_prefill", "prompt graph top_k:2"):
+    for kind in ("few_tokens full", "many_tokens by TMA", "attend_chunks", "prompt graph top_k:2"):
         assert any(name.startswith(f"error {kind}") for name in names), kind
     printed = capsys.readouterr().out
     assert "FAILED" not in printed

@@ -21,7 +21,7 @@ def test_the_check_measures_every_gradient() -> None:
 
 def test_a_wrong_gradient_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = random_layer(*TINY, torch.float32, DEVICE)
-    monkeypatch.setattr(gpu_training.Layer, "grouped", gpu_training.Layer.dense)
+    monkeypatch.setattr(gpu_training.Layer, "kernels", gpu_training.Layer.dense)
     with pytest.raises(SystemExit, match=r"training y tiny: relative error .* exceeds 2e-05"):
         check_layer(layer, "tiny")
 
@@ -45,8 +45,8 @@ def test_every_rival_and_product_is_timed(monkeypatch: pytest.MonkeyPatch) -> No
     records = layer_records(random_layer(*TINY, torch.bfloat16, DEVICE), calls=1)
     names = [record.name.removesuffix(" k=2/6") for record in records]
     assert names == [
-        *(f"training {name}" for name in ("dense", "masked", "grouped")),
-        *(f"training eager {name}" for name in ("dense", "slices", "grouped")),
+        *(f"training {name}" for name in ("dense", "masked", "kernels")),
+        *(f"training eager {name}" for name in ("dense", "slices", "kernels")),
         *(
             f"product {name}"
             for name in ("tiles", "gather", "gather back", "spread", "weights", "route")

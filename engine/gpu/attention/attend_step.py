@@ -4,10 +4,10 @@ Takes the heads as the projection leaves them: rotates the query and the new key
 the new key and value to their slot, and attends over the whole context, the new token included.
 
 Program (g, b, s) takes the query heads that share key-value head g, and split s of the context of
-sequence b. The new token never travels through memory: the program that owns the last split puts it
-into its tile. The last program of (g, b) to arrive adds the splits in a fixed order. Where a
-context is cut depends on its own length, and on whether the batch has more than FEW_ROWS rows; not
-on the company otherwise, nor on the bound on the length.
+sequence b. The new token never travels through memory: the program that owns the last split puts
+it among the keys that it has read. The last program of (g, b) to arrive adds the splits in a fixed
+order. Where a context is cut depends on its own length, and on whether the batch has more than
+FEW_ROWS rows; not on the company otherwise, nor on the bound on the length.
 
 A batch of few rows leaves memory idle between two kernels, so there a program fetches its first
 keys and values while the kernel before still runs.
@@ -35,11 +35,8 @@ from engine.gpu._triton import (
     tl,
 )
 from engine.gpu.arrivals import Arrivals
-from engine.gpu.attention.paged_kv import (
-    MAX_HEAD_DIM,
-    paged_decode_reference,
-    rotate_and_store_reference,
-)
+from engine.gpu.attention.attend_chunks import attend_chunks_reference
+from engine.gpu.attention.rotate_and_store import MAX_HEAD_DIM, rotate_and_store_reference
 
 SHORT_CONTEXT = 512  # the longest context that is cut into short splits
 FEW_ROWS = 4  # batches that need short splits to occupy the device
@@ -56,15 +53,17 @@ def attend_step_reference(
     contexts_B: Tensor,
     block_size: int,
 ) -> Tensor:
-    """As `attend_step`, through the references of its parts."""
+    """What `attend_step` computes: each row is a chunk of one query."""
     at = (contexts_B - 1).clamp_min(0).long()
     q_BHd = rotate_and_store_reference(heads_BNd, cos_Pc[at], sin_Pc[at], keys, values, slots_B)
-    return paged_decode_reference(q_BHd, keys, values, table_BM, contexts_B, block_size)
+    rows_B = torch.arange(len(contexts_B), device=contexts_B.device, dtype=torch.int32)
+    pieces_B4 = torch.stack([rows_B, torch.ones_like(rows_B), contexts_B - 1, rows_B], 1)
+    return attend_chunks_reference(q_BHd, keys, values, table_BM, pieces_B4, block_size)
 
 
 @jit
 def _rotated(row_ptr, c_ptr, s_ptr, d, half, mask):
-    """Heads at row_ptr, rotated: element d pairs with the one half a head away; float32."""
+    """The heads at row_ptr, rotated, in float32: element d pairs with the one half a head away."""
     low = d < half
     value = tl.load(row_ptr + d, mask=mask, other=0.0).to(tl.float32)
     other = tl.load(row_ptr + tl.where(low, d + half, d - half), mask=mask, other=0.0)
@@ -103,7 +102,7 @@ def _cached(
 
 
 @jit
-def _attend_kernel(
+def _attend_step_kernel(
     heads_ptr,
     cos_ptr,
     sin_ptr,
@@ -133,6 +132,7 @@ def _attend_kernel(
     BLOCK_S: tl.constexpr,
 ):
     """Program (g, b, s): split s of sequence b for the `group` query heads of head g."""
+    # 1. Find the split: tokens `begin` to `end` of the context, whose last token is the new one.
     g = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -149,7 +149,10 @@ def _attend_kernel(
     row = (b * kv_heads + g) * group + h
     last = context - 1
     end = tl.minimum(begin + width, context)
-    if EARLY:  # what is in the cache already, no kernel of this step writes
+
+    # 2. Fetch the first keys and values while the kernel before still runs: what is in the cache
+    # already, no kernel of this step writes.
+    if EARLY:
         k, v = _cached(
             keys_ptr,
             values_ptr,
@@ -174,6 +177,7 @@ def _attend_kernel(
         tl.store(out_ptr + row[:, None] * head_dim + d[None, :], nothing, mask=in_q)
         return
 
+    # 3. Rotate the queries and the new key. Whoever owns the last split stores the new token.
     half = head_dim // 2
     cos_ptr += last.to(tl.int64) * half
     sin_ptr += last.to(tl.int64) * half
@@ -191,6 +195,7 @@ def _attend_kernel(
     tl.store(keys_ptr + (slot * kv_heads + g) * head_dim + d, new_k, mask=kept)
     tl.store(values_ptr + (slot * kv_heads + g) * head_dim + d, new_v, mask=kept)
 
+    # 4. Walk over the split's keys, BLOCK_N at a time, with the new one put in its place.
     top = tl.full((BLOCK_H,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_H,), tl.float32)
     acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
@@ -212,9 +217,9 @@ def _attend_kernel(
                 BLOCK_N,
                 BLOCK_D,
             )
-        k_tile = tl.where(newest, new_k[None, :], k)
-        v_tile = tl.where(newest, new_v[None, :], v)
-        if EARLY:  # the next tile is on its way while this one is computed
+        k_now = tl.where(newest, new_k[None, :], k)
+        v_now = tl.where(newest, new_v[None, :], v)
+        if EARLY:  # the next keys are on their way while these are computed
             k, v = _cached(
                 keys_ptr,
                 values_ptr,
@@ -229,24 +234,28 @@ def _attend_kernel(
                 BLOCK_N,
                 BLOCK_D,
             )
-        if BLOCK_H == 1:  # one head a program: no tile for the tensor cores
-            scores = tl.sum(q * k_tile.to(tl.float32), axis=1)[None, :] * scale
+        # Score the keys; one head alone has no use for the tensor cores.
+        if BLOCK_H == 1:
+            scores = tl.sum(q * k_now.to(tl.float32), axis=1)[None, :] * scale
         else:
             if WIDEN:
-                k_tile, v_tile = k_tile.to(tl.float32), v_tile.to(tl.float32)
-            scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * scale
+                k_now, v_now = k_now.to(tl.float32), v_now.to(tl.float32)
+            scores = tl.dot(q, tl.trans(k_now), input_precision="ieee") * scale
         scores = tl.where((n < end)[None, :], scores, float("-inf"))
+        # Add their weights and weighted values. All weights are relative to the largest score so
+        # far, so the sums of earlier keys fade when a larger one comes.
         new_top = tl.maximum(top, tl.max(scores, axis=1))
         fade = tl.exp(top - new_top)
         weight = tl.exp(scores - new_top[:, None])
         total = total * fade + tl.sum(weight, axis=1)
         if BLOCK_H == 1:
-            added = tl.sum(tl.trans(weight) * v_tile.to(tl.float32), axis=0)[None, :]
+            added = tl.sum(tl.trans(weight) * v_now.to(tl.float32), axis=0)[None, :]
         else:
-            added = tl.dot(weight.to(v_tile.dtype), v_tile, input_precision="ieee")
+            added = tl.dot(weight.to(v_now.dtype), v_now, input_precision="ieee")
         acc = acc * fade[:, None] + added
         top = new_top
 
+    # 5. A single split is the result; otherwise leave a part of it.
     if num_splits == 1:
         y = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + row[:, None] * head_dim + d[None, :], y, mask=in_q)
@@ -255,7 +264,10 @@ def _attend_kernel(
     tl.store(partial_ptr + part[:, None] * head_dim + d[None, :], acc, mask=in_q)
     tl.store(stats_ptr + part * 2, top, mask=h < group)
     tl.store(stats_ptr + part * 2 + 1, total, mask=h < group)
-    tl.debug_barrier()  # all of this program's part is written before it says so
+
+    # 6. The last program adds all parts, in the order of the splits: a program's part is written
+    # before it counts itself. Weights fade to a common largest score, as above.
+    tl.debug_barrier()
     arrived_ptr += b * kv_heads + g
     if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == num_splits - 1:
         tl.store(arrived_ptr, 0)
@@ -302,14 +314,14 @@ def most_splits(longest: int, short: int, long: int) -> int:
     return max(most, cdiv(longest, long)) if longest > SHORT_CONTEXT else most
 
 
-def attend_blocks(batch: int, group: int, head_dim: int, itemsize: int) -> dict[str, int]:
-    """Block sizes of `_attend_kernel` for `group` query heads a key-value head."""
+def step_blocks(batch: int, group: int, head_dim: int, itemsize: int) -> dict[str, int]:
+    """Block sizes of `_attend_step_kernel` for `group` query heads a key-value head."""
     block_d = max(16, next_power_of_2(head_dim))
     head_bytes = block_d * itemsize
     short, long = split_lengths(batch, group)
     found = {"SHORT": short, "LONG": long, "SHORT_TO": SHORT_CONTEXT, "BLOCK_D": block_d}
     found["EARLY"] = batch <= FEW_ROWS and group == 1
-    # Few warps: each exchange between them costs more than the arithmetic of a small tile.
+    # Few warps: each exchange between them costs more than the arithmetic of a few keys.
     if group == 1:
         tokens = max(16, min(short, 32, 16384 // head_bytes))
         shape = {"BLOCK_H": 1, "BLOCK_N": tokens, "BLOCK_S": 16 if block_d <= 64 else 8}
@@ -350,7 +362,7 @@ def attend_step(
         block_size: slots of a block.
         longest: no context is longer.
         arrivals: counters that no kernel of another stream uses at the same time.
-        blocks: the tile, for measurements.
+        blocks: block sizes, for measurements.
     """
     batch, num_heads, head_dim = heads_BNd.shape
     kv_heads = keys.shape[1]
@@ -360,13 +372,13 @@ def attend_step(
     assert head_dim <= MAX_HEAD_DIM
     for tensor in (heads_BNd, cos_Pc, sin_Pc, keys, values, table_BM):
         assert tensor.is_contiguous()
-    blocks = blocks or attend_blocks(batch, group, head_dim, heads_BNd.element_size())
+    blocks = blocks or step_blocks(batch, group, head_dim, heads_BNd.element_size())
     splits = most_splits(longest, blocks["SHORT"], blocks["LONG"])
     device = heads_BNd.device
     out_BHd = heads_BNd.new_empty((batch, q_heads, head_dim))
     partial = torch.empty((batch, q_heads, splits, head_dim), dtype=torch.float32, device=device)
     stats = torch.empty((batch, q_heads, splits, 2), dtype=torch.float32, device=device)
-    _attend_kernel[(kv_heads, batch, splits)](
+    _attend_step_kernel[(kv_heads, batch, splits)](
         heads_BNd,
         cos_Pc,
         sin_Pc,

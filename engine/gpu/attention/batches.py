@@ -1,13 +1,19 @@
-"""Attention over the paged cache through Triton kernels; for CUDA.
+"""Attention of the engine's batches over the paged cache, by Triton kernels; for CUDA.
 
-A `HeadsAttend` takes the heads of a flat batch as the projection leaves them. `StepAttend` serves a
-batch that only decodes, in one launch over tensors of one shape, so that `engine.gpu.decode_graphs`
-can replay it. `KernelAttend` serves any batch: sequences that decode go through the paged kernel,
-each chunk of a prompt through PyTorch's attention over its gathered context. That batch, too, may
-lie in tensors of one shape for any lengths (`PromptBatch`), for `engine.gpu.prompt_graphs`.
+A `HeadsAttend` takes the heads of a flat batch as the projection leaves them. There are two kernels
+below it, and each is the only one for its job:
 
-Shapes: T tokens, B decoding sequences, M blocks per sequence at most, L tokens of a context, N
-heads of all kinds, H query heads, G key-value heads, d head dimension, c = d / 2, P positions.
+- `StepAttend` serves rows that are the next token of a sequence each, in one launch
+  (`attend_step`). It cuts long contexts into splits.
+- `ChunkAttend` serves chunks of prompts (`attend_chunks`), after `rotate_and_store` has written
+  them. Decoding rows may be among them, as chunks of one token; their contexts are not split.
+
+Both take tensors of one shape for any lengths, so that `engine.gpu.decode_graphs` and
+`engine.gpu.prompt_graphs` can replay them. `attend_spans` makes what serves a batch that is
+launched: chunks by the one kernel, decoding rows beside them by the other.
+
+Shapes: T tokens, B decoding sequences, M blocks per sequence at most, N heads of all kinds, H query
+heads, G key-value heads, d head dimension, c = d / 2, P positions.
 """
 
 from __future__ import annotations
@@ -19,10 +25,10 @@ import torch
 from torch import Tensor
 
 from engine.gpu.arrivals import Arrivals
+from engine.gpu.attention.attend_chunks import attend_chunks, chunk_blocks, cut
 from engine.gpu.attention.attend_step import attend_step
-from engine.gpu.attention.paged_kv import MAX_HEAD_DIM, paged_decode, rotate_and_store
-from engine.gpu.attention.paged_prefill import paged_prefill
-from engine.model.attention import KVCache, PagedAttend, SequenceSpan
+from engine.gpu.attention.rotate_and_store import MAX_HEAD_DIM, rotate_and_store
+from engine.model.attention import KVCache, SequenceSpan
 
 # (layer, heads [T, N, d]: queries, keys and values side by side, not rotated) -> [T, H, d]
 HeadsAttend = Callable[[int, Tensor], Tensor]
@@ -93,113 +99,107 @@ class StepAttend:
 
 
 @dataclass(frozen=True)
-class PromptBatch:
-    """Any batch, cut into pieces of a sequence each.
+class ChunkBatch:
+    """Chunks of sequences, cut into pieces.
 
     Attributes:
         table_BM: int32, the blocks of each sequence, in order.
-        pieces_N4: int32, as `engine.gpu.attention.paged_prefill.cut` makes them.
+        pieces_N4: int32, as `engine.gpu.attention.attend_chunks.cut` makes them.
     """
 
     table_BM: Tensor
     pieces_N4: Tensor
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """A part of a prompt: its rows in the batch, and the slots of its context, itself included."""
-
-    rows: slice
-    slots_L: Tensor
-
-
-class KernelAttend:
-    """Attention of one flat batch.
+class ChunkAttend:
+    """Attention of a batch of chunks.
 
     Args:
         cache: keys and values.
         turns: cosines and sines of each token's position, float32, [T, c] each.
         slots_T: int32 or int64, the slot of each token; negative for one that is not kept.
-        decode: the sequences that decode, if any.
-        decode_rows: their rows; None: they are the whole batch.
-        chunks: parts of prompts.
-        prompt: the whole batch, instead of the three before.
+        batch: the chunks.
     """
 
     def __init__(
-        self,
-        cache: KVCache,
-        turns: tuple[Tensor, Tensor],
-        slots_T: Tensor,
-        decode: DecodeBatch | None,
-        decode_rows: Tensor | None = None,
-        chunks: tuple[Chunk, ...] = (),
-        prompt: PromptBatch | None = None,
+        self, cache: KVCache, turns: tuple[Tensor, Tensor], slots_T: Tensor, batch: ChunkBatch
     ) -> None:
         self.cache = cache
         self._turns = turns
         self._slots_T = slots_T
-        self._prompt = prompt
-        self._decode = decode
-        self._decode_rows = decode_rows
-        self._chunks = chunks
+        self._batch = batch
 
-    @classmethod
-    def of_spans(
-        cls, cache: KVCache, spans: Sequence[SequenceSpan], turns: tuple[Tensor, Tensor]
-    ) -> KernelAttend:
-        """Tables and slots on the cache's device, for any batch."""
-        device, size = cache.slots.device, cache.block_size
-        most = max(len(s.blocks) for s in spans)
-        table_BM = torch.tensor(
-            [s.blocks + [0] * (most - len(s.blocks)) for s in spans], dtype=torch.int32
+    def __call__(self, layer: int, heads_TNd: Tensor) -> Tensor:
+        """Attended values [T, H, d] of one layer; a row in no piece holds anything."""
+        batch, (keys, values) = self._batch, self.cache.slots[layer]
+        q_THd = rotate_and_store(heads_TNd, *self._turns, keys, values, self._slots_T)
+        return attend_chunks(
+            q_THd, keys, values, batch.table_BM, batch.pieces_N4, self.cache.block_size
         )
-        row_T = torch.tensor([b for b, s in enumerate(spans) for _ in range(s.length)])
-        at_T = torch.tensor([c for s in spans for c in range(s.context - s.length, s.context)])
-        slots_T = (table_BM[row_T, at_T // size] * size + at_T % size).to(device)
-        inside = torch.arange(size)
-        chunks = tuple(
-            Chunk(
-                slice(s.start, s.start + s.length),
-                (table_BM[b][:, None] * size + inside).flatten()[: s.context].to(device),
-            )
-            for b, s in enumerate(spans)
-            if s.length > 1
-        )
-        decoding = [b for b, s in enumerate(spans) if s.length == 1]
-        if not decoding:
-            return cls(cache, turns, slots_T, None, None, chunks)
-        contexts = [spans[b].context for b in decoding]
-        contexts_B = torch.tensor(contexts, dtype=torch.int32, device=device)
-        if not chunks:
-            batch = DecodeBatch(table_BM.to(device), contexts_B, max(contexts))
-            return cls(cache, turns, slots_T, batch)
-        rows = torch.tensor([spans[b].start for b in decoding], device=device)
-        batch = DecodeBatch(table_BM[decoding].to(device), contexts_B, max(contexts))
-        return cls(cache, turns, slots_T, batch, rows, chunks)
+
+
+class MixedAttend:
+    """Attention of chunks with decoding rows beside them.
+
+    Args:
+        chunks: of all rows; decoding ones are in no piece and have no slot.
+        steps: of the decoding rows alone.
+        rows_B: int64, which rows these are.
+    """
+
+    def __init__(self, chunks: ChunkAttend, steps: StepAttend, rows_B: Tensor) -> None:
+        self._chunks = chunks
+        self._steps = steps
+        self._rows_B = rows_B
 
     def __call__(self, layer: int, heads_TNd: Tensor) -> Tensor:
         """Attended values [T, H, d] of one layer."""
-        keys, values = self.cache.slots[layer]
-        q_THd = rotate_and_store(heads_TNd, *self._turns, keys, values, self._slots_T)
-        if self._prompt is not None:
-            table_BM, pieces_N4 = self._prompt.table_BM, self._prompt.pieces_N4
-            return paged_prefill(q_THd, keys, values, table_BM, pieces_N4, self.cache.block_size)
-        if not self._chunks:
-            return self._decoded(q_THd, keys, values)
-        out_THd = torch.empty_like(q_THd)
-        if self._decode_rows is not None:
-            rows = self._decode_rows
-            out_THd.index_copy_(0, rows, self._decoded(q_THd[rows], keys, values))
-        for chunk in self._chunks:
-            k_LGd, v_LGd = keys[chunk.slots_L], values[chunk.slots_L]
-            out_THd[chunk.rows] = PagedAttend.chunk(q_THd[chunk.rows], k_LGd, v_LGd)
-        return out_THd
+        out_THd = self._chunks(layer, heads_TNd)
+        return out_THd.index_copy_(0, self._rows_B, self._steps(layer, heads_TNd[self._rows_B]))
 
-    def _decoded(self, q_BHd: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        batch = self._decode
-        assert batch is not None
-        size = self.cache.block_size
-        return paged_decode(
-            q_BHd, keys, values, batch.table_BM, batch.contexts_B, size, batch.longest
-        )
+
+def attend_spans(
+    cache: KVCache, spans: Sequence[SequenceSpan], tables: tuple[Tensor, Tensor], group: int
+) -> HeadsAttend:
+    """The attention of any batch.
+
+    Args:
+        cache: keys and values.
+        spans: of the batch, in the order of its rows.
+        tables: the model's cosines and sines, [P, c] each.
+        group: query heads that share a key-value head.
+    """
+    device, size = cache.slots.device, cache.block_size
+    most = max(len(span.blocks) for span in spans)
+    table_BM = torch.tensor(
+        [span.blocks + [0] * (most - len(span.blocks)) for span in spans], dtype=torch.int32
+    )
+    row_T = torch.tensor([b for b, span in enumerate(spans) for _ in range(span.length)])
+    at_T = torch.tensor([n for s in spans for n in range(s.context - s.length, s.context)])
+    slots_T = table_BM[row_T, at_T // size] * size + at_T % size
+    decoding = [b for b, span in enumerate(spans) if span.length == 1]
+    chunked = [b for b, span in enumerate(spans) if span.length > 1]
+    rows_B = torch.tensor([spans[b].start for b in decoding], dtype=torch.long)
+
+    def steps() -> StepAttend:
+        contexts = [spans[b].context for b in decoding]
+        contexts_B = torch.tensor(contexts, dtype=torch.int32, device=device)
+        batch = DecodeBatch(table_BM[decoding].to(device), contexts_B, max(contexts))
+        return StepAttend(cache, tables, slots_T[rows_B].int().to(device), batch, Arrivals(device))
+
+    def chunks() -> ChunkAttend:
+        width, itemsize = cache.slots.shape[-1], cache.slots.element_size()
+        block_q = chunk_blocks(group, width, itemsize)["BLOCK_Q"]
+        lengths = [(s.start, s.length, s.context - s.length) for s in (spans[b] for b in chunked)]
+        pieces = cut(lengths, 0, block_q)
+        pieces_N4 = torch.tensor(pieces, dtype=torch.int32, device=device)
+        batch = ChunkBatch(table_BM[chunked].to(device), pieces_N4)
+        kept_T = slots_T.index_fill(0, rows_B, -1).to(device)
+        cos, sin = (table[at_T.to(device)] for table in tables)
+        return ChunkAttend(cache, (cos, sin), kept_T, batch)
+
+    if not chunked:
+        return steps()
+    if not decoding:
+        return chunks()
+    return MixedAttend(chunks(), steps(), rows_B.to(device))

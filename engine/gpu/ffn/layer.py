@@ -13,8 +13,12 @@ from torch import Tensor
 
 from engine.gpu.add_norm import Norm
 from engine.gpu.arrivals import Arrivals
-from engine.gpu.ffn import expert_ffn, gpu_ways, grouped_ffn, masked_ffn, union_ffn
-from engine.gpu.routing import route_step, routing
+from engine.gpu.ffn import all_experts, few_tokens, many_tokens, used_experts
+from engine.gpu.ffn.cheapest_way import FFNShape, cheapest_way, one_pass_is_cheaper
+from engine.gpu.routing.choose_few import MOST_TOKENS, choose_few
+from engine.gpu.routing.choose_many import choose_many
+from engine.gpu.routing.pairs import sort_pairs
+from engine.gpu.routing.rule import Choice
 from engine.gpu.thin_linear import thin_linear
 from engine.model.ffn import ExpertFFN, FeedForward, mixture
 from engine.model.policy_batch import PolicyBatch
@@ -42,7 +46,7 @@ class KernelFFN(FeedForward):
             self._extras = {"gate_FD": ffn.gate, "threshold": ffn.threshold}
             self._extras |= {"up_bias_F": ffn.up_bias, "down_bias_D": ffn.down_bias}
         shape = ffn.up.shape[1], ffn.num_experts, ffn.expert_size
-        self._shape = gpu_ways.Layer(*shape, ffn.up.element_size())
+        self._shape = FFNShape(*shape, ffn.up.element_size())
 
     def hidden(self, x_TD: Tensor) -> Tensor:
         return self.ffn.hidden(x_TD)
@@ -59,9 +63,9 @@ class KernelFFN(FeedForward):
     def mixed(self, x_TD: Tensor, policy: PolicyBatch) -> tuple[Tensor, Tensor]:
         """Together by dense products, or each kind of token apart, whichever costs less."""
         counts = policy.count(dense=True), policy.count(dense=False)
-        together = gpu_ways.mixed_is_masked(self._shape, *counts, policy.max_k)
+        together = one_pass_is_cheaper(self._shape, *counts, policy.max_k)
         if self.ffn.is_plain and together:
-            return self._masked(x_TD, policy.k_T, policy.mass_T, self.num_experts)
+            return self._all_experts(x_TD, policy.k_T, policy.mass_T, self.num_experts)
         rows, dense_rows = policy.sparse_rows, policy.dense_rows
         limits = policy.k_T[rows], policy.mass_T[rows], policy.max_k, policy.quarters
         sparse_nD, chosen_nE = self._sparse(x_TD[rows], *limits)
@@ -89,35 +93,33 @@ class KernelFFN(FeedForward):
             h_1F = thin_linear(x_1D, ffn.up, norm=norm, activation=ffn.activation)
             return torch.addmm(x_1D, h_1F, ffn.down)
         limits = policy.k_T, policy.mass_T, policy.max_k
-        choice = route_step.route_step(x_1D, ffn.router, *limits, arrivals, norm, chosen_1E)
+        choice = choose_few(x_1D, ffn.router, *limits, arrivals, norm, chosen_1E)
         ids_1K, shape = choice.ids_TK, (ffn.expert_size, ffn.activation)
-        h_1KS = expert_ffn.expert_up(x_1D, ffn.up, ids_1K, *shape, norm=norm)
-        return expert_ffn.expert_down(h_1KS, ffn.down, ids_1K, arrivals, add_to=x_1D)
+        h_1KS = few_tokens.first_product(x_1D, ffn.up, ids_1K, *shape, norm=norm)
+        return few_tokens.second_product(h_1KS, ffn.down, ids_1K, arrivals, add_to=x_1D)
 
     def _sparse(
         self, x_TD: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int, quarters: int
     ) -> tuple[Tensor, Tensor]:
         ffn = self.ffn
-        way = gpu_ways.sparse_way(self._shape, x_TD.shape[0], max_k, quarters)
-        if way in ("masked", "union") and not ffn.is_plain:
-            way = "grouped"
-        if way == "masked":
-            return self._masked(x_TD, k_T, mass_T, max_k)
+        way = cheapest_way(self._shape, x_TD.shape[0], max_k, quarters)
+        if way in ("all_experts", "used_experts") and not ffn.is_plain:
+            way = "many_tokens"
+        if way == "all_experts":
+            return self._all_experts(x_TD, k_T, mass_T, max_k)
         choice = self._select(x_TD, k_T, mass_T, max_k)
         weights = x_TD, ffn.up, ffn.down
-        if way == "few":
+        if way == "few_tokens":
             shape = ffn.expert_size, ffn.activation
-            y_TD = expert_ffn.expert_ffn(
-                *weights, choice.ids_TK, *shape, self._arrivals, **self._extras
-            )
-        elif way == "union":
-            y_TD = union_ffn.union_ffn(*weights, choice.chosen_TE, ffn.activation)
+            y_TD = few_tokens.ffn(*weights, choice.ids_TK, *shape, self._arrivals, **self._extras)
+        elif way == "used_experts":
+            y_TD = used_experts.ffn(*weights, choice.chosen_TE, ffn.activation)
         else:
-            pairs = routing.sort_pairs(choice)
-            y_TD = grouped_ffn.grouped_ffn(*weights, pairs, ffn.activation, **self._extras)
+            pairs = sort_pairs(choice)
+            y_TD = many_tokens.ffn(*weights, pairs, ffn.activation, **self._extras)
         return y_TD, choice.chosen_TE
 
-    def _masked(
+    def _all_experts(
         self, x_TD: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int
     ) -> tuple[Tensor, Tensor]:
         ffn = self.ffn
@@ -125,15 +127,15 @@ class KernelFFN(FeedForward):
             lambda: self._select(x_TD, k_T, mass_T, max_k).chosen_TE,
             lambda: x_TD @ ffn.up.T,
         )
-        h_TF = masked_ffn.activate_chosen(h_TF, chosen_TE, ffn.activation)
+        h_TF = all_experts.activate_chosen(h_TF, chosen_TE, ffn.activation)
         return h_TF @ ffn.down, chosen_TE
 
-    def _select(self, x_TD: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int) -> routing.Choice:
+    def _select(self, x_TD: Tensor, k_T: Tensor, mass_T: Tensor, max_k: int) -> Choice:
         """The choice, in one launch for few tokens, in two for many."""
         router_ED = self.ffn.router
-        if x_TD.shape[0] > route_step.MOST_TOKENS:
-            return routing.select(x_TD, router_ED, k_T, mass_T, max_k)
-        return route_step.route_step(x_TD, router_ED, k_T, mass_T, max_k, self._arrivals)
+        if x_TD.shape[0] > MOST_TOKENS:
+            return choose_many(x_TD, router_ED, k_T, mass_T, max_k)
+        return choose_few(x_TD, router_ED, k_T, mass_T, max_k, self._arrivals)
 
 
 def side_by_side(

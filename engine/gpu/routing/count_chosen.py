@@ -12,7 +12,7 @@ from engine.gpu._triton import jit, next_power_of_2, tl
 
 
 def count_chosen_reference(chosen_LTE: Tensor) -> Tensor:
-    """As `count_chosen`."""
+    """What `count_chosen` computes."""
     counts_LT = chosen_LTE.sum(2)
     union_L = chosen_LTE.any(1).sum(1)
     return torch.cat([counts_LT.sum(0), counts_LT.sum(1), union_L]).int()

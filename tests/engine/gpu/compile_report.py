@@ -23,16 +23,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from engine.gpu import add_norm, thin_linear
-from engine.gpu.attention import attend_step, paged_kv, paged_prefill
-from engine.gpu.ffn import (
-    expert_ffn,
-    grouped_ffn,
-    grouped_pairs,
-    grouped_tma,
-    masked_ffn,
-    union_ffn,
-)
-from engine.gpu.routing import route_step, routing, sharing, top_k
+from engine.gpu.attention import attend_chunks, attend_step, rotate_and_store
+from engine.gpu.ffn import all_experts, few_tokens, product_blocks, products, used_experts
+from engine.gpu.routing import choose_few, choose_many, choose_top_k, pairs, rule
 
 D, S, E, K, T = 2048, 256, 32, 6, 2048
 N = 8
@@ -66,21 +59,17 @@ INTS = {
     "pieces_per_slot": 4,
 }
 POINTERS = {
-    **dict.fromkeys(("chosen_ptr", "read_ptr", "taken_ptr", "used_ptr"), "i1"),
+    "chosen_ptr": "i1",
     **dict.fromkeys(("pieces_ptr", "scores_ptr", "mass_ptr", "partial_ptr"), "fp32"),
     **dict.fromkeys(("k_ptr", "ids_ptr", "counts_ptr", "chunk_counts_ptr"), "i32"),
-    **dict.fromkeys(("offsets_ptr", "pair_token_ptr", "tiles_ptr"), "i32"),
+    **dict.fromkeys(("offsets_ptr", "pair_token_ptr", "pair_slot_ptr", "tiles_ptr"), "i32"),
     **dict.fromkeys(("table_ptr", "contexts_ptr", "slot_ptr", "spans_ptr"), "i32"),
     **dict.fromkeys(("cos_ptr", "sin_ptr", "stats_ptr"), "fp32"),
     **dict.fromkeys(("arrived_ptr", "list_ptr"), "i32"),
 }
 FLOATS = ("scale", "epsilon", "threshold")
-# What a descriptor fetches at once.
-DESCRIPTORS = {
-    "up_desc": ("BLOCK_S", "BLOCK_D"),
-    "h_desc": ("BLOCK_P", "BLOCK_S"),
-    "down_desc": ("BLOCK_S", "BLOCK_D"),
-}
+# What a descriptor fetches at once, where a case passes it instead of a pointer.
+DESCRIPTORS = {"h": ("BLOCK_P", "BLOCK_S"), "w": ("BLOCK_S", "BLOCK_D")}
 # Chained launches are for Hopper and newer; ARCH is the first argument.
 CHAINED = sys.argv[1:] == ["90"]
 PATTERNS = {
@@ -94,46 +83,29 @@ PATTERNS = {
 
 def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
     """(name, kernel, constants, dtype of the untyped pointers) at the sizes above."""
-    sort = routing.sort_blocks(T)
     found: list[tuple[str, Any, dict[str, Any], str]] = [
-        ("count", routing._count_kernel, sort, "i32"),
-        ("fill", routing._fill_kernel, {**sort, "BLOCK_E": E}, "i32"),
-        ("choose", routing._choose_kernel, routing.choose_blocks(E, N, K), "fp32"),
-        ("choose 512", routing._choose_kernel, routing.choose_blocks(512, N, 16), "fp32"),
-        ("take", sharing._take_kernel, sharing.take_blocks(E), "fp32"),
-        ("use", sharing._use_kernel, sharing.use_blocks(E, K), "fp32"),
-        ("take 512", sharing._take_kernel, sharing.take_blocks(512), "fp32"),
-        ("use 512", sharing._use_kernel, sharing.use_blocks(512, 16), "fp32"),
-        ("tiles", grouped_pairs._tiles_kernel, grouped_pairs.tiles_blocks(E), "i32"),
+        ("choose", choose_many._choose_kernel, rule.choose_token_blocks(E, N, K), "fp32"),
+        ("choose 512", choose_many._choose_kernel, rule.choose_token_blocks(512, N, 16), "fp32"),
+        ("list tiles", products._list_tiles_kernel, product_blocks.list_tiles_blocks(E), "i32"),
     ]
     for experts in (E, 64, 512):
-        blocks = top_k.top_k_blocks(experts)
+        blocks = pairs.sort_blocks(experts)
         found += [
-            (f"pick {experts}", top_k._pick_kernel, blocks, "fp32"),
-            (f"place {experts}", top_k._place_kernel, blocks, "i32"),
+            (f"pick {experts}", choose_top_k._pick_kernel, blocks, "fp32"),
+            (f"count {experts}", pairs._count_kernel, blocks, "i32"),
+            (f"place {experts}", pairs._place_kernel, blocks, "i32"),
         ]
     for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
         found += [
-            ("scores", routing._scores_kernel, routing.scores_blocks(E, itemsize), dtype),
-            ("combine", grouped_ffn._combine_kernel, grouped_ffn.combine_blocks(D), dtype),
-        ]
-        for pairs in (12, 96, 384) if dtype == "bf16" else (384,):
-            up = grouped_ffn.up_blocks(pairs, S, itemsize)
-            down = grouped_ffn.down_blocks(pairs)
-            found += [
-                (f"up {pairs}", grouped_ffn._up_kernel, {**up, "BLOCK_E": E}, dtype),
-                (f"down {pairs}", grouped_ffn._down_kernel, {**down, "BLOCK_E": E}, dtype),
-            ]
-        full = {"GATED": True, "BIASED": True}
-        many = {**grouped_ffn.up_blocks(384, S, itemsize, gated=True), **full, "BLOCK_E": E}
-        found += [
-            ("up full", grouped_ffn._up_kernel, many, dtype),
+            ("scores", choose_many._scores_kernel, choose_many.scores_blocks(E, itemsize), dtype),
+            ("combine", products._combine_kernel, product_blocks.combine_blocks(D), dtype),
             ("add norm", add_norm._add_norm_kernel, add_norm.add_norm_blocks(D), dtype),
             ("add norm 5120", add_norm._add_norm_kernel, add_norm.add_norm_blocks(5120), dtype),
-            ("activate", masked_ffn._activate_kernel, masked_ffn.activate_blocks(), dtype),
+            ("activate", all_experts._activate_kernel, all_experts.activate_blocks(), dtype),
         ]
         found += [(name, *rest, dtype) for name, *rest in attention_cases(itemsize)]
         found += [(name, *rest, dtype) for name, *rest in step_cases(itemsize)]
+        found += [(name, *rest, dtype) for name, *rest in serving_cases(itemsize)]
         for size in TRAINED_SIZES:
             found += [(f"{n} {size}", *rest, dtype) for n, *rest in training_cases(size, itemsize)]
     return found
@@ -141,83 +113,98 @@ def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
 
 def attention_cases(itemsize: int) -> list[tuple[str, Any, dict[str, Any]]]:
     """The paged cache's kernels, as (name, kernel, constants)."""
-    split = {"SPLIT": paged_kv.SPLIT}
     found = [
-        ("rotate", paged_kv._rotate_store_kernel, paged_kv.rotate_blocks(48, 64)),
-        ("merge", paged_kv._merge_kernel, {**split, **paged_kv.merge_blocks(64)}),
+        ("rotate", rotate_and_store._rotate_store_kernel, rotate_and_store.rotate_blocks(48, 64)),
     ]
     for group in (1, 4):
         for width in (64, 128, 256):
-            blocks = {
-                **split,
-                "ONLY": width == 64,
-                **paged_kv.decode_blocks(group, width, itemsize),
-            }
-            found.append((f"decode {group}x{width}", paged_kv._decode_kernel, blocks))
-            blocks = {"PAGE": 16, **paged_prefill.prefill_blocks(group, width, itemsize)}
-            found.append((f"prefill {group}x{width}", paged_prefill._prefill_kernel, blocks))
+            blocks = {"PAGE": 16, **attend_chunks.chunk_blocks(group, width, itemsize)}
+            kernel = attend_chunks._attend_chunks_kernel
+            found.append((f"chunks {group}x{width}", kernel, blocks))
             for batch in (1, 16):
-                step = attend_step.attend_blocks(batch, group, width, itemsize)
+                step = attend_step.step_blocks(batch, group, width, itemsize)
                 name = f"attend {batch} {group}x{width}"
-                found.append((name, attend_step._attend_kernel, {**step, "CHAINED": CHAINED}))
+                found.append((name, attend_step._attend_step_kernel, {**step, "CHAINED": CHAINED}))
     return found
+
+
+SERVING = {"LISTED": False, "PRECISION": "ieee", "BLOCK_E": E}
+
+
+def serving_cases(itemsize: int) -> list[tuple[str, Any, dict[str, Any]]]:
+    """The products over pairs that a prompt takes, as (name, kernel, constants)."""
+    found = []
+    for mean in (12, 96, 384) if itemsize == 2 else (384,):
+        up = {**product_blocks.gather_blocks(mean, S, itemsize), **SERVING}
+        down = {**product_blocks.spread_blocks(mean), **SERVING}
+        found += [
+            (f"up {mean}", products._gather_kernel, up),
+            (f"down {mean}", products._spread_kernel, down),
+        ]
+    many = product_blocks.gather_blocks(384, S, itemsize, gated=True)
+    full = {**many, **SERVING, "GATED": True, "BIASED": True}
+    return [*found, ("up full", products._gather_kernel, full)]
 
 
 def tma_cases() -> list[tuple[str, Any, dict[str, Any], str]]:
-    """The grouped products that need TMA, in the tiles in use, as `cases`."""
+    """The same products where weights come by TMA, as `cases`."""
     found: list[tuple[str, Any, dict[str, Any], str]] = []
-    for pairs in (48, 384):
-        for product, kernel, blocks in (
-            ("up", grouped_tma._up_kernel, grouped_tma.up_blocks(pairs, S)),
-            ("down", grouped_tma._down_kernel, grouped_tma.down_blocks(S)),
-        ):
-            switches = {"FLATTEN": blocks.pop("per_sm") > 0, "BLOCK_E": E, "BLOCK_K": 8}
-            found.append((f"tma {product} {pairs}", kernel, {**blocks, **switches}, "bf16"))
-    return found
+    for mean in (96, 384):
+        up = {**product_blocks.tma_gather_blocks(mean, S), **SERVING, "TMA": True}
+        found.append((f"tma up {mean}", products._gather_kernel, up, "bf16"))
+    down = {**product_blocks.tma_spread_blocks(S), **SERVING, "WALKS": True}
+    return [*found, ("tma down", products._spread_kernel, down, "bf16")]
 
 
 def step_cases(itemsize: int) -> list[tuple[str, Any, dict[str, Any]]]:
     """The kernels of a decoding step, as (name, kernel, constants)."""
     chained = {"CHAINED": CHAINED}
-    rows, normed = {**expert_ffn.up_blocks(D), **chained}, {"NORMED": True}
-    down = {**expert_ffn.down_blocks(S), **chained}
+    rows, normed = {**few_tokens.row_blocks(D), **chained}, {"NORMED": True}
+    down = {**few_tokens.second_blocks(S), **chained}
     full = {"GATED": True, "BIASED": True}
     found = [
         ("thin", thin_linear._thin_linear_kernel, {**rows, **normed}),
-        ("expert_up", expert_ffn._expert_up_kernel, {**rows, **normed}),
-        ("expert_up full", expert_ffn._expert_up_kernel, {**rows, **full}),
-        ("expert_down", expert_ffn._expert_down_kernel, down),
-        ("expert_down full", expert_ffn._expert_down_kernel, {**down, "ADDED": True, **full}),
-        ("sum", union_ffn._sum_shares_kernel, {**union_ffn.sum_blocks(16), **chained}),
+        ("few first", few_tokens._first_kernel, {**rows, **normed}),
+        ("few first full", few_tokens._first_kernel, {**rows, **full}),
+        ("few second", few_tokens._second_kernel, down),
+        ("few second full", few_tokens._second_kernel, {**down, "ADDED": True, **full}),
+        ("sum", used_experts._sum_shares_kernel, {**used_experts.sum_blocks(16), **chained}),
     ]
     for experts in (E, 64, 512):
-        blocks = route_step.route_blocks(experts, D, K)
-        found.append(
-            (f"route {experts}", route_step._route_kernel, {**blocks, **normed, **chained})
-        )
-    for tokens in (8, 16, union_ffn.MOST_TOKENS) if itemsize == 2 else ():  # what gpu_ways takes
+        blocks = choose_few.choose_few_blocks(experts, D, K)
+        blocks = {**blocks, **normed, **chained}
+        found.append((f"choose few {experts}", choose_few._choose_few_kernel, blocks))
+    for tokens in (8, 16, used_experts.MOST_TOKENS) if itemsize == 2 else ():  # as `cheapest_way`
         lists = {"BLOCK_L": 8, "BLOCK_E": 512}
-        tiles = {**union_ffn.up_blocks(tokens), **lists, **chained}
-        found.append((f"union_up {tokens}", union_ffn._union_up_kernel, tiles))
-        tiles = {**union_ffn.down_blocks(tokens), **chained}
-        found.append((f"union_down {tokens}", union_ffn._union_down_kernel, tiles))
+        tiles = {**used_experts.first_blocks(tokens), **lists, **chained}
+        found.append((f"used first {tokens}", used_experts._first_kernel, tiles))
+        tiles = {**used_experts.second_blocks(tokens), **chained}
+        found.append((f"used second {tokens}", used_experts._second_kernel, tiles))
     return found
 
 
 def training_cases(size: int, itemsize: int) -> list[tuple[str, Any, dict[str, Any]]]:
     """The products of training for experts of this size, as (name, kernel, constants)."""
-    precision = {"PRECISION": "ieee" if itemsize == 2 else "tf32x3"}
+    order = {
+        "LISTED": True,
+        "BLOCK_E": E,
+        "PRECISION": "ieee" if itemsize == 2 else "tf32x3",
+    }
     forward, backward = (
-        {**grouped_pairs.gather_blocks(size, itemsize, backward=b), **precision, "BACKWARD": b}
+        {
+            **product_blocks.listed_gather_blocks(size, itemsize, backward=b),
+            **order,
+            "BACKWARD": b,
+        }
         for b in (False, True)
     )
-    spread = {**grouped_pairs.spread_blocks(size, itemsize), **precision}
-    weights = {**grouped_pairs.weights_blocks(size, itemsize), **precision}
+    spread = {**product_blocks.listed_spread_blocks(size, itemsize), **order}
+    weights = {**product_blocks.weights_blocks(size, itemsize), **order}
     return [
-        ("gather", grouped_pairs._gather_kernel, forward),
-        ("gather back", grouped_pairs._gather_kernel, {**backward, "SQUARE": True}),
-        ("spread", grouped_pairs._spread_kernel, spread),
-        ("weights", grouped_pairs._weights_kernel, weights),
+        ("gather", products._gather_kernel, forward),
+        ("gather back", products._gather_kernel, {**backward, "SQUARE": True}),
+        ("spread", products._spread_kernel, spread),
+        ("weights", products._weights_kernel, weights),
     ]
 
 
@@ -234,16 +221,19 @@ def source(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[ASTSourc
         "ADDED",
         "RECTIFIED",
         "NORMED",
-        "ROUTED",
         "CHAINED",
+        "BACKWARD",
+        "TMA",
+        "WALKS",
     )
     constexprs = {**dict.fromkeys((*switches, "CHAINED"), False), **constants}
     constexprs = {k: v for k, v in constexprs.items() if k in kernel.arg_names}
+    by_tma = constexprs.get("TMA") or constexprs.get("WALKS")
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constexprs:
             signature[name] = "constexpr"
-        elif name in DESCRIPTORS:
+        elif name in DESCRIPTORS and by_tma:
             shape = ", ".join(str(constexprs[size]) for size in DESCRIPTORS[name])
             signature[name] = f"tensordesc<{dtype}[{shape}]>"
         elif name in INTS:
@@ -252,7 +242,7 @@ def source(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[ASTSourc
             signature[name] = "fp32"
         else:
             signature[name] = "*" + POINTERS.get(name, dtype)
-        plain = name not in constexprs and name not in FLOATS and name not in DESCRIPTORS
+        plain = name not in FLOATS and not signature[name].startswith(("constexpr", "tensordesc"))
         if plain and INTS.get(name, 16) % 16 == 0:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constexprs, attributes), options

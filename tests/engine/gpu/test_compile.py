@@ -57,7 +57,7 @@ class TestCompiledCode:
     def test_rows_are_loaded_16_bytes_at_a_time(
         self, arch: int, reports: dict[int, Report]
     ) -> None:
-        for name in ("expert_up", "thin", "union", "sum", "combine", "scores", "up", "down"):
+        for name in ("few first", "thin", "used", "sum", "combine", "scores", "up", "down"):
             found = [r for k, r in reports[arch].items() if k.startswith(name)]
             assert found
             # What remains are ids, offsets and limits.
@@ -84,14 +84,14 @@ class TestCompiledCode:
     def test_half_precision_products_use_tensor_cores(
         self, arch: int, reports: dict[int, Report]
     ) -> None:
-        products = {k: r for k, r in reports[arch].items() if k.startswith(("up", "down", "union"))}
+        products = {k: r for k, r in reports[arch].items() if k.startswith(("up", "down", "used"))}
         assert products
         assert all((r["mma"] > 0) == k.endswith("bf16") for k, r in products.items())
 
     def test_attention_of_prompts_uses_tensor_cores(
         self, arch: int, reports: dict[int, Report]
     ) -> None:
-        found = {k: r for k, r in reports[arch].items() if k.startswith("prefill")}
+        found = {k: r for k, r in reports[arch].items() if k.startswith("chunks")}
         assert found
         assert all((r["mma"] > 0) == k.endswith("bf16") for k, r in found.items())
 

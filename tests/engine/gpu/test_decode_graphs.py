@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.gpu.attention.batches import KernelAttend
+from engine.gpu.attention.batches import attend_spans
 from engine.gpu.decode_graphs import (
     DecodeGraph,
     DecodeGraphs,
@@ -239,7 +239,7 @@ def test_kernel_attention_equals_plain_attention_over_any_batch(plain: Decoder) 
         cache.slots.normal_(generator=torch.Generator().manual_seed(0))
         ids_T, positions_T, rows = torch.tensor(ids), torch.tensor(positions), torch.tensor([0, 9])
         if kernels:
-            attend = KernelAttend.of_spans(cache, spans, plain.turns(positions_T))
+            attend = attend_spans(cache, spans, (plain.cos, plain.sin), 2)
             logits = KernelDecoder(plain).forward(ids_T, attend, policy, rows=rows)
         else:
             logits = plain(ids_T, positions_T, PagedAttend(cache, spans), policy, rows=rows)

@@ -141,7 +141,7 @@ def test_chunks_and_decoding_requests_compute_what_each_computes_alone(
     kernels: KernelDecoder,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(prompt_graphs, "mixed_is_masked", lambda *_: True)
+    monkeypatch.setattr(prompt_graphs, "one_pass_is_cheaper", lambda *_: True)
     graphs, requests = graphs_of(kernels), requests_of(policies)
     first, *rest = requests
     check_step(graphs, plain, [(first, first.num_uncomputed)])
@@ -183,7 +183,7 @@ def test_dense_and_sparse_tokens_stay_apart_where_that_is_cheaper(
 ) -> None:
     graphs, (dense, sparse) = graphs_of(kernels), requests_of([DENSE, TWO])
     for together, expected in ((True, PromptKey(16, 4, 8)), (False, None)):
-        monkeypatch.setattr(prompt_graphs, "mixed_is_masked", lambda *_, t=together: t)
+        monkeypatch.setattr(prompt_graphs, "one_pass_is_cheaper", lambda *_, t=together: t)
         assert graphs.key([(dense, 1), (sparse, 9)]) == expected
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.gpu.ffn import grouped_training
-from engine.gpu.ffn.grouped_training import grouped_ffn, route_top_k
+from engine.gpu.ffn import training
+from engine.gpu.ffn.training import choose_top_k, ffn
 
 
 def leaves(tokens: int, width: int, neurons: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -29,9 +29,9 @@ def test_torch_compile_takes_routing_and_ffn_whole(
     router_ED, dy_TD = (torch.randn(rows, 48, device=device) for rows in (4, 20))
 
     def layer(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        routed = route_top_k(x.detach() @ router_ED.T, 2)
+        pairs = choose_top_k(x.detach() @ router_ED.T, 2)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            return x + grouped_ffn(2.0 * x, up, down, routed, "relu2")
+            return x + ffn(2.0 * x, up, down, pairs, "relu2")
 
     whole = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     results = []
@@ -45,11 +45,11 @@ def test_operators_keep_their_promises_to_torch(device: torch.device) -> None:
     """Schemas, shapes without data, derivatives: all that tracing relies on."""
     inputs = leaves(9, 40, 3 * 16, device)
     scores_TE = torch.randn(9, 3, device=device)
-    torch.library.opcheck(grouped_training._route_top_k, (scores_TE, 2))
-    routing = route_top_k(scores_TE, 2)
-    pairs = (routing.ids_TK, routing.offsets_E1, routing.pair_token_P)
-    torch.library.opcheck(grouped_training._forward, (*inputs, *pairs, "relu"))
+    torch.library.opcheck(training._choose_top_k, (scores_TE, 2))
+    found = choose_top_k(scores_TE, 2)
+    pairs = (found.ids_TK, found.offsets_E1, found.pair_token_P, found.pair_slot_P)
+    torch.library.opcheck(training._forward, (*inputs, *pairs, "relu"))
     detached = tuple(tensor.detach() for tensor in inputs)
-    y_TD, h_PS, tiles_N2 = grouped_training._forward(*detached, *pairs, "relu")
+    y_TD, h_PS, tiles_N2 = training._forward(*detached, *pairs, "relu")
     backward = (torch.randn_like(y_TD), *detached, h_PS, *pairs, tiles_N2, "relu")
-    torch.library.opcheck(grouped_training._backward, backward)
+    torch.library.opcheck(training._backward, backward)

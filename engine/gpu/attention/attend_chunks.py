@@ -1,12 +1,13 @@
-"""Attention of prompts over the paged cache: any mixture of chunks, of one shape for any lengths.
+"""Attention of chunks of prompts over the paged cache, in tensors of one shape for any lengths.
 
 The queries of a batch are cut into pieces of one sequence each (`cut`), which the device reads from
 a tensor: where a piece lies in the batch, at which position it begins, whose blocks it reads. So a
 batch padded to some number of tokens can be replayed from a CUDA graph, whatever chunks, contexts
 and decoding sequences it holds. Program (g, n) takes piece n for the query heads that share
 key-value head g, and walks over the keys that precede it, causally, adding as it goes (flash
-attention, Dao et al. 2022). Keys are taken in tiles that begin at position 0, so a token's result
-does not depend on how its prompt was cut, nor on its company.
+attention, Dao et al. 2022). Keys are taken in blocks that begin at position 0, so a token's result
+does not depend on how its prompt was cut, nor on its company. A piece walks over its whole context
+alone, so a single query with a long context is better served by `attend_step`.
 
 Shapes: T tokens, H query heads, G key-value heads, d head dimension, N pieces, M blocks per
 sequence at most.
@@ -21,23 +22,22 @@ import torch
 from torch import Tensor
 
 from engine.gpu._triton import INTERPRETED, cdiv, jit, next_power_of_2, tl
-
-MAX_HEAD_DIM = 256
+from engine.gpu.attention.rotate_and_store import MAX_HEAD_DIM
 
 # (first row, rows, position of the first row, row of the table)
 Piece = tuple[int, int, int, int]
 
 
 def cut(spans: Iterable[tuple[int, int, int]], num_tokens: int, block_q: int) -> list[Piece]:
-    """Pieces of at most `block_q` queries that cover the batch, those with most keys first.
+    """Pieces of at most `block_q` queries that cover the spans, those with most keys first.
 
     Rows behind the last span become pieces without keys, whose attention is zero.
 
     Args:
-        spans: (first row, rows, position of the first row) of each sequence, in the table's order;
-            their rows follow one another from 0.
+        spans: (first row, rows, position of the first row) of each sequence, in the table's order
+            and in ascending order of rows.
         num_tokens: T.
-        block_q: from `prefill_blocks`.
+        block_q: from `chunk_blocks`.
     """
     pieces: list[Piece] = []
     end = 0
@@ -60,7 +60,7 @@ def most_pieces(num_tokens: int, sequences: int, block_q: int) -> int:
     return min(num_tokens, cdiv(num_tokens, block_q) + sequences)
 
 
-def paged_prefill_reference(
+def attend_chunks_reference(
     q_THd: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -68,7 +68,7 @@ def paged_prefill_reference(
     pieces_N4: Tensor,
     block_size: int,
 ) -> Tensor:
-    """As `paged_prefill`, query by query, in float32 or the inputs' float64."""
+    """What `attend_chunks` computes, query by query, in float32 or the inputs' float64."""
     wide = torch.promote_types(q_THd.dtype, torch.float32)
     out_THd = torch.zeros_like(q_THd, dtype=wide)
     group = q_THd.shape[1] // keys.shape[1]
@@ -107,7 +107,11 @@ def _add_keys(
     PAGE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Add the keys n to the running sums of a piece; query i sees those below seen[i]."""
+    """Add the keys n to the running sums of a piece; query i sees those below seen[i].
+
+    Without `MASKED`, every query sees all of them.
+    """
+    # 1. Find the keys through the table of blocks, and read them and their values.
     d = tl.arange(0, BLOCK_D)[None, :]
     last = tl.max(seen, axis=0)
     if MASKED:
@@ -122,9 +126,14 @@ def _add_keys(
     v = tl.load(values_ptr + at, mask=in_n, other=0.0)
     if WIDEN:
         k, v = k.to(tl.float32), v.to(tl.float32)
+
+    # 2. Score them.
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if MASKED:
         scores = tl.where(n[None, :] < seen[:, None], scores, float("-inf"))
+
+    # 3. Add their weights and weighted values. All weights are relative to the largest score so
+    # far, so sums of earlier keys fade when a larger one comes.
     new_top = tl.maximum(top, tl.max(scores, axis=1))
     fade = tl.exp2(top - new_top)
     weight = tl.exp2(scores - new_top[:, None])
@@ -134,7 +143,7 @@ def _add_keys(
 
 
 @jit
-def _prefill_kernel(
+def _attend_chunks_kernel(
     q_ptr,
     keys_ptr,
     values_ptr,
@@ -154,9 +163,10 @@ def _prefill_kernel(
 ):
     """Program (g, n): piece n for the `group` query heads of key-value head g.
 
-    Row m of a tile is query m // BLOCK_H of the piece, head m % BLOCK_H of the group. `scale` turns
-    scores into exponents of two.
+    Row m of a program is query m // BLOCK_H of the piece, head m % BLOCK_H of the group. `scale`
+    turns scores into exponents of two.
     """
+    # 1. Read the piece: its rows in the batch, the first one's position, and whose blocks it reads.
     g = tl.program_id(0)
     kv_heads = tl.num_programs(0)
     piece = spans_ptr + tl.program_id(1) * 4
@@ -166,6 +176,8 @@ def _prefill_kernel(
     first = tl.load(piece).to(tl.int64)
     position = tl.load(piece + 2)
     blocks_ptr = table_ptr + tl.load(piece + 3).to(tl.int64) * most_blocks
+
+    # 2. Read its queries.
     m = tl.arange(0, BLOCK_Q * BLOCK_H)
     i, h = m // BLOCK_H, m % BLOCK_H
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -174,7 +186,10 @@ def _prefill_kernel(
     q = tl.load(q_ptr + at, mask=real, other=0.0)
     if WIDEN:
         q = q.to(tl.float32)
-    # Rows behind the piece see what its last one sees, so that they too have something to add.
+
+    # 3. Walk over the keys: first whole blocks of keys that every query sees, without masks; then
+    # the rest. Rows behind the piece see
+    # what its last one sees, so that they too have something to add.
     seen = position + tl.minimum(i, rows - 1) + 1
     top = tl.full((BLOCK_Q * BLOCK_H,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_Q * BLOCK_H,), tl.float32)
@@ -222,12 +237,14 @@ def _prefill_kernel(
             PAGE,
             BLOCK_D,
         )
+
+    # 4. Divide by the sum of the weights; a row without keys has none.
     y = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=real)
 
 
-def prefill_blocks(group: int, head_dim: int, itemsize: int) -> dict[str, int]:
-    """Block sizes of `_prefill_kernel` for `group` query heads a key-value head."""
+def chunk_blocks(group: int, head_dim: int, itemsize: int) -> dict[str, int]:
+    """Block sizes of `_attend_chunks_kernel` for `group` query heads a key-value head."""
     block_d = max(16, next_power_of_2(head_dim))
     block_h = next_power_of_2(group)
     narrow = block_d <= (128 if itemsize == 2 else 64)
@@ -245,7 +262,7 @@ def prefill_blocks(group: int, head_dim: int, itemsize: int) -> dict[str, int]:
     }
 
 
-def paged_prefill(
+def attend_chunks(
     q_THd: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -265,7 +282,7 @@ def paged_prefill(
         pieces_N4: int32, contiguous, from `cut` for the same BLOCK_Q; pieces of no rows are
             skipped. A row in no piece is not written.
         block_size: slots of a block.
-        blocks: from `prefill_blocks`, or others to try.
+        blocks: from `chunk_blocks`, or others to try.
     """
     q_heads, head_dim = q_THd.shape[1:]
     kv_heads = keys.shape[1]
@@ -275,7 +292,7 @@ def paged_prefill(
     assert q_THd.is_contiguous()
     group = q_heads // kv_heads
     out_THd = torch.empty_like(q_THd)
-    _prefill_kernel[(kv_heads, pieces_N4.shape[0])](
+    _attend_chunks_kernel[(kv_heads, pieces_N4.shape[0])](
         q_THd,
         keys,
         values,
@@ -288,6 +305,6 @@ def paged_prefill(
         head_dim,
         WIDEN=INTERPRETED,
         PAGE=block_size,
-        **(blocks or prefill_blocks(group, head_dim, q_THd.element_size())),
+        **(blocks or chunk_blocks(group, head_dim, q_THd.element_size())),
     )
     return out_THd

@@ -1,9 +1,10 @@
-"""Routing of a decoding step in one launch: norm, scores and choice.
+"""The choice of few tokens, by the rule of `rule`, in one launch: norm, scores and choice.
 
-The rule is that of `engine.gpu.routing.routing`. Program (n, r, t) computes piece n of the scores
-of a block of experts for token t, from a tile of the router that it holds in registers; the last
-program of a token to arrive adds the pieces and chooses. A token's choice is the same, bit for bit,
-in any company. Each token reads the router anew, from the cache, so this is for few of them.
+Program (n, r, t) computes piece n of the scores of a block of experts for token t, from a block of
+the router that it holds in registers; the last program of a token to arrive adds the pieces and
+chooses. A token's choice is the same, bit for bit, in any company. Each token reads the router
+anew, from the cache, so this is for few of them; for more, `choose_many` reads the router less
+often.
 
 Shapes: T tokens, D model, E experts, N pieces of a score, K = max_k slots.
 """
@@ -24,23 +25,23 @@ from engine.gpu._triton import (
 )
 from engine.gpu.add_norm import Norm, normed_reference
 from engine.gpu.arrivals import Arrivals
-from engine.gpu.routing.routing import (
+from engine.gpu.routing.rule import (
     MAX_EXPERTS,
     Choice,
-    choose_blocks,
+    choose_scores_reference,
     choose_token,
-    select_scores_reference,
+    choose_token_blocks,
 )
 
-# Elements of D that one piece of a score sums, and the experts of one program: the router's tile.
+# Elements of D that one piece of a score sums, and the experts of one program.
 PIECE_D = 256
 ROUTER_ROWS = 64
 
-# With more tokens, `routing.select` reads the router less often.
+# With more tokens, `choose_many` is faster.
 MOST_TOKENS = 64
 
 
-def route_step_reference(
+def choose_few_reference(
     x_TD: Tensor,
     router_ED: Tensor,
     k_T: Tensor,
@@ -48,13 +49,13 @@ def route_step_reference(
     max_k: int,
     norm: Norm | None = None,
 ) -> Choice:
-    """As `route_step`, by sorting."""
+    """What `choose_few` computes, by sorting."""
     scores_TE = normed_reference(x_TD, norm) @ router_ED.T
-    return select_scores_reference(scores_TE, k_T, mass_T, max_k)
+    return choose_scores_reference(scores_TE, k_T, mass_T, max_k)
 
 
 @jit
-def _route_kernel(
+def _choose_few_kernel(
     x_ptr,
     norm_ptr,
     router_ptr,
@@ -80,6 +81,7 @@ def _route_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Program (n, r, t): piece n of the scores of BLOCK_R experts for token t."""
+    # 1. Fetch the router's block, which no kernel writes, while the kernel before still runs.
     piece = tl.program_id(0)
     pieces = tl.num_programs(0)
     t = tl.program_id(2).to(tl.int64)
@@ -96,18 +98,23 @@ def _route_kernel(
     if CHAINED:
         gdc_launch_dependents()
         gdc_wait()
+
+    # 2. Write this piece of the scores. The norm's factor is common to all experts and left out.
     x = tl.load(x_ptr + t * d_model + d, mask=in_d, other=0.0).to(tl.float32)
     if NORMED:
         x = x * norm
     at = pieces_ptr + (t * pieces + piece) * num_experts + r
     tl.store(at, tl.sum(router * x[None, :], axis=1), mask=in_r)
     factor = 1.0
-    if NORMED:  # the norm's factor, common to all pieces; every program has the time to take it
+    if NORMED:  # every program has the time to compute the factor, and any may be the last
         whole = tl.arange(0, BLOCK_D)
         row = tl.load(x_ptr + t * d_model + whole, mask=whole < d_model, other=0.0)
         row = row.to(tl.float32)
         factor = 1.0 / tl.sqrt(tl.sum(row * row, axis=0) / d_model + epsilon)
-    tl.debug_barrier()  # all of this program's scores are written before it says so
+
+    # 3. The token's last program chooses: all of a program's scores are written before it counts
+    # itself.
+    tl.debug_barrier()
     if tl.atomic_add(arrived_ptr + t, 1, sem="acq_rel") == pieces * tl.num_programs(1) - 1:
         tl.store(arrived_ptr + t, 0)
         choose_token(
@@ -129,9 +136,9 @@ def _route_kernel(
         )
 
 
-def route_blocks(num_experts: int, d_model: int, max_k: int) -> dict[str, int]:
-    """Block sizes of `_route_kernel`."""
-    choose = choose_blocks(num_experts, cdiv(d_model, PIECE_D), max_k)
+def choose_few_blocks(num_experts: int, d_model: int, max_k: int) -> dict[str, int]:
+    """Block sizes of `_choose_few_kernel`."""
+    choose = choose_token_blocks(num_experts, cdiv(d_model, PIECE_D), max_k)
     return {
         **choose,
         "PIECE": PIECE_D,
@@ -141,7 +148,7 @@ def route_blocks(num_experts: int, d_model: int, max_k: int) -> dict[str, int]:
     }
 
 
-def route_step(
+def choose_few(
     x_TD: Tensor,
     router_ED: Tensor,
     k_T: Tensor,
@@ -156,7 +163,7 @@ def route_step(
     Args:
         x_TD: contiguous, any float type; T >= 1.
         router_ED: float32, contiguous; E <= MAX_EXPERTS.
-        k_T, mass_T, max_k: as for `routing.select_scores`.
+        k_T, mass_T, max_k: as for `choose_many.choose_pieces`.
         arrivals: counters that no kernel of another stream uses at the same time.
         norm: of x, if any.
         chosen_TE: bool, contiguous; where to write the choice, if given.
@@ -173,10 +180,10 @@ def route_step(
         chosen_TE = torch.empty((num_tokens, num_experts), dtype=torch.bool, device=device)
     assert chosen_TE.is_contiguous()
     ids_TK = torch.empty((num_tokens, max_k), dtype=torch.int32, device=device)
-    blocks = route_blocks(num_experts, d_model, max_k)
+    blocks = choose_few_blocks(num_experts, d_model, max_k)
     pieces = cdiv(d_model, blocks["PIECE"])
     pieces_TNE = torch.empty((num_tokens, pieces, num_experts), dtype=torch.float32, device=device)
-    _route_kernel[(pieces, cdiv(num_experts, blocks["BLOCK_R"]), num_tokens)](
+    _choose_few_kernel[(pieces, cdiv(num_experts, blocks["BLOCK_R"]), num_tokens)](
         x_TD,
         x_TD if norm is None else norm.weight_D,
         router_ED,

@@ -1,11 +1,11 @@
-"""The sparse FFN for a batch of decoding tokens: reads each expert that any of them chose, once.
+"""The sparse FFN for a batch of decoding tokens: it reads every expert that any of them uses, once.
 
 Up to some dozens of tokens time is still the bytes of weights, and multiplying all tokens with an
-expert that one of them chose costs nothing beside reading it. So nothing is sorted or gathered:
-`_union_up_kernel` multiplies every token with the neurons of the experts in use and zeroes what a
-token did not choose, `_union_down_kernel` multiplies those activations with the rows of the experts
-in use, one share of them a program, and a last launch adds the shares in a fixed order. Experts
-that nobody chose are not read.
+expert that one of them chose costs nothing beside reading it. So nothing is sorted or gathered.
+`_first_kernel` multiplies every token with the neurons of the used experts and zeroes what a token
+did not choose; `_second_kernel` multiplies those activations with the rows of the used experts, one
+share of them a program; a last launch adds the shares in a fixed order. Experts that nobody chose
+are not read.
 
 Weights are the first operand of the products, tokens the second: tensor cores want at least 64 rows
 of the first and are content with 16 of the second.
@@ -28,16 +28,16 @@ from engine.gpu._triton import (
     next_power_of_2,
     tl,
 )
-from engine.gpu.ffn.expert_ffn import activate
+from engine.gpu.ffn.activations import activate
 from engine.model.activations import ACTIVATIONS, activate_reference
 
 MOST_TOKENS = 64
 
 
-def union_ffn_reference(
+def ffn_reference(
     x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, chosen_TE: Tensor, activation: str
 ) -> Tensor:
-    """As `union_ffn`, in float32 or the inputs' float64: what was not chosen is zeroed."""
+    """What `ffn` computes, in float32 or the inputs' float64: what was not chosen is zeroed."""
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     h_TF = activate_reference(x_TD.to(wide) @ up_FD.to(wide).T, activation)
     h_TES = h_TF.view(*chosen_TE.shape, -1) * chosen_TE[:, :, None]
@@ -61,7 +61,7 @@ def _list_used(
 
 
 @jit
-def _union_up_kernel(
+def _first_kernel(
     x_ptr,
     up_ptr,
     chosen_ptr,
@@ -80,7 +80,8 @@ def _union_up_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Program i: BLOCK_N neurons of one expert; the first also lists the experts in use."""
+    """Program i: BLOCK_N neurons of one expert; the first also lists the used experts."""
+    # 1. See who chose the expert; if nobody did, there is nothing to do.
     blocks = tl.cdiv(expert_size, BLOCK_N)
     i = tl.program_id(0)
     expert = i // blocks
@@ -94,6 +95,8 @@ def _union_up_kernel(
         _list_used(chosen_ptr, list_ptr, num_tokens, num_experts, BLOCK_L, BLOCK_E)
     if tl.max(chosen.to(tl.int32), axis=0) == 0:
         return
+
+    # 2. Multiply all tokens with the neurons.
     s = (i % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_s = s < expert_size
     up_rows = up_ptr + (expert.to(tl.int64) * expert_size + s)[:, None] * d_model
@@ -106,13 +109,15 @@ def _union_up_kernel(
         if WIDEN:
             up, x = up.to(tl.float32), x.to(tl.float32)
         acc = tl.dot(up, tl.trans(x), acc, input_precision="ieee")
+
+    # 3. Store the activations of the tokens that chose the expert, zeros of the others.
     h = tl.where(chosen[None, :], activate(acc, SQUARE), 0.0).to(h_ptr.dtype.element_ty)
     at = h_ptr + t[None, :] * (num_experts * expert_size) + expert * expert_size + s[:, None]
     tl.store(at, h, mask=in_s[:, None] & in_t[None, :])
 
 
 @jit
-def _union_down_kernel(
+def _second_kernel(
     h_ptr,
     down_ptr,
     list_ptr,
@@ -127,7 +132,8 @@ def _union_down_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Program (j, p): columns j of share p of the rows in use."""
+    """Program (j, p): columns j of share p of the used experts' rows."""
+    # 1. Find the share: some steps of BLOCK_S rows, through the list of the used experts.
     j = tl.program_id(0)
     share = tl.program_id(1)
     shares = tl.num_programs(1)
@@ -143,6 +149,8 @@ def _union_down_kernel(
     each = tl.cdiv(steps, shares)
     first = share * each
     neurons = num_experts * expert_size
+
+    # 2. Multiply them with all tokens' activations; unchosen ones are zeros.
     acc = tl.zeros((BLOCK_D, BLOCK_T), tl.float32)
     for step in range(first, tl.minimum(first + each, steps)):
         expert = tl.load(list_ptr + 1 + step // per_expert)
@@ -162,6 +170,8 @@ def _union_down_kernel(
         if WIDEN:
             down, h = down.to(tl.float32), h.to(tl.float32)
         acc = tl.dot(tl.trans(down), tl.trans(h), acc, input_precision="ieee")
+
+    # 3. Write the share's part of the sum.
     at = t[None, :] * d_model + d[:, None]
     real = in_t[None, :] & in_d[:, None]
     tl.store(partial_ptr + share * num_tokens * d_model + at, acc, mask=real)
@@ -189,8 +199,8 @@ def _sum_shares_kernel(
     tl.store(y_ptr + i, y.to(y_ptr.dtype.element_ty), mask=i < elements)
 
 
-def up_blocks(num_tokens: int) -> dict[str, int]:
-    """Block sizes of `_union_up_kernel`."""
+def first_blocks(num_tokens: int) -> dict[str, int]:
+    """Block sizes of `_first_kernel`."""
     few = num_tokens <= 8
     return {
         "BLOCK_T": max(16, next_power_of_2(num_tokens)),
@@ -201,8 +211,8 @@ def up_blocks(num_tokens: int) -> dict[str, int]:
     }
 
 
-def down_blocks(num_tokens: int) -> dict[str, int]:
-    """Block sizes of `_union_down_kernel`."""
+def second_blocks(num_tokens: int) -> dict[str, int]:
+    """Block sizes of `_second_kernel`."""
     few = num_tokens <= 8
     return {
         "BLOCK_T": max(16, next_power_of_2(num_tokens)),
@@ -223,15 +233,15 @@ def sum_blocks(shares: int) -> dict[str, int]:
     return {"BLOCK_P": next_power_of_2(shares), "BLOCK_I": 256, "num_warps": 4}
 
 
-def union_ffn(
+def ffn(
     x_TD: Tensor,
     up_FD: Tensor,
     down_FD: Tensor,
     chosen_TE: Tensor,
     activation: str,
     *,
-    up_tile: dict[str, int] | None = None,
-    down_tile: dict[str, int] | None = None,
+    first: dict[str, int] | None = None,
+    second: dict[str, int] | None = None,
     shares: int | None = None,
 ) -> Tensor:
     """y [T, D] of the chosen experts, summed in float32, in the dtype of x.
@@ -243,7 +253,7 @@ def union_ffn(
         up_FD, down_FD: [F, D], contiguous, dtype of x; expert e owns rows e*S .. (e+1)*S.
         chosen_TE: bool [T, E], contiguous.
         activation: one of ACTIVATIONS.
-        up_tile, down_tile, shares: tiles and shares of the sum, for measurements.
+        first, second, shares: block sizes and shares of the sum, for measurements.
     """
     assert activation in ACTIVATIONS
     (num_tokens, num_experts), d_model = chosen_TE.shape, x_TD.shape[1]
@@ -251,11 +261,11 @@ def union_ffn(
     for tensor in (x_TD, up_FD, down_FD, chosen_TE):
         assert tensor.is_contiguous()
     size, device = up_FD.shape[0] // num_experts, x_TD.device
-    up_tile = up_tile or up_blocks(num_tokens)
-    down_tile = down_tile or down_blocks(num_tokens)
+    first = first or first_blocks(num_tokens)
+    second = second or second_blocks(num_tokens)
     h_TF = torch.empty((num_tokens, up_FD.shape[0]), dtype=x_TD.dtype, device=device)
     used_E1 = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
-    _union_up_kernel[(num_experts * cdiv(size, up_tile["BLOCK_N"]),)](
+    _first_kernel[(num_experts * cdiv(size, first["BLOCK_N"]),)](
         x_TD,
         up_FD,
         chosen_TE,
@@ -269,13 +279,13 @@ def union_ffn(
         WIDEN=INTERPRETED,
         BLOCK_L=8,
         BLOCK_E=next_power_of_2(num_experts),
-        **up_tile,
+        **first,
         **chain(device),
     )
-    columns = cdiv(d_model, down_tile["BLOCK_D"])
+    columns = cdiv(d_model, second["BLOCK_D"])
     shares = shares or sum_shares(columns)
     partial_PTD = torch.empty((shares, num_tokens, d_model), dtype=torch.float32, device=device)
-    _union_down_kernel[(columns, shares)](
+    _second_kernel[(columns, shares)](
         h_TF,
         down_FD,
         used_E1,
@@ -285,7 +295,7 @@ def union_ffn(
         d_model,
         size,
         WIDEN=INTERPRETED,
-        **down_tile,
+        **second,
         **chain(device),
     )
     y_TD = torch.empty_like(x_TD)

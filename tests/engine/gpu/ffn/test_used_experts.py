@@ -1,4 +1,4 @@
-"""The FFN over a batch's union of experts against its reference in float64."""
+"""The FFN that reads each used expert once, against its reference in float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.gpu.ffn.union_ffn import MOST_TOKENS, union_ffn, union_ffn_reference
+from engine.gpu.ffn.used_experts import MOST_TOKENS, ffn, ffn_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -42,8 +42,8 @@ def test_equals_the_reference(
     x, up, down = weights(tokens, width, experts * size, dtype, device)
     chosen = torch.rand(tokens, experts, device=device) < share
     chosen[0, experts - 1] = True
-    actual = union_ffn(x, up, down, chosen, activation)
-    expected = union_ffn_reference(x.double(), up.double(), down.double(), chosen, activation)
+    actual = ffn(x, up, down, chosen, activation)
+    expected = ffn_reference(x.double(), up.double(), down.double(), chosen, activation)
     assert actual.dtype == dtype
     assert relative_error(actual, expected) < TOLERANCE[dtype]
 
@@ -55,14 +55,14 @@ def test_experts_that_nobody_chose_are_not_read(device: torch.device) -> None:
     chosen[0, 1] = chosen[2, 1] = chosen[1, 4] = True
     for tensor in (up, down):
         tensor.view(6, 20, 40)[[0, 2, 3, 5]] = torch.nan
-    assert union_ffn(x, up, down, chosen, "relu").isfinite().all()
+    assert ffn(x, up, down, chosen, "relu").isfinite().all()
 
 
 def test_a_token_without_experts_gets_zeros(device: torch.device) -> None:
     x, up, down = weights(2, 40, 4 * 8, torch.float32, device)
     chosen = torch.zeros(2, 4, dtype=torch.bool, device=device)
-    assert not union_ffn(x, up, down, chosen, "relu").any()
+    assert not ffn(x, up, down, chosen, "relu").any()
     chosen[1, 2] = True
-    y = union_ffn(x, up, down, chosen, "relu")
+    y = ffn(x, up, down, chosen, "relu")
     assert not y[0].any()
     assert y[1].any()

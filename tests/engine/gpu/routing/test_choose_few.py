@@ -1,4 +1,4 @@
-"""Routing in one launch against the sorting reference."""
+"""The choice in one launch against the sorting reference."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from engine.gpu.add_norm import Norm
 from engine.gpu.arrivals import Arrivals
-from engine.gpu.routing.route_step import route_step, route_step_reference
+from engine.gpu.routing.choose_few import choose_few, choose_few_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -26,8 +26,8 @@ def test_choice_equals_the_reference(
     mass = torch.rand(tokens, device=device) * 1.5
     norm = Norm(torch.rand(width, device=device) + 0.5, 1e-5) if normed else None
     arrivals = Arrivals(device)
-    actual = route_step(x, router, k, mass, max_k, arrivals, norm)
-    expected = route_step_reference(x, router, k, mass, max_k, norm)
+    actual = choose_few(x, router, k, mass, max_k, arrivals, norm)
+    expected = choose_few_reference(x, router, k, mass, max_k, norm)
     assert torch.equal(actual.chosen_TE, expected.chosen_TE)
     assert torch.equal(actual.ids_TK, expected.ids_TK)
     assert not arrivals.of("route", 1).any(), "counters are left at zero"
@@ -41,10 +41,10 @@ def test_ties_fall_to_the_lower_index_and_nan_is_last(device: torch.device) -> N
         torch.tensor([2.0], device=device),
     )
     into = torch.empty(1, 4, dtype=torch.bool, device=device)
-    found = route_step(x, router, k, mass, 3, Arrivals(device), chosen_TE=into)
+    found = choose_few(x, router, k, mass, 3, Arrivals(device), chosen_TE=into)
     assert found.chosen_TE is into
     assert found.ids_TK.tolist() == [[0, 1, 2]]
-    one = route_step(x, router, k.clamp(max=1), mass, 3, Arrivals(device))
+    one = choose_few(x, router, k.clamp(max=1), mass, 3, Arrivals(device))
     assert one.ids_TK.tolist() == [[1, -1, -1]]
 
 
@@ -55,9 +55,9 @@ def test_company_changes_no_choice(device: torch.device) -> None:
     k = torch.full((12,), 5, dtype=torch.int32, device=device)
     mass = torch.full((12,), 2.0, device=device)
     norm = Norm(torch.ones(600, device=device), 1e-5)
-    together = route_step(x, router, k, mass, 5, Arrivals(device), norm)
+    together = choose_few(x, router, k, mass, 5, Arrivals(device), norm)
     for t in range(12):
         row = slice(t, t + 1)
-        alone = route_step(x[row], router, k[row], mass[row], 5, Arrivals(device), norm)
+        alone = choose_few(x[row], router, k[row], mass[row], 5, Arrivals(device), norm)
         assert torch.equal(alone.ids_TK, together.ids_TK[row])
     assert (together.ids_TK >= 0).all(), "close scores lose no expert"

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.gpu.ffn.expert_ffn import expert_ffn_reference
-from engine.gpu.ffn.grouped_ffn import grouped_ffn, grouped_ffn_reference
-from engine.gpu.routing.routing import Routing, route_scores_reference
+from engine.gpu.ffn import few_tokens
+from engine.gpu.ffn.many_tokens import ffn, ffn_reference
+from engine.gpu.routing.pairs import SortedPairs, sort_pairs_reference
+from engine.gpu.routing.rule import choose_scores_reference
 from engine.model.activations import activate_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -31,28 +32,30 @@ def weights(
     return x_TD, up_FD, down_FD
 
 
-def random_routing(
+def random_pairs(
     tokens: int, experts: int, max_k: int, device: torch.device, scores_TE: Tensor | None = None
-) -> Routing:
+) -> SortedPairs:
     """1 to max_k experts a token."""
     if scores_TE is None:
         scores_TE = torch.randn(tokens, experts, device=device)
     k_T = torch.randint(1, max_k + 1, (tokens,), dtype=torch.int32, device=device)
-    return route_scores_reference(scores_TE, k_T, torch.full_like(scores_TE[:, 0], 2.0), max_k)
+    return sort_pairs_reference(
+        choose_scores_reference(scores_TE, k_T, torch.full_like(scores_TE[:, 0], 2.0), max_k)
+    )
 
 
 def in_float64(
-    x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, routing: Routing, activation: str
+    x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, pairs: SortedPairs, activation: str
 ) -> Tensor:
     x_TD, up_FD, down_FD = x_TD.double(), up_FD.double(), down_FD.double()
-    return grouped_ffn_reference(x_TD, up_FD, down_FD, routing, activation)
+    return ffn_reference(x_TD, up_FD, down_FD, pairs, activation)
 
 
 def test_both_references_agree(device: torch.device, relative_error: RelativeError) -> None:
     x_TD, up_FD, down_FD = weights(9, 40, 6 * 16, torch.float64, device)
-    routing = random_routing(9, 6, 4, device)
-    grouped = grouped_ffn_reference(x_TD, up_FD, down_FD, routing, "relu2")
-    by_token = expert_ffn_reference(x_TD, up_FD, down_FD, routing.ids_TK, 16, "relu2")
+    pairs = random_pairs(9, 6, 4, device)
+    grouped = ffn_reference(x_TD, up_FD, down_FD, pairs, "relu2")
+    by_token = few_tokens.ffn_reference(x_TD, up_FD, down_FD, pairs.ids_TK, 16, "relu2")
     assert relative_error(grouped, by_token) < 1e-14
 
 
@@ -80,9 +83,9 @@ def test_equals_the_reference(
     relative_error: RelativeError,
 ) -> None:
     x_TD, up_FD, down_FD = weights(tokens, width, experts * size, dtype, device)
-    routing = random_routing(tokens, experts, max_k, device)
-    y_TD = grouped_ffn(x_TD, up_FD, down_FD, routing, activation)
-    expected = in_float64(x_TD, up_FD, down_FD, routing, activation)
+    pairs = random_pairs(tokens, experts, max_k, device)
+    y_TD = ffn(x_TD, up_FD, down_FD, pairs, activation)
+    expected = in_float64(x_TD, up_FD, down_FD, pairs, activation)
     assert y_TD.dtype == dtype
     assert relative_error(y_TD, expected) < TOLERANCE[dtype]
 
@@ -93,13 +96,13 @@ def test_experts_may_be_empty_and_are_not_read(
     x_TD, up_FD, down_FD = weights(33, 64, 8 * 16, torch.float32, device)
     scores_TE = torch.randn(33, 8, device=device)
     scores_TE[:, [0, 3, 4, 7]] = -1e4
-    routing = random_routing(33, 8, 3, device, scores_TE)
-    assert routing.counts_E[[0, 3, 4, 7]].sum() == 0
-    expected = in_float64(x_TD, up_FD, down_FD, routing, "relu")
+    pairs = random_pairs(33, 8, 3, device, scores_TE)
+    assert pairs.counts_E[[0, 3, 4, 7]].sum() == 0
+    expected = in_float64(x_TD, up_FD, down_FD, pairs, "relu")
     for expert in (0, 3, 4, 7):
         up_FD[expert * 16 : (expert + 1) * 16] = torch.nan
         down_FD[expert * 16 : (expert + 1) * 16] = torch.nan
-    y_TD = grouped_ffn(x_TD, up_FD, down_FD, routing, "relu")
+    y_TD = ffn(x_TD, up_FD, down_FD, pairs, "relu")
     assert relative_error(y_TD, expected) < 2e-6
 
 
@@ -107,17 +110,19 @@ def test_all_experts_are_the_dense_ffn(device: torch.device, relative_error: Rel
     x_TD, up_FD, down_FD = weights(17, 100, 6 * 20, torch.float32, device)
     scores_TE = torch.randn(17, 6, device=device)
     k_T = torch.full((17,), 6, dtype=torch.int32, device=device)
-    routing = route_scores_reference(scores_TE, k_T, torch.full_like(scores_TE[:, 0], 2.0), 6)
-    y_TD = grouped_ffn(x_TD, up_FD, down_FD, routing, "relu")
+    pairs = sort_pairs_reference(
+        choose_scores_reference(scores_TE, k_T, torch.full_like(scores_TE[:, 0], 2.0), 6)
+    )
+    y_TD = ffn(x_TD, up_FD, down_FD, pairs, "relu")
     dense_TD = activate_reference(x_TD.double() @ up_FD.double().T, "relu") @ down_FD.double()
     assert relative_error(y_TD, dense_TD) < 2e-6
 
 
 def test_runs_repeat_bit_for_bit(device: torch.device) -> None:
     x_TD, up_FD, down_FD = weights(50, 64, 6 * 16, torch.bfloat16, device)
-    routing = random_routing(50, 6, 3, device)
-    first = grouped_ffn(x_TD, up_FD, down_FD, routing, "relu")
-    assert torch.equal(first, grouped_ffn(x_TD, up_FD, down_FD, routing, "relu"))
+    pairs = random_pairs(50, 6, 3, device)
+    first = ffn(x_TD, up_FD, down_FD, pairs, "relu")
+    assert torch.equal(first, ffn(x_TD, up_FD, down_FD, pairs, "relu"))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -137,7 +142,7 @@ def test_gates_and_biases(
 ) -> None:
     width, experts, size = 72, 5, 24
     x_TD, up_FD, down_FD = weights(33, width, experts * size, dtype, device)
-    routing = random_routing(33, experts, 3, device)
+    pairs = random_pairs(33, experts, 3, device)
     activation = options.split(", ")[-1]
     extra: dict[str, Any] = {"threshold": 0.7 if activation == "fatrelu" else 0.0}
     if "gate" in options:
@@ -145,22 +150,22 @@ def test_gates_and_biases(
     if "biases" in options:
         extra["up_bias_F"] = torch.randn(experts * size, device=device).to(dtype) * 5
         extra["down_bias_D"] = torch.randn(width, device=device).to(dtype) * 50
-    y_TD = grouped_ffn(x_TD, up_FD, down_FD, routing, activation, **extra)
+    y_TD = ffn(x_TD, up_FD, down_FD, pairs, activation, **extra)
     wide = {n: v.double() if isinstance(v, Tensor) else v for n, v in extra.items()}
-    expected = grouped_ffn_reference(
+    expected = ffn_reference(
         x_TD.double(),
         up_FD.double(),
         down_FD.double(),
-        routing,
+        pairs,
         activation,
         **wide,
     )
     assert relative_error(y_TD, expected) < TOLERANCE[dtype]
-    by_token = expert_ffn_reference(
+    by_token = few_tokens.ffn_reference(
         x_TD.double(),
         up_FD.double(),
         down_FD.double(),
-        routing.ids_TK,
+        pairs.ids_TK,
         size,
         activation,
         **wide,

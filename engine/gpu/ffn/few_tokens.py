@@ -1,17 +1,17 @@
 """The sparse FFN for few tokens: y = sum over a token's experts of h_e @ down_e.
 
-The activations h are act(x @ up.T); with biases act(x @ up.T + up_bias), and down_bias added once
-per token, whatever its experts; in gated models act(x @ gate.T) * (x @ up.T + up_bias). A norm of x
-and a residual sum may come along, so that one token needs no launches for them.
+The activations h are those of `activations`; down_bias is added once per token, whatever its
+experts. A norm of x and a residual sum may come along, so that one token needs no launches for
+them.
 
-With few tokens time is the bytes of the chosen rows over the memory's bandwidth, so both launches
-read each pair's rows once, a tile a program in one burst of wide loads, and leave the tensor cores
-alone. Tokens that share an expert read it again, through the cache: past a few pairs other ways
-win, and benchmarks/gpu.py measures where.
+With few tokens time is the bytes of the chosen rows over the memory's bandwidth. So both launches
+read each pair's rows once, every program a block of them in one burst of wide loads, and leave the
+tensor cores alone. Tokens that share an expert read it again, through the cache: past a few pairs
+other ways win, and benchmarks/gpu.py measures where.
 
-`expert_up` gives a program a few of an expert's neurons. `expert_down` gives it some of an expert's
-neurons and of the columns; it does not read rows whose neuron is silent. The programs of a column
-leave partial sums, and the last to arrive adds them in a fixed order.
+`first_product` gives a program a few of an expert's neurons. `second_product` gives it some of an
+expert's neurons and of the columns; it does not read rows whose neuron is silent. The programs of a
+column leave partial sums, and the last to arrive adds them in a fixed order.
 
 How a pair is cut depends on the expert's size alone, and unused slots add exact zeros. So a token's
 output is the same, bit for bit, in any run and in any company.
@@ -35,16 +35,17 @@ from engine.gpu._triton import (
 )
 from engine.gpu.add_norm import Norm, normed_reference
 from engine.gpu.arrivals import Arrivals
-from engine.model.activations import MORE_ACTIVATIONS, hidden_reference
+from engine.gpu.ffn.activations import activate_more, activation_flags, gated
+from engine.model.activations import hidden_reference
 
-# Elements of a program's tile: in bfloat16, 16 KB on the way to each of several programs a core.
-TILE_ELEMENTS = 8192
+# Weights that a program holds: in bfloat16, 16 KB on the way to each of several programs a core.
+BLOCK_ELEMENTS = 8192
 
 # Pieces of a sum that the last program adds side by side; fixes the order of the sum.
 PIECES_AT_ONCE = 64
 
 
-def expert_ffn_reference(
+def ffn_reference(
     x_TD: Tensor,
     up_FD: Tensor,
     down_FD: Tensor,
@@ -57,7 +58,7 @@ def expert_ffn_reference(
     down_bias_D: Tensor | None = None,
     threshold: float = 0.0,
 ) -> Tensor:
-    """As `expert_ffn`, token by token and expert by expert, in float32 or the inputs' float64."""
+    """What `ffn` computes, a token and an expert at a time, in float32 or the inputs' float64."""
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     y_TD = torch.zeros_like(x_TD, dtype=wide)
     if down_bias_D is not None:
@@ -74,7 +75,7 @@ def expert_ffn_reference(
     return y_TD.to(x_TD.dtype)
 
 
-def expert_up_reference(
+def first_product_reference(
     x_TD: Tensor,
     up_FD: Tensor,
     ids_TK: Tensor,
@@ -86,7 +87,7 @@ def expert_up_reference(
     up_bias_F: Tensor | None = None,
     threshold: float = 0.0,
 ) -> Tensor:
-    """As `expert_up`; unused slots hold zeros."""
+    """What `first_product` computes; unused slots hold zeros."""
     x = normed_reference(x_TD, norm)
     h_TF = hidden_reference(x, up_FD, activation, gate_FD, up_bias_F, threshold)
     h_TES = h_TF.view(x.shape[0], -1, expert_size)
@@ -94,7 +95,7 @@ def expert_up_reference(
     return h_TKS.masked_fill(ids_TK[:, :, None] < 0, 0.0).to(x_TD.dtype)
 
 
-def expert_down_reference(
+def second_product_reference(
     h_TKS: Tensor,
     down_FD: Tensor,
     ids_TK: Tensor,
@@ -102,7 +103,7 @@ def expert_down_reference(
     add_to: Tensor | None = None,
     down_bias_D: Tensor | None = None,
 ) -> Tensor:
-    """As `expert_down`."""
+    """What `second_product` computes."""
     wide = torch.promote_types(h_TKS.dtype, torch.float32)
     tokens, size = ids_TK.shape[0], h_TKS.shape[2]
     y_TD = torch.zeros((tokens, down_FD.shape[1]), dtype=wide, device=h_TKS.device)
@@ -118,40 +119,7 @@ def expert_down_reference(
 
 
 @jit
-def activate(x, SQUARE: tl.constexpr):
-    """ReLU or its square; NaN stays NaN, which tl.maximum would not keep."""
-    positive = tl.where(x < 0.0, 0.0, x)
-    if SQUARE:
-        positive = positive * positive
-    return positive
-
-
-@jit
-def activate_more(x, SQUARE: tl.constexpr, FAT: tl.constexpr, threshold):
-    """`activate`, or zero up to a threshold."""
-    return tl.where(x <= threshold, 0.0, x) if FAT else activate(x, SQUARE)
-
-
-@jit
-def gated(gate, up, SQUARE: tl.constexpr, FAT: tl.constexpr, BOTH: tl.constexpr, threshold):
-    """act(gate) * up, or act(gate) * relu(up)."""
-    if BOTH:
-        up = activate(up, False)
-    return activate_more(gate, SQUARE, FAT, threshold) * up
-
-
-def activation_flags(activation: str) -> dict[str, bool]:
-    """The constants by which kernels know one of MORE_ACTIVATIONS."""
-    assert activation in MORE_ACTIVATIONS
-    return {
-        "SQUARE": activation == "relu2",
-        "FAT": activation == "fatrelu",
-        "BOTH": activation == "drelu",
-    }
-
-
-@jit
-def _expert_up_kernel(
+def _first_kernel(
     x_ptr,
     norm_ptr,
     up_ptr,
@@ -175,6 +143,7 @@ def _expert_up_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Program (b, i): BLOCK_N neurons of pair i = token * max_k + slot."""
+    # 1. Fetch what no kernel writes, while the kernel before still runs.
     pair = tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
     in_d = d < d_model
@@ -183,6 +152,8 @@ def _expert_up_kernel(
     if CHAINED:
         gdc_launch_dependents()
         gdc_wait()
+
+    # 2. Fetch the neurons' rows, all at once.
     expert = tl.load(ids_ptr + pair)
     if expert < 0:
         return
@@ -194,8 +165,9 @@ def _expert_up_kernel(
     up = tl.load(up_ptr + rows, mask=in_rows, other=0.0)
     if GATED:
         gate = tl.load(gate_ptr + rows, mask=in_rows, other=0.0)
+
+    # 3. Multiply. The norm's factor is common to all inputs, so it is applied to the sums.
     x = tl.load(x_ptr + (pair // max_k) * d_model + d, mask=in_d, other=0.0).to(tl.float32)
-    # The norm's factor is common to all inputs, so it is applied to the sums.
     scaled = x * norm if NORMED else x
     factor = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / d_model + epsilon) if NORMED else 1.0
     h = tl.sum(up.to(tl.float32) * scaled[None, :], axis=1) * factor
@@ -210,7 +182,7 @@ def _expert_up_kernel(
 
 
 @jit
-def _expert_down_kernel(
+def _second_kernel(
     h_ptr,
     down_ptr,
     ids_ptr,
@@ -231,6 +203,7 @@ def _expert_down_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Program (j, c, t): piece c of the sum of columns j of token t."""
+    # 1. Fetch the activations of this piece: some neurons of one slot.
     j = tl.program_id(0)
     piece = tl.program_id(1)
     token = tl.program_id(2).to(tl.int64)
@@ -246,6 +219,8 @@ def _expert_down_kernel(
     h_at = h_ptr + (token * max_k + slot) * expert_size + s
     h = tl.load(h_at, mask=s < expert_size, other=0.0).to(tl.float32)
     h = tl.where(expert >= 0, h, 0.0)  # an unused slot holds anything
+
+    # 2. Fetch the rows of the neurons that are not silent, multiply, and write the piece.
     neuron = tl.maximum(expert, 0).to(tl.int64) * expert_size + s
     down = tl.load(
         down_ptr + neuron[:, None] * d_model + d[None, :],
@@ -255,7 +230,10 @@ def _expert_down_kernel(
     y = tl.sum(down.to(tl.float32) * h[:, None], axis=0)
     partial_ptr += token * pieces * d_model
     tl.store(partial_ptr + piece.to(tl.int64) * d_model + d, y, mask=in_d)
-    tl.debug_barrier()  # all of this program's sums are written before it says so
+
+    # 3. The columns' last program adds all pieces: a program's sums are written before it counts
+    # itself.
+    tl.debug_barrier()
     arrived_ptr += token * tl.num_programs(0) + j
     if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == pieces - 1:
         tl.store(arrived_ptr, 0)
@@ -277,23 +255,23 @@ def _expert_down_kernel(
         tl.store(y_ptr + token * d_model + d, total.to(y_ptr.dtype.element_ty), mask=in_d)
 
 
-def up_blocks(inputs: int) -> dict[str, int]:
+def row_blocks(inputs: int) -> dict[str, int]:
     """Block sizes of a product with whole rows, 64 elements a thread."""
     block_d = next_power_of_2(inputs)
-    rows = max(1, TILE_ELEMENTS // block_d)
+    rows = max(1, BLOCK_ELEMENTS // block_d)
     warps = min(16, max(1, rows * block_d // 2048))
     return {"BLOCK_N": rows, "BLOCK_D": block_d, "num_warps": warps}
 
 
-def down_blocks(expert_size: int) -> dict[str, int]:
-    """Block sizes of `_expert_down_kernel`: few warps, for they exchange sums."""
+def second_blocks(expert_size: int) -> dict[str, int]:
+    """Block sizes of `_second_kernel`: few warps, for they exchange sums."""
     if expert_size >= 512:
         return {"BLOCK_S": 128, "BLOCK_D": 32, "BLOCK_C": PIECES_AT_ONCE, "num_warps": 2}
     rows = min(64, next_power_of_2(expert_size))
     return {"BLOCK_S": rows, "BLOCK_D": 32, "BLOCK_C": PIECES_AT_ONCE, "num_warps": 1}
 
 
-def expert_up(
+def first_product(
     x_TD: Tensor,
     up_FD: Tensor,
     ids_TK: Tensor,
@@ -318,16 +296,16 @@ def expert_up(
         gate_FD: as `up_FD`, in gated models.
         up_bias_F: contiguous, any float type.
         threshold: of "fatrelu".
-        blocks: the tile, for measurements.
+        blocks: block sizes, for measurements.
     """
     assert ids_TK.dtype == torch.int32
     for tensor in (x_TD, up_FD, ids_TK) if gate_FD is None else (x_TD, up_FD, ids_TK, gate_FD):
         assert tensor.is_contiguous()
     (num_tokens, max_k), d_model = ids_TK.shape, x_TD.shape[1]
     h_TKS = torch.empty((num_tokens, max_k, expert_size), dtype=x_TD.dtype, device=x_TD.device)
-    blocks = blocks or up_blocks(d_model)
+    blocks = blocks or row_blocks(d_model)
     # What is absent is passed as another tensor, which the kernel then never reads.
-    _expert_up_kernel[(cdiv(expert_size, blocks["BLOCK_N"]), num_tokens * max_k)](
+    _first_kernel[(cdiv(expert_size, blocks["BLOCK_N"]), num_tokens * max_k)](
         x_TD,
         x_TD if norm is None else norm.weight_D,
         up_FD,
@@ -350,7 +328,7 @@ def expert_up(
     return h_TKS
 
 
-def expert_down(
+def second_product(
     h_TKS: Tensor,
     down_FD: Tensor,
     ids_TK: Tensor,
@@ -363,26 +341,26 @@ def expert_down(
     """The sum of each token's used slots, h @ down_e: [T, D] in the dtype of h.
 
     Args:
-        h_TKS: of `expert_up`, from the same ids.
-        down_FD, ids_TK: as for `expert_up`.
+        h_TKS: of `first_product`, from the same ids.
+        down_FD, ids_TK: as for `first_product`.
         arrivals: counters that no kernel of another stream uses at the same time.
         add_to: [T, D], contiguous, any float type: is added.
         down_bias_D: contiguous, any float type: is added.
-        blocks: the tile, for measurements.
+        blocks: block sizes, for measurements.
     """
     assert h_TKS.is_contiguous()
     assert down_FD.is_contiguous()
     assert down_FD.dtype == h_TKS.dtype
     assert add_to is None or add_to.is_contiguous()
     (num_tokens, max_k, size), d_model = h_TKS.shape, down_FD.shape[1]
-    blocks = blocks or down_blocks(size)
+    blocks = blocks or second_blocks(size)
     columns, per_slot = cdiv(d_model, blocks["BLOCK_D"]), cdiv(size, blocks["BLOCK_S"])
     pieces = max_k * per_slot
     partial_TCD = torch.empty(
         (num_tokens, pieces, d_model), dtype=torch.float32, device=h_TKS.device
     )
     y_TD = torch.empty((num_tokens, d_model), dtype=h_TKS.dtype, device=h_TKS.device)
-    _expert_down_kernel[(columns, pieces, num_tokens)](
+    _second_kernel[(columns, pieces, num_tokens)](
         h_TKS,
         down_FD,
         ids_TK,
@@ -403,7 +381,7 @@ def expert_down(
     return y_TD
 
 
-def expert_ffn(
+def ffn(
     x_TD: Tensor,
     up_FD: Tensor,
     down_FD: Tensor,
@@ -419,11 +397,11 @@ def expert_ffn(
 ) -> Tensor:
     """y [T, D] of the chosen experts, summed in float32, in the dtype of x.
 
-    Between the products, activations are rounded to the dtype of x. Arguments as for `expert_up`
-    and `expert_down`.
+    Between the products, activations are rounded to the dtype of x. Arguments are those of
+    `first_product` and `second_product`.
     """
     x_TD, ids_TK = x_TD.contiguous(), ids_TK.contiguous()
-    h_TKS = expert_up(
+    h_TKS = first_product(
         x_TD,
         up_FD,
         ids_TK,
@@ -433,4 +411,4 @@ def expert_ffn(
         up_bias_F=up_bias_F,
         threshold=threshold,
     )
-    return expert_down(h_TKS, down_FD, ids_TK, arrivals, down_bias_D=down_bias_D)
+    return second_product(h_TKS, down_FD, ids_TK, arrivals, down_bias_D=down_bias_D)

@@ -1,8 +1,8 @@
 """The sparse FFN by dense products: what no token chose is zeroed between the two.
 
-For when a batch's tokens together choose nearly every expert. Reading every weight once, as the
-dense FFN does, is then as fast as it gets; this costs one launch more than nothing: activation and
-choice are applied in place, in one pass over the products.
+This is for batches whose tokens together choose nearly every expert. Then nothing is faster than to
+read every weight once, as the dense FFN does. It launches as much as the dense FFN: activation and
+choice are applied in place, in one pass over the first product.
 
 Shapes: T tokens, D model, F neurons, E experts, S neurons per expert.
 """
@@ -12,12 +12,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from engine.gpu._triton import cdiv, jit, tl
-from engine.gpu.ffn.expert_ffn import activate
+from engine.gpu.ffn.activations import activate
 from engine.model.activations import ACTIVATIONS, activate_reference
 
 
 def activate_chosen_reference(h_TF: Tensor, chosen_TE: Tensor, activation: str) -> Tensor:
-    """As `activate_chosen`, and in place too."""
+    """What `activate_chosen` computes, in place too."""
     size = h_TF.shape[1] // chosen_TE.shape[1]
     chosen_TF = chosen_TE.repeat_interleave(size, dim=1)
     return h_TF.copy_(activate_reference(h_TF, activation).masked_fill(~chosen_TF, 0.0))
@@ -73,8 +73,9 @@ def activate_chosen(h_TF: Tensor, chosen_TE: Tensor, activation: str) -> Tensor:
     return h_TF
 
 
-def masked_ffn(
-    x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, chosen_TE: Tensor, activation: str
-) -> Tensor:
-    """y [T, D] of the chosen experts, through products with all of them; arguments as above."""
+def ffn(x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, chosen_TE: Tensor, activation: str) -> Tensor:
+    """y [T, D] of the chosen experts, through products with all of them.
+
+    Arguments are those of `activate_chosen`, and weights [F, D], contiguous, dtype of x.
+    """
     return activate_chosen(x_TD @ up_FD.T, chosen_TE, activation) @ down_FD

@@ -1,11 +1,11 @@
-"""The masked dense products: the in-place activation against its reference, and the whole."""
+"""The FFN by dense products: the in-place activation against its reference, and the whole."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from engine.gpu.ffn.masked_ffn import activate_chosen, activate_chosen_reference, masked_ffn
+from engine.gpu.ffn.all_experts import activate_chosen, activate_chosen_reference, ffn
 from engine.model.activations import ACTIVATIONS
 from engine.model.sliced_ffn import sparse_ffn_reference
 
@@ -42,6 +42,6 @@ def test_the_ffn_is_the_sparse_one(device: torch.device) -> None:
     x_TD, up_FD, down_FD = (torch.randn(n, 20, device=device) for n in (5, 48, 48))
     chosen_TE = torch.rand(5, 6, device=device) < 0.5
     torch.testing.assert_close(
-        masked_ffn(x_TD, up_FD, down_FD, chosen_TE, "relu2"),
+        ffn(x_TD, up_FD, down_FD, chosen_TE, "relu2"),
         sparse_ffn_reference(x_TD, up_FD, down_FD, chosen_TE, "relu2"),
     )

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.gpu.attention.paged_prefill import (
+from engine.gpu.attention.attend_chunks import (
+    attend_chunks,
+    attend_chunks_reference,
+    chunk_blocks,
     cut,
     most_pieces,
-    paged_prefill,
-    paged_prefill_reference,
-    prefill_blocks,
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -66,7 +66,7 @@ class Case:
     ) -> None:
         q_heads, kv_heads, width = heads
         self.lengths, self.block_size, self.device = lengths, block_size, device
-        self.block_q = prefill_blocks(q_heads // kv_heads, width, dtype.itemsize)["BLOCK_Q"]
+        self.block_q = chunk_blocks(q_heads // kv_heads, width, dtype.itemsize)["BLOCK_Q"]
         most = max(-(-(before + n) // block_size) for before, n in lengths) + 2
         order = torch.randperm(most * len(lengths)).view(len(lengths), most)
         self.table_BM = order.int().to(device)
@@ -87,7 +87,7 @@ class Case:
         return torch.tensor([*pieces, (0, 0, 0, 0)], dtype=torch.int32, device=self.device)
 
     def run(self, q_THd: Tensor, table_BM: Tensor, pieces_N4: Tensor) -> Tensor:
-        return paged_prefill(q_THd, self.keys, self.values, table_BM, pieces_N4, self.block_size)
+        return attend_chunks(q_THd, self.keys, self.values, table_BM, pieces_N4, self.block_size)
 
 
 LENGTHS: list[tuple[Lengths, int]] = [
@@ -112,7 +112,7 @@ def test_equals_the_reference(
     pieces_N4 = case.pieces(lengths)
     out_THd = case.run(case.q_THd, case.table_BM, pieces_N4)
     wide = (t.double() for t in (case.q_THd, case.keys, case.values))
-    expected = paged_prefill_reference(*wide, case.table_BM, pieces_N4, block_size)
+    expected = attend_chunks_reference(*wide, case.table_BM, pieces_N4, block_size)
     assert out_THd.dtype == dtype
     assert relative_error(out_THd, expected) < TOLERANCE[dtype]
 
@@ -123,7 +123,7 @@ def test_the_reference_is_plain_attention(device: torch.device) -> None:
     q, k, v = (t.transpose(0, 1) for t in (case.q_THd, case.keys[slots], case.values[slots]))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     pieces_N4 = case.pieces(case.lengths)
-    found = paged_prefill_reference(case.q_THd, case.keys, case.values, case.table_BM, pieces_N4, 4)
+    found = attend_chunks_reference(case.q_THd, case.keys, case.values, case.table_BM, pieces_N4, 4)
     torch.testing.assert_close(found, expected.transpose(0, 1))
 
 

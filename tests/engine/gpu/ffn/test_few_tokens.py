@@ -11,13 +11,13 @@ from torch import Tensor
 
 from engine.gpu.add_norm import Norm
 from engine.gpu.arrivals import Arrivals
-from engine.gpu.ffn.expert_ffn import (
-    expert_down,
-    expert_down_reference,
-    expert_ffn,
-    expert_ffn_reference,
-    expert_up,
-    expert_up_reference,
+from engine.gpu.ffn.few_tokens import (
+    ffn,
+    ffn_reference,
+    first_product,
+    first_product_reference,
+    second_product,
+    second_product_reference,
 )
 from engine.model.activations import activate_reference
 
@@ -51,7 +51,7 @@ def in_float64(
     x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, ids_TK: Tensor, size: int, activation: str
 ) -> Tensor:
     x_TD, up_FD, down_FD = x_TD.double(), up_FD.double(), down_FD.double()
-    return expert_ffn_reference(x_TD, up_FD, down_FD, ids_TK, size, activation)
+    return ffn_reference(x_TD, up_FD, down_FD, ids_TK, size, activation)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -75,7 +75,7 @@ def test_equals_the_reference(
     ids_TK = random_ids(tokens, experts, max_k, device)
     ids_TK[0, 0] = experts - 1
     ids_TK[0, 1:] = -1
-    y_TD = expert_ffn(x_TD, up_FD, down_FD, ids_TK, size, activation, Arrivals(device))
+    y_TD = ffn(x_TD, up_FD, down_FD, ids_TK, size, activation, Arrivals(device))
     expected = in_float64(x_TD, up_FD, down_FD, ids_TK, size, activation)
     assert y_TD.dtype == dtype
     assert relative_error(y_TD, expected) < TOLERANCE[dtype]
@@ -84,7 +84,7 @@ def test_equals_the_reference(
 def test_all_experts_are_the_dense_ffn(device: torch.device, relative_error: RelativeError) -> None:
     x_TD, up_FD, down_FD = weights(2, 100, 6 * 20, torch.float32, device)
     ids_TK = torch.arange(6, dtype=torch.int32, device=device).expand(2, 6)
-    y_TD = expert_ffn(x_TD, up_FD, down_FD, ids_TK, 20, "relu", Arrivals(device))
+    y_TD = ffn(x_TD, up_FD, down_FD, ids_TK, 20, "relu", Arrivals(device))
     dense_TD = activate_reference(x_TD.double() @ up_FD.double().T, "relu") @ down_FD.double()
     assert relative_error(y_TD, dense_TD) < 2e-6
 
@@ -92,7 +92,7 @@ def test_all_experts_are_the_dense_ffn(device: torch.device, relative_error: Rel
 def test_a_token_without_experts_gets_zeros(device: torch.device) -> None:
     x_TD, up_FD, down_FD = weights(1, 32, 32, torch.float32, device)
     ids_TK = torch.full((1, 2), -1, dtype=torch.int32, device=device)
-    assert (expert_ffn(x_TD, up_FD, down_FD, ids_TK, 16, "relu", Arrivals(device)) == 0).all()
+    assert (ffn(x_TD, up_FD, down_FD, ids_TK, 16, "relu", Arrivals(device)) == 0).all()
 
 
 def test_only_the_chosen_rows_take_part(device: torch.device) -> None:
@@ -102,24 +102,24 @@ def test_only_the_chosen_rows_take_part(device: torch.device) -> None:
         tensor[:16] = torch.nan
         tensor[32:] = torch.nan
     ids_TK = torch.tensor([[1, -1]], dtype=torch.int32, device=device)
-    assert expert_ffn(x_TD, up_FD, down_FD, ids_TK, 16, "relu", Arrivals(device)).isfinite().all()
+    assert ffn(x_TD, up_FD, down_FD, ids_TK, 16, "relu", Arrivals(device)).isfinite().all()
 
 
 def test_a_nan_reaches_the_output(device: torch.device) -> None:
     x_TD, up_FD, down_FD = weights(1, 64, 16, torch.float32, device)
     x_TD[0, 5] = torch.nan
     ids_TK = torch.zeros((1, 1), dtype=torch.int32, device=device)
-    assert expert_ffn(x_TD, up_FD, down_FD, ids_TK, 16, "relu", Arrivals(device)).isnan().all()
+    assert ffn(x_TD, up_FD, down_FD, ids_TK, 16, "relu", Arrivals(device)).isnan().all()
 
 
 def test_a_token_comes_out_alike_in_any_company(device: torch.device) -> None:
     """Bit for bit: alone or in a batch, and with more unused slots than it needs."""
     x_TD, up_FD, down_FD = weights(3, 100, 8 * 24, torch.bfloat16, device)
     ids_TK = torch.tensor([[1, 6, -1], [0, 2, 7], [3, -1, -1]], dtype=torch.int32, device=device)
-    together = expert_ffn(x_TD, up_FD, down_FD, ids_TK, 24, "relu", Arrivals(device))
+    together = ffn(x_TD, up_FD, down_FD, ids_TK, 24, "relu", Arrivals(device))
     for t in range(3):
         ids_1K = ids_TK[t : t + 1, : int((ids_TK[t] >= 0).sum())]
-        alone = expert_ffn(x_TD[t : t + 1], up_FD, down_FD, ids_1K, 24, "relu", Arrivals(device))
+        alone = ffn(x_TD[t : t + 1], up_FD, down_FD, ids_1K, 24, "relu", Arrivals(device))
         assert torch.equal(alone, together[t : t + 1])
 
 
@@ -151,7 +151,7 @@ def test_gates_and_biases(
     if "biases" in options:
         extra["up_bias_F"] = torch.randn(experts * size, device=device).to(dtype) * 5
         extra["down_bias_D"] = torch.randn(width, device=device).to(dtype) * 5
-    y_TD = expert_ffn(
+    y_TD = ffn(
         x_TD,
         up_FD,
         down_FD,
@@ -162,7 +162,7 @@ def test_gates_and_biases(
         **extra,
     )
     wide = {n: v.double() if isinstance(v, Tensor) else v for n, v in extra.items()}
-    expected = expert_ffn_reference(
+    expected = ffn_reference(
         x_TD.double(),
         up_FD.double(),
         down_FD.double(),
@@ -180,7 +180,7 @@ def test_the_reference_with_every_expert_is_the_gated_dense_ffn(device: torch.de
     x_TD, up_FD, down_FD = weights(2, 20, 4 * 6, torch.float64, device)
     gate_FD, up_bias_F = torch.randn_like(up_FD), torch.randn_like(up_FD[:, 0])
     ids_TK = torch.arange(4, dtype=torch.int32, device=device).expand(2, 4)
-    found = expert_ffn_reference(
+    found = ffn_reference(
         x_TD, up_FD, down_FD, ids_TK, 6, "relu2", gate_FD=gate_FD, up_bias_F=up_bias_F
     )
     h_TF = (x_TD @ gate_FD.T).relu().square() * (x_TD @ up_FD.T + up_bias_F)
@@ -200,14 +200,18 @@ def test_norm_and_residual_sum_come_along(
     ids_TK = torch.tensor(ids, dtype=torch.int32, device=device)
     norm = Norm(torch.randn(width, device=device).to(dtype), 1e-5)
     wide = Norm(norm.weight_D.double(), norm.epsilon)
-    h_TKS = expert_up(x_TD, up_FD, ids_TK, size, "relu2", norm=norm)
-    expected = expert_up_reference(x_TD.double(), up_FD.double(), ids_TK, size, "relu2", norm=wide)
+    h_TKS = first_product(x_TD, up_FD, ids_TK, size, "relu2", norm=norm)
+    expected = first_product_reference(
+        x_TD.double(), up_FD.double(), ids_TK, size, "relu2", norm=wide
+    )
     used = ids_TK >= 0
     assert relative_error(h_TKS[used], expected[used]) < TOLERANCE[dtype]
 
     arrivals = Arrivals(device)
-    y_TD = expert_down(h_TKS, down_FD, ids_TK, arrivals, add_to=x_TD)
-    expected = expert_down_reference(h_TKS.double(), down_FD.double(), ids_TK, add_to=x_TD.double())
+    y_TD = second_product(h_TKS, down_FD, ids_TK, arrivals, add_to=x_TD)
+    expected = second_product_reference(
+        h_TKS.double(), down_FD.double(), ids_TK, add_to=x_TD.double()
+    )
     assert relative_error(y_TD, expected) < TOLERANCE[dtype]
     assert not arrivals.of("down", 1).any(), "counters are left at zero"
 
@@ -218,5 +222,5 @@ def test_silent_neurons_are_not_read(device: torch.device) -> None:
     down_FD = torch.full((6, 40), torch.nan, device=device)
     down_FD[4] = 3.0
     ids_TK = torch.tensor([[1]], dtype=torch.int32, device=device)
-    y_TD = expert_down(h_TKS, down_FD, ids_TK, Arrivals(device))
+    y_TD = second_product(h_TKS, down_FD, ids_TK, Arrivals(device))
     assert torch.equal(y_TD, torch.full((1, 40), 6.0, device=device))

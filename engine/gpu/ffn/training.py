@@ -1,7 +1,8 @@
-"""The sparse FFN for training: `grouped_ffn` with gradients, computing chosen pairs alone.
+"""The sparse FFN for training: the products over pairs with their gradients.
 
-Three layers: the kernels of `grouped_pairs`; operators that PyTorch knows by name, shapes and
-derivative, so that torch.compile takes them whole; and the plain function below.
+Three layers: the kernels of `products`; operators that PyTorch knows by name, shapes and
+derivative, so that torch.compile takes them whole; and the plain function `ffn` below. Neither pass
+computes a pair that was not chosen.
 
 With r = relu(x @ up_e.T), h = r or r^2 and y = sum of h @ down_e over a token's experts, the
 backward pass is made of the same products:
@@ -26,19 +27,20 @@ import torch
 from torch import Tensor
 
 from engine.gpu._triton import AVAILABLE
-from engine.gpu.ffn import grouped_pairs
-from engine.gpu.ffn.grouped_pairs import Pairs
-from engine.gpu.routing import top_k
-from engine.gpu.routing.routing import MAX_EXPERTS, Routing
+from engine.gpu.ffn import products
+from engine.gpu.ffn.products import Pairs
+from engine.gpu.routing import choose_top_k as routing
+from engine.gpu.routing.pairs import SortedPairs
+from engine.gpu.routing.rule import MAX_EXPERTS
 from engine.model.activations import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_PAIRS_SCHEMA = "Tensor ids_TK, Tensor offsets_E1, Tensor pair_token_P"
+_PAIRS_SCHEMA = "Tensor ids_TK, Tensor offsets_E1, Tensor pair_token_P, Tensor pair_slot_P"
 
 
 @torch.library.custom_op(
-    "ambidex::grouped_ffn",
+    "ambidex::sparse_ffn",
     mutates_args=(),
     schema=f"(Tensor x_TD, Tensor up_FD, Tensor down_FD, {_PAIRS_SCHEMA}, str activation)"
     " -> (Tensor, Tensor, Tensor)",
@@ -50,17 +52,18 @@ def _forward(
     ids_TK: Tensor,
     offsets_E1: Tensor,
     pair_token_P: Tensor,
+    pair_slot_P: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [T, D], and for the backward pass h [P, S] and the order of the tiles, int32 [N, 2]."""
-    tiles_N2 = grouped_pairs.tiles(offsets_E1, ids_TK.numel())
-    pairs = Pairs(ids_TK, offsets_E1, pair_token_P, tiles_N2)
-    h_PS = grouped_pairs.gather(x_TD, up_FD, pairs, activation)
-    return grouped_pairs.spread(h_PS, down_FD, pairs), h_PS, tiles_N2
+    tiles_N2 = products.list_tiles(offsets_E1, ids_TK.numel())
+    pairs = Pairs(ids_TK, offsets_E1, pair_token_P, pair_slot_P, tiles_N2)
+    h_PS = products.gather(x_TD, up_FD, pairs, activation)
+    return products.spread(h_PS, down_FD, pairs), h_PS, tiles_N2
 
 
 @torch.library.custom_op(
-    "ambidex::grouped_ffn_backward",
+    "ambidex::sparse_ffn_backward",
     mutates_args=(),
     schema="(Tensor dy_TD, Tensor x_TD, Tensor up_FD, Tensor down_FD, Tensor h_PS,"
     f" {_PAIRS_SCHEMA}, Tensor tiles_N2, str activation) -> (Tensor, Tensor, Tensor)",
@@ -74,17 +77,18 @@ def _backward(
     ids_TK: Tensor,
     offsets_E1: Tensor,
     pair_token_P: Tensor,
+    pair_slot_P: Tensor,
     tiles_N2: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x [T, D], up and down [F, D]."""
-    pairs = Pairs(ids_TK, offsets_E1, pair_token_P, tiles_N2)
+    pairs = Pairs(ids_TK, offsets_E1, pair_token_P, pair_slot_P, tiles_N2)
     dy_TD = dy_TD.contiguous()
-    g_PS = grouped_pairs.gather(dy_TD, down_FD, pairs, activation, h_PS)
+    g_PS = products.gather(dy_TD, down_FD, pairs, activation, h_PS=h_PS)
     return (
-        grouped_pairs.spread(g_PS, up_FD, pairs),
-        grouped_pairs.weights(g_PS, x_TD, pairs),
-        grouped_pairs.weights(h_PS, dy_TD, pairs),
+        products.spread(g_PS, up_FD, pairs),
+        products.weights(g_PS, x_TD, pairs),
+        products.weights(h_PS, dy_TD, pairs),
     )
 
 
@@ -96,10 +100,11 @@ def _forward_shapes(
     ids_TK: Tensor,
     offsets_E1: Tensor,
     pair_token_P: Tensor,
+    pair_slot_P: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_experts, capacity = offsets_E1.numel() - 1, ids_TK.numel()
-    tiles = grouped_pairs.num_tiles(capacity, num_experts)
+    tiles = products.num_listed_tiles(capacity, num_experts)
     return (
         torch.empty_like(x_TD),
         x_TD.new_empty((capacity, up_FD.shape[0] // num_experts)),
@@ -117,6 +122,7 @@ def _backward_shapes(
     ids_TK: Tensor,
     offsets_E1: Tensor,
     pair_token_P: Tensor,
+    pair_slot_P: Tensor,
     tiles_N2: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,45 +130,48 @@ def _backward_shapes(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x_TD, up_FD, down_FD, ids_TK, offsets_E1, pair_token_P, ctx.activation = inputs
+    *tensors, ctx.activation = inputs
+    x_TD, up_FD, down_FD, *pairs = tensors
     _, h_PS, tiles_N2 = output
-    ctx.save_for_backward(x_TD, up_FD, down_FD, h_PS, ids_TK, offsets_E1, pair_token_P, tiles_N2)
-    # h leaves this file for nobody: its gradient is no tensor of zeros, but absent.
+    ctx.save_for_backward(x_TD, up_FD, down_FD, h_PS, *pairs, tiles_N2)
+    # Nobody outside of this file sees h, so nobody sends a gradient of it. PyTorch would pass a
+    # tensor of zeros in its place; now it passes None.
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, dy_TD: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     gradients = _backward(dy_TD, *ctx.saved_tensors, ctx.activation)
-    return *gradients, None, None, None, None
+    return *gradients, None, None, None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
 
 
 @torch.library.custom_op(
-    "ambidex::route_top_k",
+    "ambidex::choose_top_k",
     mutates_args=(),
-    schema="(Tensor scores_TE, int k) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor scores_TE, int k) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _route_top_k(scores_TE: Tensor, k: int) -> tuple[Tensor, ...]:
-    return tuple(top_k.route_top_k(scores_TE, k))
+def _choose_top_k(scores_TE: Tensor, k: int) -> tuple[Tensor, ...]:
+    return tuple(routing.choose_top_k(scores_TE, k))
 
 
-@_route_top_k.register_fake
-def _route_top_k_shapes(scores_TE: Tensor, k: int) -> tuple[Tensor, ...]:
+@_choose_top_k.register_fake
+def _choose_top_k_shapes(scores_TE: Tensor, k: int) -> tuple[Tensor, ...]:
     tokens, experts = scores_TE.shape
+    pairs = (tokens * k,)
     return (
         scores_TE.new_empty((tokens, experts), dtype=torch.bool),
         *(
             scores_TE.new_empty(shape, dtype=torch.int32)
-            for shape in ((tokens, k), (experts,), (experts + 1,), (tokens * k,))
+            for shape in ((tokens, k), (experts,), (experts + 1,), pairs, pairs)
         ),
     )
 
 
-def route_top_k(scores_TE: Tensor, k: int) -> Routing:
-    """`top_k.route_top_k`, such that torch.compile takes it whole; no gradients."""
-    return Routing(*_route_top_k(scores_TE, k))
+def choose_top_k(scores_TE: Tensor, k: int) -> SortedPairs:
+    """`routing.choose_top_k.choose_top_k`, which torch.compile takes whole; no gradients."""
+    return SortedPairs(*_choose_top_k(scores_TE, k))
 
 
 def _compute_dtype(x_TD: Tensor) -> torch.dtype:
@@ -172,7 +181,7 @@ def _compute_dtype(x_TD: Tensor) -> torch.dtype:
 
 
 def supports(x_TD: Tensor, num_experts: int) -> bool:
-    """Whether `route_top_k` and `grouped_ffn` can take this input: CUDA, Triton, sizes, dtype."""
+    """Whether `choose_top_k` and `ffn` can take this input: CUDA, Triton, sizes, dtype."""
     return (
         x_TD.is_cuda
         and AVAILABLE
@@ -182,8 +191,8 @@ def supports(x_TD: Tensor, num_experts: int) -> bool:
     )
 
 
-def grouped_ffn(
-    x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, routed: Routing, activation: str
+def ffn(
+    x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, pairs: SortedPairs, activation: str
 ) -> Tensor:
     """y [T, D] of the chosen experts; differentiable, once, in x, up and down.
 
@@ -197,7 +206,7 @@ def grouped_ffn(
     Args:
         x_TD: [T, D], float32, bfloat16 or float16; T >= 1.
         up_FD, down_FD: [F, D], any float type; expert e owns rows e*S .. (e+1)*S.
-        routed: from `route_top_k` or `routing.route`, of the same tokens.
+        pairs: from `choose_top_k` or `sort_pairs`, of the same tokens.
         activation: one of ACTIVATIONS.
     """
     assert activation in ACTIVATIONS
@@ -208,9 +217,10 @@ def grouped_ffn(
         x_TD,
         up_FD,
         down_FD,
-        routed.ids_TK,
-        routed.offsets_E1,
-        routed.pair_token_P,
+        pairs.ids_TK,
+        pairs.offsets_E1,
+        pairs.pair_token_P,
+        pairs.pair_slot_P,
         activation,
     )
     assert isinstance(y_TD, Tensor)
