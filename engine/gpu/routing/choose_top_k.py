@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.gpu._triton import cdiv, jit, tl
-from engine.gpu.routing.pairs import SortedPairs, place_pairs, sort_blocks, sort_pairs_reference
+from engine.gpu.routing.pairs import SortedPairs, place_pairs, chunk_blocks, sort_pairs_reference
 from engine.gpu.routing.rule import MAX_EXPERTS, Choice, choose_scores_reference
 
 
@@ -73,7 +73,7 @@ def choose_top_k(scores_TE: Tensor, k: int) -> SortedPairs:
     num_tokens, num_experts = scores_TE.shape
     assert num_tokens >= 1
     assert 1 <= k <= num_experts <= MAX_EXPERTS
-    blocks = sort_blocks(num_experts)
+    blocks = chunk_blocks(num_experts)
     chunks, device = cdiv(num_tokens, blocks["BLOCK_T"]), scores_TE.device
     chosen_TE = torch.empty_like(scores_TE, dtype=torch.bool, memory_format=torch.contiguous_format)
     ids_TK = torch.empty((num_tokens, k), dtype=torch.int32, device=device)
