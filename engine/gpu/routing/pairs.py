@@ -23,6 +23,9 @@ from engine.gpu.routing.rule import Choice
 # Flags that one program holds: 16 a thread with 16 warps, the most that never spill.
 CHUNK_FLAGS = 8192
 
+# Tokens that a program of one expert takes at once.
+SORT_TOKENS = 512
+
 
 class SortedPairs(NamedTuple):
     """A `Choice` and its token-expert pairs, sorted by expert, then by token.
@@ -178,8 +181,8 @@ def _place_kernel(
 
 
 def sort_blocks(num_tokens: int) -> dict[str, int]:
-    """Block sizes of the kernels that take one expert: as many tokens as there are, up to 512."""
-    return {"BLOCK_T": min(512, next_power_of_2(num_tokens)), "num_warps": 4}
+    """Block sizes of the kernels that take one expert: as many tokens as it takes."""
+    return {"BLOCK_T": min(SORT_TOKENS, next_power_of_2(num_tokens)), "num_warps": 4}
 
 
 def chunk_blocks(num_experts: int) -> dict[str, int]:

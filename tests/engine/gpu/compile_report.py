@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from engine.gpu import add_norm, thin_linear
+from engine.gpu._triton import next_power_of_2
 from engine.gpu.attention import attend_chunks, attend_step, rotate_and_store
 from engine.gpu.ffn import all_experts, few_tokens, product_blocks, products, used_experts
 from engine.gpu.routing import choose_few, choose_many, choose_top_k, pairs, rule
@@ -89,11 +90,18 @@ def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
         ("list tiles", products._list_tiles_kernel, product_blocks.list_tiles_blocks(E), "i32"),
     ]
     for experts in (E, 64, 512):
-        blocks = pairs.sort_blocks(experts)
+        blocks, sort = pairs.chunk_blocks(experts), pairs.sort_blocks(2048)
+        fill = {**sort, "BLOCK_E": next_power_of_2(experts), "BLOCK_K": 8}
         found += [
             (f"pick {experts}", choose_top_k._pick_kernel, blocks, "fp32"),
-            (f"count {experts}", pairs._count_kernel, blocks, "i32"),
             (f"place {experts}", pairs._place_kernel, blocks, "i32"),
+            (f"count {experts}", pairs._count_kernel, sort, "i32"),
+            (
+                f"fill {experts}",
+                pairs._fill_kernel,
+                {**sort, "BLOCK_E": block_e, "BLOCK_K": 8},
+                "i32",
+            ),
         ]
     for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
         found += [

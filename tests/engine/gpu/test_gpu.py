@@ -251,7 +251,7 @@ class TestTrainingKernels:
     def assert_gradients(
         self, ffn: ExpertFFN, x_TD: Tensor, y_TD: Tensor, chosen_TE: Tensor, limit: float
     ) -> None:
-        assert "grouped_ffn" in str(y_TD.grad_fn)
+        assert "sparse_ffn" in str(y_TD.grad_fn)
         leaves = (x_TD, ffn.up, ffn.down)
         # Of weights as the products see them: rounding moves a neuron across ReLU's kink.
         doubles = tuple(leaf.detach().to(y_TD.dtype).double().requires_grad_() for leaf in leaves)

@@ -86,7 +86,7 @@ def test_route_scores_equals_the_reference(
 
 
 def test_pair_sort_takes_many_steps(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs, "CHUNK_FLAGS", 16)
+    monkeypatch.setattr(pairs, "SORT_TOKENS", 4)
     scores_TE = torch.randn(13, 3, device=device)
     k_T, mass_T = mixed_limits(13, 3, device)
     expected = sorted_reference(scores_TE, k_T, mass_T, 3)
