@@ -99,7 +99,7 @@ def cases() -> list[tuple[str, Any, dict[str, Any], str]]:
             (
                 f"fill {experts}",
                 pairs._fill_kernel,
-                {**sort, "BLOCK_E": block_e, "BLOCK_K": 8},
+                fill,
                 "i32",
             ),
         ]
