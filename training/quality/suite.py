@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.checkpoint import Checkpoint
 from engine.errors import ConfigError, InvalidRequest, require
-from engine.policy import ExpertPolicy
+from engine.policy import SHARED_IS_GONE, ExpertPolicy
 from training.errors import DataError, TrainingError
 from training.experts.shares import SHARES, top_k_of
 from training.quality.evaluation import Evaluation, TextSet, evaluate, read_text
@@ -158,6 +158,7 @@ def _policy(text: str, checkpoint: Checkpoint) -> ExpertPolicy:
     try:
         policy = ExpertPolicy.parse(text)
     except InvalidRequest as error:
+        require(SHARED_IS_GONE not in str(error), f"--experts: {error}", ConfigError)
         raise ConfigError(
             f"--experts must be dense, auto, top_k:N, mass:SHARE or oracle:N; got {text[:40]!r}"
         ) from error
