@@ -114,5 +114,5 @@ def test_a_lost_device_hands_the_rest_to_a_new_process(
     gpu.go_on_elsewhere(report, ["kernels", "tiles"], tiny=True)
     (command,) = commands
     assert command[command.index("--sections") + 1] == "kernels,tiles"
-    assert gpu.parse(command[2:]).seconds == pytest.approx(60, abs=2)
+    assert gpu.parse(command[3:]).seconds == pytest.approx(60, abs=2)
     assert len(json.loads((tmp_path / "records.json").read_text())) == 2

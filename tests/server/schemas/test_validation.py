@@ -75,7 +75,7 @@ def refused(response: Any, status: int = 422, error_type: str = "validation") ->
         ({"truncate": 0}, "parameters.truncate must be"),
         ({"typical_p": 2}, "parameters.typical_p must be"),
         # expert policies
-        ({"experts": "sparse"}, "parameters.experts must be dense, auto, top_k:N, mass:SHARE"),
+        ({"experts": "sparse"}, "parameters.experts must be dense, auto, top_k:N or mass:SHARE"),
         ({"experts": {"shared": 4}}, SHARED_REMOVED),
         ({"experts": "shared:4"}, SHARED_REMOVED),
         ({"experts": "shared"}, SHARED_REMOVED),

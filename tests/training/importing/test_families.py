@@ -11,6 +11,7 @@ import torch
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.cpu import native
+from engine.cpu.backend import CpuBackend
 from engine.model.attention import causal_attend
 from engine.model.decoder import Decoder
 from engine.model.policy_batch import PolicyBatch
@@ -93,7 +94,7 @@ def test_greedy_text_is_transformers_own(kind: str, wide: bool, tmp_path: Path) 
     expected = [made.greedy(prompt, 200) for prompt in prompts]
     model = read(tmp_path)
     engine = make_engine(model, block_size=16, max_num_batched_tokens=9, max_num_seqs=4)
-    assert engine.runner.model.runs_natively == wide
+    assert isinstance(engine.runner.backend, CpuBackend) == wide
     assert generate(engine, prompts, DENSE) == expected
     assert generate(engine, prompts, DENSE) == expected
     assert engine.stats.snapshot().prefix_hit_tokens > 0
