@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.gpu._triton import cdiv, jit, tl
-from engine.gpu.routing.pairs import SortedPairs, place_pairs, chunk_blocks, sort_pairs_reference
+from engine.gpu.routing.pairs import SortedPairs, chunk_blocks, place_pairs, sort_pairs_reference
 from engine.gpu.routing.rule import MAX_EXPERTS, Choice, choose_scores_reference
 
 
