@@ -1,6 +1,4 @@
-"""Expert policies: how many experts each token of a request may use. This module needs no
-tensors.
-"""
+"""Expert policies, without tensors: how many experts each token of a request may use."""
 
 from __future__ import annotations
 
@@ -108,7 +106,5 @@ class ExpertPolicy:
         return int(self.value), NO_MASS_LIMIT
 
     def uses_all(self, num_experts: int) -> bool:
-        """Whether every token uses every expert, as under `dense` or top_k:E; the FFN is then
-        dense.
-        """
+        """Whether every token uses every expert (`dense`, or top_k:E), so that the FFN is dense."""
         return self.kind == "dense" or (self.kind == "top_k" and self.value == num_experts)

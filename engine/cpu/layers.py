@@ -186,9 +186,7 @@ class PackedLayers:
         return held["delta"][: x_TD.numel()].view(x_TD.shape), chosen_LTE
 
     def _experts(self, T: int, limits: Limits | None) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Memory for what the kernels choose, or the pairs of all experts; and for the
-        activations.
-        """
+        """Memory for the choices and pairs (or the pairs of all experts) and the activations."""
         E, row = self.num_experts, self._size + self._size % 2
         if limits is None:
             pairs = every_pair(T, E)

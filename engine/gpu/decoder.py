@@ -30,9 +30,7 @@ from engine.model.trace import Trace
 
 
 def is_plain(model: Decoder) -> bool:
-    """Whether a model is built like those that are trained here, for which norms and sums are
-    fused.
-    """
+    """Whether the model is built like those trained here, whose norms and sums are fused."""
     config = model.config
     scales = config.embedding_multiplier, config.residual_multiplier, config.logits_scaling
     return (
@@ -92,9 +90,7 @@ class KernelDecoder:
         trace: Trace | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """`forward` with an `attend` that no kernel serves: it gets heads that are already
-        rotated.
-        """
+        """`forward` with an `attend` that no kernel serves: it gets heads already rotated."""
         x_TD = self.model.embed(ids_T, positions_T)
         turns = self.model.turns(positions_T)
         for layer, ffn in zip(self._layers, self._ffns, strict=True):

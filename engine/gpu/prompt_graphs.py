@@ -239,9 +239,7 @@ class PromptGraphs:
         )
 
     def worth(self, key: PromptKey) -> bool:
-        """Whether `run` may compute a step of this shape: from the second time that the shape
-        comes.
-        """
+        """Whether `run` may compute a step of this shape: from the second such step on."""
         if key in self._graphs:
             return True
         again = key in self._seen

@@ -255,8 +255,7 @@ class Engine:
         return events
 
     def end_running(self, reason: FinishReason, error: str) -> list[TokenEvent]:
-        """End the requests that own blocks, after a step that raised; returns all events that are
-        owed.
+        """End the requests that own blocks, after a step that raised; returns all owed events.
 
         Raises:
             AssertionError: what is left is not clean; the engine must not be used any more.
@@ -354,9 +353,7 @@ class Engine:
             self.stats.record_decode(result.activated, sum(result.layer_loaded), seconds)
 
     def _emit(self, result: StepResult, tokens: list[Sampled]) -> None:
-        """Make an event of each drawn token. If one fails, the events before it are still
-        delivered.
-        """
+        """Make an event of each drawn token; if one fails, those before it are still delivered."""
         now, available = time.monotonic(), self.num_layers * self.num_experts
         used = zip(result.last_activated, result.last_chosen, strict=True)
         for request, token, (count, chosen) in zip(result.ready, tokens, used, strict=True):

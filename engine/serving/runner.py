@@ -141,9 +141,7 @@ class Runner:
         return bool(self.sample_every) and self._steps % self.sample_every == 0
 
     def _replay(self, graphs: DecodeGraphs, requests: list[Request], key: GraphKey) -> StepResult:
-        """Replay a step of one token a request: all are then ready, and none predicts a prompt
-        token.
-        """
+        """Replay a step of one token a request: all are ready, none predicts a prompt token."""
         logits_BV, totals = graphs.run(requests, key)
         n, layers = len(requests), self.model.config.num_hidden_layers
         per_token = totals[:n]
@@ -153,9 +151,7 @@ class Runner:
         return StepResult(requests, logits_BV, [], per_token, per_token, per_layer, union, chosen)
 
     def _replay_prompts(self, graphs: PromptGraphs, plan: Plan, key: PromptKey) -> StepResult:
-        """Replay any plan that has a graph. Graphs give logits and numbers of experts, nothing
-        else.
-        """
+        """Replay any plan that has a graph. Graphs give only logits and numbers of experts."""
         logits_BV, totals = graphs.run(plan, key)
         ready = [r for r, n in plan if n == r.num_uncomputed]
         spans = _spans(plan)

@@ -206,9 +206,7 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Return the request to the head of `waiting`; what is no longer cached is computed
-        again.
-        """
+        """Return the request to the head of `waiting`; what left the cache is computed again."""
         _leave(self.running, request)
         self._release(request)
         request.status = Status.WAITING
