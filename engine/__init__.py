@@ -1,6 +1,7 @@
 """The engine: models whose FFNs run dense or as a mixture of experts, and how they are served.
 
-Layers, from the ground up: errors, config, request; kernels and experts; model and checkpoint; KV
-blocks and scheduler (no tensors); sampler and runner; engine and worker. Knows no HTTP and no
+`model/` holds the decoder in torch's operators: it trains, and it is the reference. `cpu/` and
+`gpu/` compute the same with kernels of their own. `text/` turns text into tokens and back, and
+`serving/` schedules requests, runs the model and draws tokens. The engine knows no HTTP and no
 training.
 """

@@ -343,7 +343,7 @@ def _load_model(
         for name, t in tensors.items()
     }
     for name, tensor in cast.items():
-        # On the CPU a tensor may lie in the mapped file. Matrices leave it when they are packed;
+        # On the CPU a tensor may lie in the mapped file. Packing copies the matrices out of it, but
         # one small tensor that stays would keep the whole file mapped, and resident.
         if tensor.dim() == 1 or name.endswith("ffn.router"):
             cast[name] = tensor.clone()

@@ -83,7 +83,7 @@ def model_path(model: Path | None) -> Path:
 
 
 def load_model(model: Path | None) -> Checkpoint:
-    """That checkpoint in float32, as it is evaluated and studied."""
+    """The checkpoint of `model_path` in float32, the type in which models are evaluated."""
     from engine.checkpoint import load
 
     return load(model_path(model), dtype="float32")

@@ -24,7 +24,7 @@ MAX_EXPERTS: Final = 512  # the routing kernel ranks a token's experts in regist
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Raise ConfigError unless `low <= value <= high`, and whole if the bounds are."""
+    """Raise ConfigError unless `low <= value <= high`; whole bounds ask for a whole number."""
     if isinstance(low, int) and isinstance(high, int):
         whole = isinstance(value, int) and not isinstance(value, bool)
         require(whole, f"{name} must be a whole number from {low} to {high}, got {value!r}")
@@ -154,14 +154,14 @@ class RopeScaling:
 class ModelConfig:
     """The decoder's shape. Keys are Hugging Face's where they exist.
 
-    The defaults of what follows `eos_token_id` are the models that are trained here; other
-    families' models are imported.
+    The defaults of the fields after `eos_token_id` describe the models that are trained here;
+    imported models of other families set them.
 
     Attributes:
-        rms_norm_eps: of the norms, whichever they are.
+        rms_norm_eps: what every norm adds to the variance (or mean square), whichever norm it is.
         hidden_act: "relu"; "relu2", its square; "fatrelu", zero up to `hidden_act_param`; "drelu",
             ReLU of both the gate and what it multiplies.
-        head_dim: of attention; 0: hidden_size / num_attention_heads.
+        head_dim: width of an attention head; 0 means hidden_size / num_attention_heads.
         norm: "layernorm1p" is a LayerNorm whose weight is stored less 1 (Nemotron).
         do_layer_norm_before: whether norms come before attention and FFN, and after the last layer;
             else after each sum, and nowhere else.
@@ -169,12 +169,13 @@ class ModelConfig:
         position_offset: the row of learned positions that the first token takes.
         partial_rotary_factor: share of a head's dimensions that is rotated. The others lie beside
             them: each half of a head has its rotated dimensions first.
-        sliding_window: last tokens that a token sees, itself included; None: all.
-        attention_bias: of queries, keys, values and output.
-        mlp_bias: of both products of an FFN; none with gates.
+        sliding_window: how many last tokens a token sees, itself included; None means all.
+        attention_bias: whether the projections to queries, keys, values and output have biases.
+        mlp_bias: whether both products of an FFN have biases; gated FFNs have none.
         gated_mlp: act(x @ gate.T) * (x @ up.T) instead of act(x @ up.T).
         word_embed_proj_dim: width of the embedding, projected to hidden_size; 0: the same.
-        embedding_multiplier, residual_multiplier: of embeddings; of what layers add.
+        embedding_multiplier: what embeddings are multiplied by.
+        residual_multiplier: what the outputs of attention and FFN are multiplied by.
         logits_scaling: the last hidden state is divided by it before the head.
     """
 
@@ -287,7 +288,7 @@ class ModelConfig:
 
     @property
     def window(self) -> int:
-        """Tokens that a token sees where that is less than all; else 0."""
+        """How many tokens a token sees if a sliding window limits it; 0 if it sees all."""
         window = self.sliding_window or 0
         return window if window < self.max_position_embeddings else 0
 
@@ -380,9 +381,9 @@ class EngineConfig:
     """What a host decides about running a model. Each field has an `Option` in its metadata, from
     which the server makes its settings and the help of its command line.
 
-    On CUDA, graphs cost some memory, and a pause whenever a new batch size is first seen. Of every
-    step that `sample_every` names, what its router missed is measured on a few of its tokens: such
-    a step computes their whole first product, and runs without graphs. With more than `max_waiting`
+    On CUDA, graphs cost some memory, and a pause whenever a new batch size is first seen. In every
+    `sample_every`-th step the engine measures on a few tokens what the router missed: such a step
+    computes their whole first product, and runs without graphs. With more than `max_waiting`
     requests, or `max_waiting_tokens` prompt tokens, in the queue the next one is refused as
     `Overloaded`.
     """

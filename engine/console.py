@@ -1,4 +1,4 @@
-"""What all commands share: how they end, what they say beside results, the file of --json."""
+"""What all commands share: their exit status, their messages, and the file that --json names."""
 
 from __future__ import annotations
 

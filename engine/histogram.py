@@ -30,7 +30,7 @@ class Histogram:
     Attributes:
         bounds: upper bounds, ascending.
         counts: observations per bucket, one more than bounds: the last holds what exceeds them.
-        sum: of all observations.
+        sum: the sum of all observations.
     """
 
     def __init__(self, bounds: Sequence[float]) -> None:

@@ -1,4 +1,4 @@
-"""Expert policies: how many experts a token of a request may use, said without a tensor."""
+"""Expert policies, without tensors: how many experts each token of a request may use."""
 
 from __future__ import annotations
 
@@ -106,5 +106,5 @@ class ExpertPolicy:
         return int(self.value), NO_MASS_LIMIT
 
     def uses_all(self, num_experts: int) -> bool:
-        """Whether every token uses every expert, by whatever name: the dense FFN, then."""
+        """Whether every token uses every expert (`dense`, or top_k:E), so that the FFN is dense."""
         return self.kind == "dense" or (self.kind == "top_k" and self.value == num_experts)

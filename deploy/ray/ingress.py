@@ -16,11 +16,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deploy.ray.exposition import merge
 from deploy.ray.forward import Forwarder
 from deploy.ray.reach import Reach, reload_all
 from deploy.ray.replica import log
-from deploy.ray.wire import plain_scope
+from deploy.ray.wire import merged_metrics, plain_scope
 from engine.errors import AmbidexError
 from server.app import add_middleware
 from server.http.error_responses import error_response
@@ -95,7 +94,7 @@ class Ingress:
     async def _metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
         pages = await self.reach.everybody("metrics")
         pages.append((self.name, generate_latest(self.registry)))
-        await Response(merge(pages), media_type=METRICS_TYPE)(scope, receive, send)
+        await Response(merged_metrics(pages), media_type=METRICS_TYPE)(scope, receive, send)
 
     async def _status(self, scope: Scope, receive: Receive, send: Send) -> None:
         found = dict(await self.reach.everybody("status"))

@@ -13,7 +13,7 @@ from ray import serve
 from starlette.types import Message
 
 from deploy.ray.scaling import DEMAND, demand
-from deploy.ray.wire import Accepted, Identity, Reply, Target, merged
+from deploy.ray.wire import Accepted, Identity, Reply, Target, merged_body
 from engine.errors import AmbidexError, EngineStopped
 from server.app import create_app
 from server.engines.fleet import make_worker
@@ -91,7 +91,7 @@ class Replica:
                     batch.append(messages.get_nowait())
                 ended = batch[-1] is None
                 if some := [message for message in batch if message is not None]:
-                    yield merged(some)
+                    yield merged_body(some)
             await asyncio.shield(running)  # a caller that stops waiting must not cancel it
         finally:
             # The application sees a disconnect, as from any ASGI server, and ends by itself. If it

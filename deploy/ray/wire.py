@@ -1,14 +1,21 @@
-"""What ingress, rollout and replicas say to each other about one HTTP request."""
+"""What ingress, rollout and replicas send to each other: calls, answers, and pages of metrics."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 from starlette.types import Message, Scope
 
 from server.engines.reload import Result
 
+# The label by which the samples of different replicas are told apart.
+_LABEL: Final = "replica"
 # The fields of an ASGI HTTP scope that describe the request and not the server that took it.
 _FIELDS: Final = (
     *("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string"),
@@ -71,7 +78,7 @@ def plain_scope(scope: Scope) -> dict[str, Any]:
     return {name: scope[name] for name in _FIELDS if name in scope}
 
 
-def merged(messages: list[Message]) -> list[Message]:
+def merged_body(messages: list[Message]) -> list[Message]:
     """The same response in fewer messages: consecutive pieces of the body are joined."""
     out: list[Message] = []
     for message in messages:
@@ -82,3 +89,30 @@ def merged(messages: list[Message]) -> list[Message]:
         else:
             out.append(message)
     return out
+
+
+class _Merged(Collector):
+    def __init__(self, pages: Mapping[str, str]) -> None:
+        self.pages = pages
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for replica, page in self.pages.items():
+            for family in text_string_to_metric_families(page):
+                kept = families.setdefault(
+                    family.name, Metric(family.name, family.documentation, family.type)
+                )
+                for sample in family.samples:
+                    kept.samples.append(sample._replace(labels={**sample.labels, _LABEL: replica}))
+        return iter(families.values())
+
+
+def merged_metrics(pages: Iterable[tuple[str, bytes]]) -> bytes:
+    """Merge the pages of all replicas into one, in which every sample has the label `replica`.
+
+    Args:
+        pages: (replica, its page in Prometheus' text format) of each.
+    """
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Merged({replica: page.decode() for replica, page in pages}))
+    return generate_latest(registry)

@@ -52,7 +52,8 @@ class CpuBackend:
     ) -> Tensor:
         """Logits [len(rows), V] in float32 of these rows of the batch; see `Decoder.forward`."""
         attend = NativeAttend(self.cache, self._block_size, spans)
-        if policy.oracle or trace.keep_inputs or trace.mass_every:  # more than one call tells
+        # the trace wants more than the one call for all layers records
+        if policy.oracle or trace.keep_inputs or trace.mass_every:
             logits: Tensor = self._model(ids_T, positions_T, attend, policy, trace, rows)
             return logits
         return self._all_layers(ids_T, positions_T, attend, policy, trace, rows)

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 _SOURCE: Final = Path(__file__).with_name("source")
 _FLAGS: Final = (
     *("-std=gnu11", "-O3", "-march=native"),
-    # Nothing that would reorder sums: a token's result must not depend on its company.
+    # No flag that lets the compiler reorder sums: a token's result must not depend on its batch.
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
     *("-fopenmp", "-shared", "-fPIC"),
 )
@@ -62,7 +62,7 @@ def library() -> ctypes.CDLL | None:
 
 def _reason(error: Exception) -> str:
     output = getattr(error, "stderr", None) or b""
-    # The compiler's own words, if any: the command that failed is long and says little.
+    # Show what the compiler says, if anything: the command itself is long and says little.
     return (output.decode(errors="replace").strip() or str(error))[:500]
 
 
@@ -99,8 +99,8 @@ def _flags() -> tuple[str, ...]:
 
 
 def _libraries() -> tuple[str, ...]:
-    """What comes after the sources."""
-    # Torch's own OpenMP: two of them would hold two sets of threads against each other.
+    """The compiler's arguments behind the sources: the libraries to link."""
+    # Link torch's own OpenMP: with two of them, two sets of threads would compete for the cores.
     folder = Path(torch.__file__).parent / "lib"
     return (f"-L{folder}", f"-Wl,-rpath,{folder}", "-lm")
 
@@ -128,7 +128,8 @@ def _cache_directory() -> Path:
             with tempfile.TemporaryFile(dir=path):
                 return path
         problem = f"{path} belongs to another user, or others may write to it"
-    except (OSError, RuntimeError) as error:  # the latter from Path.home() of a user without one
+    except (OSError, RuntimeError) as error:
+        # RuntimeError: Path.home() raises it for a user without a home
         problem = str(error)
     private = _private_directory()
     logger.warning(

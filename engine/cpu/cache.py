@@ -20,7 +20,7 @@ class PagedCache:
     """Keys and values of L layers in blocks of KV_BLOCK tokens; keys are packed for their product.
 
     Attributes:
-        window: last tokens that a token sees, itself included; 0: all.
+        window: how many last tokens a token sees, itself included; 0 means all.
         keys: [L, blocks, G, d * KV_BLOCK]: inputs by tokens, in bfloat16 in pairs of inputs.
         values: [L, blocks, G, KV_BLOCK * d].
     """

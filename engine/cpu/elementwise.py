@@ -1,4 +1,4 @@
-"""What stands between the products of a layer: sums, norms and rotation, on the CPU's kernels.
+"""The steps between the products of a layer (sums, norms and rotation) by the CPU's kernels.
 
 Shapes: T tokens, D model, H heads, d head dimension.
 """
@@ -24,7 +24,7 @@ def add_scaled_(x_TD: Tensor, delta_TD: Tensor, multiplier: float) -> Tensor:
 def rms_norm(
     x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float, multiplier: float = 1.0
 ) -> Tensor:
-    """RMSNorm (Zhang and Sennrich, 2019) of `add_scaled_`, [T, D]; the sum replaces x in place."""
+    """RMSNorm (Zhang and Sennrich, 2019) of x + multiplier * delta, [T, D]; the sum replaces x."""
     T, D = x_TD.shape
     out_TD = torch.empty_like(x_TD)
     call(
@@ -42,7 +42,7 @@ def layer_norm(
     eps: float,
     multiplier: float = 1.0,
 ) -> Tensor:
-    """LayerNorm (Ba et al. 2016) of `add_scaled_`, [T, D]; the sum replaces x in place."""
+    """LayerNorm (Ba et al. 2016) of x + multiplier * delta, [T, D]; the sum replaces x."""
     T, D = x_TD.shape
     out_TD = torch.empty_like(x_TD)
     call(

@@ -30,7 +30,7 @@ from engine.cpu.native import (
 from engine.model.activations import activate_reference, gated_reference
 
 _ACTIVATIONS: Final = {"relu": 1, "relu2": 2, "fatrelu": 3, "drelu": 4}
-# A list of all pairs up to this length is kept: decoding asks for the same short ones every step.
+# Lists of all pairs up to this length are cached: decoding needs the same short ones every step.
 _KEPT_PAIRS: Final = 1 << 14
 
 
@@ -39,7 +39,7 @@ class Pairs:
     """Token-expert pairs, sorted by expert and then by token.
 
     Attributes:
-        used: U.
+        used: U, how many experts are in use.
         expert_U: int32 [>= U], the experts in use, ascending.
         offsets: int32 [>= U + 1]; the tokens of the u-th are token_P[offsets[u] : offsets[u + 1]].
         token_P: int32 [>= P].
@@ -86,12 +86,13 @@ def sort_pairs(chosen_TE: Tensor) -> Pairs:
 
 
 def every_pair(T: int, E: int) -> Pairs:
-    """All experts for every token: the dense FFN."""
+    """The pairs of every token with all experts, which make the FFN dense."""
     return _few_pairs(T, E) if T * E <= _KEPT_PAIRS else _every_pair(T, E)
 
 
 def _every_pair(T: int, E: int) -> Pairs:
-    with torch.inference_mode(False):  # may be kept, so usable in any mode afterwards
+    # the result may be cached, so it must not be an inference tensor
+    with torch.inference_mode(False):
         return Pairs(
             E,
             torch.arange(E, dtype=torch.int32),
@@ -104,12 +105,12 @@ _few_pairs = functools.lru_cache(maxsize=64)(_every_pair)
 
 
 class FFNExtras(NamedTuple):
-    """What an FFN may have beside two matrices.
+    """The optional parts of an FFN beside its two matrices.
 
     Attributes:
         gate_FD: [F, D]: activations become act(x @ gate.T) * (x @ up.T + up_bias).
         up_bias_F, down_bias_D: biases of the two products.
-        threshold: of the activation "fatrelu".
+        threshold: where the activation "fatrelu" begins.
     """
 
     gate_FD: Tensor | None = None
@@ -149,7 +150,7 @@ class PackedExpertFFN:
         shape = (num_experts, self.expert_size, self.model)
         ups, downs = up_FD.detach().view(shape), down_FD.detach().view(shape)
         self.up = self._packed(ups.unbind(0), self.width)
-        odd = self.expert_size % 2  # inputs come in pairs
+        odd = self.expert_size % 2  # the kernels read inputs in pairs
         self.down = self._packed([F.pad(d, (0, 0, 0, odd)).T for d in downs], self.down_width)
         gate, bias, self.down_bias = extras.gate_FD, extras.up_bias_F, None
         self.gate = gate

@@ -1,7 +1,8 @@
 """All layers of a packed decoder in one call.
 
-The same functions in the same order as layer by layer, hence the same bits. Between them Python
-would cost a small model as much time as its weights: a layer has a dozen steps.
+The same kernels run in the same order as when Python calls them layer by layer, so the results have
+the same bits. A layer has a dozen steps, and in a small model calling each of them from Python
+takes as long as reading the weights.
 
 Shapes: T tokens, B sequences, D model, H query heads, G key-value heads, d head dimension,
 E experts, S neurons per expert, L layers, M blocks per sequence at most.
@@ -27,7 +28,7 @@ class CachedSequences(NamedTuple):
     """The sequences of a flat batch, and where their keys and values are.
 
     Attributes:
-        cache: of all layers.
+        cache: keys and values of all layers.
         slot_T: int64, where each token's keys and values go.
         table_BM, first_B, rows_B, context_B: as for `PagedCache.attend`.
     """
@@ -44,7 +45,7 @@ class Limits(NamedTuple):
     """How many experts the tokens may use; arguments as for `engine.cpu.experts.choose`.
 
     Attributes:
-        most: of one token.
+        most: the most experts of any one token.
     """
 
     k_T: Tensor
@@ -150,8 +151,10 @@ class PackedLayers:
         T = x_TD.shape[0]
         assert x_TD.dtype == self.dtype
         assert x_TD.is_contiguous()
+        # A router is a buffer that may be assigned anew, so each call reads its address.
         for weights, ffn in zip(self._weights, self._ffns, strict=True):
             weights.router = ffn.router.data_ptr()
+        # C gets bare addresses: `held` keeps every tensor alive until the call has returned.
         held, chosen_LTE = self._experts(T, limits)
         cache = sequences.cache
         if turns is not None:
@@ -183,7 +186,7 @@ class PackedLayers:
         return held["delta"][: x_TD.numel()].view(x_TD.shape), chosen_LTE
 
     def _experts(self, T: int, limits: Limits | None) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Memory for choices and pairs, or all pairs; and for the activations of the pairs."""
+        """Memory for the choices and pairs (or the pairs of all experts) and the activations."""
         E, row = self.num_experts, self._size + self._size % 2
         if limits is None:
             pairs = every_pair(T, E)
@@ -203,7 +206,7 @@ class PackedLayers:
         return held, chosen_LTE
 
     def _between(self, T: int) -> dict[str, Tensor]:
-        """What one step leaves to the next."""
+        """Working memory in which one step of a layer leaves its results to the next."""
         heads = (self._heads + 2 * self._kv_heads) * self._head_dim
         sizes = {
             "normed": self._width,
@@ -229,7 +232,7 @@ def _packed(layer: Layer) -> PackedFFN:
 
 
 def _weights_of(layer: Layer) -> dict[str, Tensor | None]:
-    """What each field of `_LayerWeights` points to, but for the router."""
+    """The tensor that each field of `_LayerWeights` points to; the router is set at each call."""
     qkv, out = _linear(layer.attention.qkv), _linear(layer.attention.out)
     ffn = _packed(layer).packed
     return {

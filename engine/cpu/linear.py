@@ -13,7 +13,7 @@ from engine.cpu.native import INT, LONG, call, lanes, pointer, weight_memory
 
 
 def panel_width(outputs: int) -> int:
-    """Columns of a panel, 1, 2 or 4 vectors: as many as fill registers, as few as pad little."""
+    """Columns of a panel, as 4, 2 or 1 vectors: wide ones fill registers, narrow ones pad less."""
     one = lanes()
     if outputs % (4 * one) == 0:
         return 4 * one
@@ -60,7 +60,7 @@ class PackedLinear:
 
     Args:
         weight_NK: [N, K], float32 or bfloat16, K even.
-        bias_N: [N], if any.
+        bias_N: [N], or None.
     """
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> None:

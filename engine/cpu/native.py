@@ -6,7 +6,7 @@ linear.py, experts.py, elementwise.py, cache.py and layers.py, and each says wha
 Their references are torch's operators and engine/model.
 
 A token's result does not depend on the batch: every sum is taken in an order that the token's own
-data decide, whatever the company, the number of threads or the path (few tokens, many).
+data decide, whatever else is in the batch, however many threads run, and whichever path is taken.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def available() -> bool:
 
 
 def supports(dtype: torch.dtype, hidden_size: int, head_dim: int = 32) -> bool:
-    """Whether a model of this type and shape runs on them: full vectors in every row.
+    """Whether the kernels take a model of this type and shape: each row must fill whole vectors.
 
-    `head_dim` is attention's; an FFN alone has none.
+    `head_dim` is the width of an attention head; leave it out for an FFN alone.
     """
     return available() and dtype in DTYPES and hidden_size % 32 == 0 and head_dim % 32 == 0
 
@@ -89,5 +89,6 @@ def weight_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     held = torch.empty(size + _HUGE_PAGE, dtype=torch.uint8)
     offset = -held.data_ptr() % _HUGE_PAGE
     address = POINTER(held.data_ptr() + offset)
-    ctypes.CDLL(None).madvise(address, ctypes.c_size_t(size), _MADV_HUGEPAGE)  # a mere wish
+    # advice only: the kernel may refuse it
+    ctypes.CDLL(None).madvise(address, ctypes.c_size_t(size), _MADV_HUGEPAGE)
     return held[offset : offset + size].view(dtype).view(shape)

@@ -23,9 +23,9 @@ from engine.model.trace import Trace
 def supports(model: Decoder) -> bool:
     """Whether the CPU's kernels take this model, here."""
     weight, config = model.embedding.weight, model.config
-    if weight.device.type != "cpu":  # asked first: the answer below may compile the kernels
+    if weight.device.type != "cpu":  # asked before `native`, whose answer may compile the kernels
         return False
-    even = config.word_embed_proj_dim % 2 == 0  # inputs come in pairs
+    even = config.word_embed_proj_dim % 2 == 0  # the kernels read inputs in pairs
     return even and native.supports(weight.dtype, config.hidden_size, config.head_dim)
 
 
@@ -38,7 +38,7 @@ def pack(model: Decoder) -> None:
         layer = getattr(model, name)
         if layer is not None:
             _replace(model, name, PackedLinear(layer))
-    if model.head is None:  # the output layer and the embedding share one copy
+    if model.head is None:  # the output layer and the embedding share one packed copy
         shared = PackedLinear(model.embedding)
         _replace(model, "head", shared)
         _replace(model, "embedding", PackedEmbedding(shared))
@@ -64,7 +64,7 @@ def pack_layer(layer: Layer) -> None:
         attention.turn = elementwise.rotate_
     _replace(layer, "ffn", PackedFFN(layer.ffn))
     if layer.multiplier != 1.0:
-        # Rounded once, as the next norm adds it where one call runs all layers.
+        # Rounded once, as in the call that runs all layers, where the next norm adds it.
         layer.sum = elementwise.add_scaled_
 
 
@@ -83,7 +83,7 @@ class PackedLinear(nn.Module):
 
     Attributes:
         packed: what the kernels take.
-        weight: nothing but its type and device.
+        weight: an empty parameter that tells type and device.
     """
 
     def __init__(self, source: nn.Linear | nn.Embedding) -> None:
@@ -163,7 +163,7 @@ class PackedFFN(nn.Module, FeedForward):
 
     Attributes:
         packed: what the kernels take.
-        up: nothing but its type and device.
+        up: an empty parameter that tells type and device.
     """
 
     router: Tensor
@@ -190,7 +190,7 @@ class PackedFFN(nn.Module, FeedForward):
         return mass_of(hidden_TF, self.num_experts, gated=self._gated)
 
     def scores(self, x_TD: Tensor, *, oracle: bool = False) -> Tensor:
-        """As `ExpertFFN.scores`."""
+        """Scores [T, E], as `ExpertFFN.scores` computes them."""
         if oracle:
             mass_TE = self.mass_of(self.hidden(x_TD))
             return mass_TE.float().clamp_min(1e-30).log()

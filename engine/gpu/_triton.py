@@ -50,7 +50,10 @@ def jit(kernel: Callable[..., Any]) -> Any:
 
 
 def cache_problem() -> str | None:
-    """Why Triton could not keep what it compiles, which ends the first step; None if it can."""
+    """Why Triton cannot store compiled kernels, as a sentence; None if it can.
+
+    Without a folder to write to, the first step would fail.
+    """
     if triton is None:
         return "Triton is not installed"
     folder = triton.knobs.cache.dir

@@ -17,7 +17,7 @@ from engine.gpu._triton import jit, next_power_of_2, tl
 
 
 class Norm(NamedTuple):
-    """An RMSNorm: weight [D], and what is added to the mean square."""
+    """An RMSNorm: its weight [D], and the epsilon that is added to the mean square."""
 
     weight_D: Tensor
     epsilon: float
@@ -35,7 +35,7 @@ def normed_reference(x_TD: Tensor, norm: Norm | None) -> Tensor:
 def add_norm_reference(
     x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """What `add_norm` computes."""
+    """The reference of `add_norm`, in plain torch."""
     sum_TD = x_TD + delta_TD
     wide_TD = sum_TD.float()
     scale_T1 = (wide_TD.square().mean(1, keepdim=True) + epsilon).rsqrt()
@@ -53,14 +53,14 @@ def _add_norm_kernel(
     d_model,
     BLOCK_D: tl.constexpr,
 ):
-    """Program t: row t."""
+    """Program t computes row t."""
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     real = d < d_model
     x = tl.load(x_ptr + t * d_model + d, mask=real, other=0.0).to(tl.float32)
     delta = tl.load(delta_ptr + t * d_model + d, mask=real, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + d, mask=real, other=0.0).to(tl.float32)
-    # Rounded as it is stored, so that the norm is that of what the next layer adds to.
+    # The sum is rounded as it is stored: the norm must be that of what later layers read.
     total = (x + delta).to(sum_ptr.dtype.element_ty)
     tl.store(sum_ptr + t * d_model + d, total, mask=real)
     total = total.to(tl.float32)

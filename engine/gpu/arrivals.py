@@ -14,17 +14,17 @@ from torch import Tensor
 class Arrivals:
     """Zeroed counters of one device. Kernels that may run at the same time must not share them.
 
-    Kernels of one stream do not, chained ones included: each touches its counters only after the
-    kernel before it has ended.
+    Kernels of one stream may share them, chained ones included: each touches its counters only
+    after the kernel before it has ended.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._held: dict[str, Tensor] = {}
-        self._outgrown: list[Tensor] = []  # captured graphs still count on them
+        self._outgrown: list[Tensor] = []  # captured graphs still use the smaller ones
 
     def of(self, name: str, count: int) -> Tensor:
-        """int32 [>= count], all zero between kernels; what was once given stays in being."""
+        """int32 [>= count], all zero between kernels. Counters once handed out are never freed."""
         found = self._held.get(name)
         if found is None or found.numel() < count:
             if found is not None:

@@ -24,7 +24,7 @@ class GpuBackend:
 
     Attributes:
         cache: keys and values of all layers.
-        graphs, prompt_graphs: captured steps; None where the cache is not one that kernels take.
+        graphs, prompt_graphs: captured steps; None if the kernels do not take the cache.
     """
 
     def __init__(self, model: Decoder, cache: KVCache) -> None:
@@ -38,8 +38,8 @@ class GpuBackend:
         """Replay steps from CUDA graphs from now on, where the kernels take the cache.
 
         Args:
-            most_requests: that may run at the same time.
-            most_tokens: of one step.
+            most_requests: how many requests may run at the same time.
+            most_tokens: the most tokens of one step.
             longest: tokens of the longest request.
         """
         if self._has_kernels:

@@ -36,20 +36,20 @@ from engine.policy import NO_MASS_LIMIT, ExpertPolicy
 
 # Larger batches keep the device busy longer than Python needs to launch them.
 MAX_BATCH = 256
-# What does not get a graph any more runs without one.
+# Once so many graphs exist, steps of a new shape run without one.
 MAX_GRAPHS = 96
 FIRST_CONTEXT = 512
-# How much the experts that a step really used weigh in what is expected of the next steps.
+# The weight of the newest step in the running mean of the share of experts that steps use.
 UNION_WEIGHT = 0.1
 
 
 class DecodingRequest(Protocol):
-    """What a step reads of a request that decodes; the engine's requests are such.
+    """What a step reads of a request that decodes; `engine.serving.request.Request` has it all.
 
     Attributes:
         token_ids: prompt and output so far.
         num_computed: how many of them have keys and values in the cache.
-        blocks: of the cache, which hold these.
+        blocks: the cache blocks that hold these.
         policy: which experts its tokens use.
     """
 
@@ -66,7 +66,8 @@ class GraphKey(NamedTuple):
         batch: rows.
         max_k: most experts of a row; 0: every row is dense.
         longest: most tokens of a context.
-        quarters: of the experts that such batches used of late, rounded up; 0: does not matter.
+        quarters: how many quarters of all experts such batches used lately, rounded up; 0 if that
+            does not matter.
     """
 
     batch: int
@@ -76,7 +77,7 @@ class GraphKey(NamedTuple):
 
 
 def batch_bucket(requests: int, most: int) -> int:
-    """The least power of two that holds them, or `most`."""
+    """The least power of two that is not below the number of rows, but `most` at most."""
     return min(1 << (requests - 1).bit_length(), most)
 
 
@@ -89,7 +90,7 @@ def k_bucket(k: int, num_experts: int) -> int:
 
 
 def context_bucket(context: int, most: int) -> int:
-    """The least of 512, 2048, 8192, ... that holds it, or `most`."""
+    """The least of 512, 2048, 8192, ... that is not below the length, but `most` at most."""
     bucket = FIRST_CONTEXT
     while bucket < context:
         bucket *= 4
@@ -140,9 +141,9 @@ class StaticBatch:
         self._blocks: list[list[int]] = [[] for _ in range(batch)]
 
     def fill(self, requests: Sequence[DecodingRequest], num_experts: int, block_size: int) -> None:
-        """The next token of each request, and padding behind. Does not wait for the device.
+        """Fill in the next token of each request, and padding behind. Does not wait for the device.
 
-        The step before must have ended: the host's side of the copy is written anew.
+        The step before must have ended, because the host's side of the copy is overwritten.
         """
         n = len(requests)
         for row, request in enumerate(requests):
@@ -252,7 +253,8 @@ class DecodeGraphs:
 
     def _share_used(self, key: GraphKey) -> float:
         """The share of the experts that such a batch uses, from the steps before."""
-        if key.batch == 1 or not key.max_k:  # these read what they must, whatever is expected
+        # the kernels for few rows read only what is chosen, whatever is expected
+        if key.batch == 1 or not key.max_k:
             return 0.0
         expected = expected_used(key.batch, key.max_k, self.num_experts) / self.num_experts
         return self._used.get((key.batch, key.max_k), expected)

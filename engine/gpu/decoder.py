@@ -30,7 +30,7 @@ from engine.model.trace import Trace
 
 
 def is_plain(model: Decoder) -> bool:
-    """Whether it is built as the models that are trained here, for which whole steps are fused."""
+    """Whether the model is built like those trained here, whose norms and sums are fused."""
     config = model.config
     scales = config.embedding_multiplier, config.residual_multiplier, config.logits_scaling
     return (
@@ -57,7 +57,7 @@ class KernelDecoder:
         self.model = model
         self.is_plain = is_plain(model)
         self._layers = [layer for layer in model.layers if isinstance(layer, Layer)]
-        # Each layer counts on its own: captured as branches, two may run at the same time.
+        # Each layer has its own counters: in a captured graph two layers' kernels may overlap.
         self._ffns = [KernelFFN(ffn, Arrivals(ffn.up.device)) for ffn in model.ffns()]
 
     def forward(
@@ -90,7 +90,7 @@ class KernelDecoder:
         trace: Trace | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """As `forward`, where no kernel serves attention: `attend` takes heads already rotated."""
+        """`forward` with an `attend` that no kernel serves: it gets heads already rotated."""
         x_TD = self.model.embed(ids_T, positions_T)
         turns = self.model.turns(positions_T)
         for layer, ffn in zip(self._layers, self._ffns, strict=True):
@@ -110,8 +110,8 @@ class KernelDecoder:
 
         Args:
             ids_1: the token.
-            attend: for the next token of a sequence.
-            policy: of the token.
+            attend: attention for the next token of a sequence.
+            policy: which experts the token uses.
             arrivals: counters that no kernel of another stream uses at the same time.
             chosen_L1E: bool, where each layer's choice is written; None for a dense token.
         """
@@ -138,7 +138,7 @@ class KernelDecoder:
         trace: Trace | None,
         rows: Tensor | None,
     ) -> Tensor:
-        """`forward` of a plain model: what a layer adds waits for the next norm."""
+        """`forward` of a plain model: the kernel of the next norm adds what a layer computed."""
         model = self.model
         x_TD: Tensor = model.embedding(ids_T)
         delta_TD: Tensor | None = None
@@ -162,7 +162,7 @@ class KernelDecoder:
 
 
 def weights_of(norm: RMSNorm) -> Norm:
-    """What the kernels need of a norm."""
+    """The numbers of a norm that the kernels need."""
     assert norm.weight is not None
     assert norm.eps is not None
     return Norm(norm.weight, norm.eps)

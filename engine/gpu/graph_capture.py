@@ -9,13 +9,13 @@ import torch
 
 
 def capture(compute: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
-    """Record what `compute` launches; before, run it once on a side stream, to compile its kernels.
+    """Run `compute` once on a side stream, to compile its kernels, then record what it launches.
 
     That run writes the same keys and values as the replay that follows.
 
     Args:
         compute: reads and writes tensors that stay where they are.
-        pool: from `torch.cuda.graph_pool_handle`, shared by graphs that never run together.
+        pool: memory from `torch.cuda.graph_pool_handle`, shared by graphs that never run together.
     """
     current = torch.cuda.current_stream()
     side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]

@@ -1,10 +1,11 @@
 """Steps that compute prompts, replayed from CUDA graphs, so that no launch waits for Python.
 
-Any step of at most MAX_TOKENS tokens: chunks of prompts, with decoding requests among them or not.
-It is padded to the next of a few numbers of tokens, of requests and of experts per token. Its
-attention reads from the device where each chunk lies (`engine.gpu.attention.attend_chunks`), so
-that lengths and contexts are no part of the shape. One `StaticPrompt` feeds all graphs, and all
-leave their logits in one buffer, so memory grows with the number of graphs by their launches alone.
+A step of at most MAX_TOKENS tokens can be replayed: chunks of prompts, with or without decoding
+requests among them. It is padded to the next of a few numbers of tokens, of requests and of experts
+per token. Its attention reads from the device where each chunk lies
+(`engine.gpu.attention.attend_chunks`), so that lengths and contexts are no part of the shape. One
+`StaticPrompt` feeds all graphs, and all leave their logits in one buffer, so memory grows with the
+number of graphs by their launches alone.
 
 Capturing costs more than launching once, and prompts have many lengths: a shape is captured when it
 comes for the second time.
@@ -38,15 +39,15 @@ from engine.policy import NO_MASS_LIMIT
 
 # Larger steps keep the device busy longer than Python needs to launch them.
 MAX_TOKENS = 2048
-# What does not get a graph any more runs without one.
+# Once so many graphs exist, steps of a new shape run without one.
 MAX_GRAPHS = 96
-# Beside prompts, a decoding request's context is not split among programs. One that is longer
-# leaves the step to the kernel that does.
+# Beside prompts, a decoding request's context is not split among programs. A step with a longer
+# context runs without a graph, by the kernel that splits it.
 LONGEST_DECODED = 4096
 
 
 class PromptRequest(DecodingRequest, Protocol):
-    """What a step reads of a request; the engine's requests are such."""
+    """What a step reads of a request; `engine.serving.request.Request` has it all."""
 
     @property
     def num_uncomputed(self) -> int:
@@ -54,7 +55,7 @@ class PromptRequest(DecodingRequest, Protocol):
         ...
 
 
-# Requests in batch order, and how many tokens of each are computed.
+# Requests in batch order, each with the number of its tokens that the step computes.
 Plan = Sequence[tuple[PromptRequest, int]]
 
 
@@ -73,16 +74,16 @@ class PromptKey(NamedTuple):
 
 
 def token_bucket(tokens: int, most: int) -> int:
-    """The least of 16, 32, 48, ..., 128, 160, ..., 256, 320, ... that holds them, or `most`.
+    """The least of 16, 32, 48, ..., 128, 160, ..., 256, 320, ... that is not below them, or `most`.
 
-    Four to each doubling from 64 on, so that less than a fifth of the rows is padding.
+    From 64 on there are four sizes to each doubling, so less than a fifth of the rows is padding.
     """
     step = max(16, 1 << max(0, (tokens - 1).bit_length() - 3))
     return min(-(-tokens // step) * step, most)
 
 
 def request_bucket(requests: int, most: int) -> int:
-    """The least of 4, 32, 256, ... that holds them, or `most`."""
+    """The least of 4, 32, 256, ... that is not below the number of requests, but `most` at most."""
     bucket = 4
     while bucket < requests:
         bucket *= 8
@@ -93,9 +94,9 @@ class StaticPrompt:
     """What a step feeds to the graphs: tensors that stay where they are.
 
     Args:
-        tokens, requests: the most of a step.
+        tokens, requests: the most that a step may have.
         most_blocks: M.
-        pieces: the most of a step.
+        pieces: the most that a step may have.
         device: where the tensors are.
 
     Attributes:
@@ -134,9 +135,9 @@ class StaticPrompt:
     def fill(
         self, plan: Plan, key: PromptKey, num_experts: int, block_size: int, block_q: int
     ) -> None:
-        """The plan's tokens, and padding behind. Does not wait for the step before."""
+        """Fill in the plan's tokens, and padding behind. Does not wait for the step before."""
         if self._copied is not None:
-            self._copied.synchronize()  # long past, unless nothing of that step was read
+            self._copied.synchronize()  # the copy before has usually ended long ago
         spans: list[tuple[int, int, int]] = []
         ready: list[int] = []
         start = 0
@@ -238,7 +239,7 @@ class PromptGraphs:
         )
 
     def worth(self, key: PromptKey) -> bool:
-        """Whether to run a step of this shape by `run`: not before it comes again."""
+        """Whether `run` may compute a step of this shape: from the second such step on."""
         if key in self._graphs:
             return True
         again = key in self._seen
@@ -246,7 +247,8 @@ class PromptGraphs:
         return again and len(self._graphs) < MAX_GRAPHS
 
     def _takes(self, request: PromptRequest, count: int) -> bool:
-        if request.policy.kind == "oracle":  # it is no bound on experts and mass
+        # the oracle cannot be said as bounds on experts and mass
+        if request.policy.kind == "oracle":
             return False
         return count > 1 or request.num_computed < LONGEST_DECODED
 
@@ -260,7 +262,7 @@ class PromptGraphs:
         max_k = k_bucket(max(r.policy.limits(experts)[0] for r, _ in sparse), experts)
         if not dense:
             return max_k
-        if not self.decoder.is_plain:  # their dense and sparse tokens take paths of their own
+        if not self.decoder.is_plain:  # dense and sparse tokens are then computed apart
             return None
         size = config.intermediate_size // experts
         itemsize = self.model.embedding.weight.element_size()
@@ -285,7 +287,7 @@ class PromptGraphs:
         return self._logits_RV[:ready], self._totals(key, sum(count for _, count in plan))
 
     def _static_prompt(self) -> StaticPrompt:
-        """Made when first needed: it holds memory."""
+        """The step's tensors, allocated when they are first needed."""
         if self._static is None:
             tokens, requests = self.most_tokens, self.most_requests
             config, device = self.model.config, self.cache.slots.device

@@ -28,7 +28,7 @@ def thin_linear_reference(
     add_to: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """What `thin_linear` computes."""
+    """The reference of `thin_linear`, in plain torch."""
     x = normed_reference(x_1D, norm)
     y_1N = x @ weight_ND.to(x.dtype).T
     if activation is not None:
@@ -56,7 +56,7 @@ def _thin_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Program i: BLOCK_N outputs."""
+    """Program i computes outputs i * BLOCK_N .. (i + 1) * BLOCK_N."""
     # 1. Fetch the weights, which no kernel writes, while the kernel before still runs.
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
@@ -99,10 +99,10 @@ def thin_linear(
     Args:
         x_1D: [1, D], contiguous; float32, bfloat16 or float16.
         weight_ND: contiguous, dtype of x.
-        norm: of x, if any.
+        norm: the norm that is applied to x first, or None.
         activation: one of ACTIVATIONS, or none.
         add_to: [1, N], contiguous, any float type.
-        dtype: of the result; that of x unless given.
+        dtype: type of the result; by default that of x.
         blocks: block sizes, for measurements.
     """
     (tokens, d_model), outputs = x_1D.shape, weight_ND.shape[0]
@@ -113,7 +113,8 @@ def thin_linear(
         assert tensor.is_contiguous()
     y_1N = torch.empty((1, outputs), dtype=dtype or x_1D.dtype, device=x_1D.device)
     blocks = blocks or row_blocks(d_model)
-    # What is absent is passed as another tensor, which the kernel then never reads.
+    # A kernel needs a tensor for every pointer: an absent one is another tensor, which is never
+    # read.
     _thin_linear_kernel[(cdiv(outputs, blocks["BLOCK_N"]),)](
         x_1D,
         x_1D if norm is None else norm.weight_D,

@@ -23,7 +23,7 @@ def use_kernels(model: Decoder) -> None:
 def top_k_ffn(
     ffn: ExpertFFN, x_TD: Tensor, scores_TE: Tensor, k: int
 ) -> tuple[Tensor, Tensor] | None:
-    """The k best experts of every token; a `SparseTraining`."""
+    """Computes the k best experts of every token by kernels; implements `SparseTraining`."""
     trains = x_TD.requires_grad or ffn.up.requires_grad or ffn.down.requires_grad
     supported = training.supports(x_TD, ffn.num_experts)
     if not (torch.is_grad_enabled() and trains and supported):

@@ -1,4 +1,4 @@
-"""The activations that experts may have: zero where a neuron is silent, exactly.
+"""The activations that experts may have. All are exactly zero where a neuron is silent.
 
 Shapes: T tokens, D model, N neurons.
 """

@@ -32,8 +32,9 @@ def causal_attend(batch: int, length: int, window: int = 0) -> Attend:
     """Attention inside each of `batch` sequences of `length` tokens laid out one after another.
 
     Args:
-        batch, length: of the flat batch.
-        window: last tokens that a token sees, itself included; 0: all.
+        batch: sequences in the flat batch.
+        length: tokens of each sequence.
+        window: how many last tokens a token sees, itself included; 0 means all.
     """
     hides = 0 < window < length
 

@@ -1,9 +1,9 @@
 """The decoder, and a naive `generate` that is the oracle of the fast engine.
 
-What is trained here has RMSNorm, rotary positions, grouped-query attention, expert FFNs, tied
-embeddings and no biases; `ModelConfig` says what imported models may have instead. The model works
-on a flat batch of T tokens: which tokens belong together is known to `attend` alone,
-and which experts a token may use to `policy` alone.
+Models that are trained here have RMSNorm, rotary positions, grouped-query attention, expert FFNs,
+tied embeddings and no biases; `ModelConfig` says what imported models may have instead. The model
+works on a flat batch of T tokens: only `attend` knows which tokens belong together, and only
+`policy` knows which experts a token may use.
 
 Shapes: T tokens, D model, V vocabulary, H query heads, G key-value heads, d head dimension,
 B sequences, L length.
@@ -55,7 +55,7 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     """One decoder layer: x + attention(norm(x)), then x + ffn(norm(x)).
 
-    Or, with norms after, norm(x + attention(x)), then norm(x + ffn(x)).
+    Models with norms after the sums compute norm(x + attention(x)), then norm(x + ffn(x)).
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:

@@ -75,6 +75,6 @@ def true_mass(x_TD: Tensor, up_FD: Tensor, num_experts: int, activation: str) ->
 
 
 def mass_of(hidden_TF: Tensor, num_experts: int, *, gated: bool = False) -> Tensor:
-    """The activations' mass by expert, [T, E]; of gated neurons by their absolute value."""
+    """The activation mass of each expert, [T, E]; gated neurons count by their absolute value."""
     hidden_TF = hidden_TF.abs() if gated else hidden_TF
     return hidden_TF.view(hidden_TF.shape[0], num_experts, -1).sum(-1)

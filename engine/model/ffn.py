@@ -7,8 +7,8 @@ expert's output, so choosing every expert is the dense FFN. Imported models may 
 gate for each neuron: FFN(x) = (act(x @ gate.T) * (x @ up.T)) @ down.
 
 `ExpertFFN` holds the weights and computes with torch's operators: it trains, and is the reference.
-`FeedForward` says what all that compute this function have in common: engine/cpu and engine/gpu
-have theirs.
+`FeedForward` is the interface of everything that computes this function; engine/cpu and engine/gpu
+implement it with kernels.
 
 Shapes: T tokens, D model, F neurons, E experts, S neurons per expert, K chosen.
 """
@@ -55,7 +55,7 @@ class FeedForward(ABC):
 
     @abstractmethod
     def dense(self, x_TD: Tensor, trace: Trace | None = None) -> Tensor:
-        """Every neuron; leaves the experts' mass in `trace` if wanted."""
+        """Compute every neuron; records the experts' mass in `trace` if it is wanted."""
 
     @abstractmethod
     def sparse(self, x_TD: Tensor, policy: PolicyBatch) -> tuple[Tensor, Tensor]:
@@ -63,7 +63,7 @@ class FeedForward(ABC):
 
     @abstractmethod
     def mixed(self, x_TD: Tensor, policy: PolicyBatch) -> tuple[Tensor, Tensor]:
-        """As `sparse`, of a batch where some tokens are dense."""
+        """What `sparse` computes, for a batch where some tokens are dense."""
 
     @abstractmethod
     def hidden(self, x_TD: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class SparseTraining(Protocol):
     ) -> tuple[Tensor, Tensor] | None:
         """(y [T, D], chosen bool [T, E]) of the k best experts, differentiable in x, up and down.
 
-        None where it does not take this input.
+        Returns None if it does not support this input.
         """
 
 
@@ -100,7 +100,8 @@ class ExpertFFN(nn.Module, FeedForward):
     `up_bias` [F] and `down_bias` [D] are None unless the model has them.
 
     Attributes:
-        is_plain: act(x @ up.T) @ down with ReLU or its square: what all kernels take.
+        is_plain: whether it is act(x @ up.T) @ down with ReLU or its square, which all kernels
+            support.
         training_kernels: how sparse training steps are computed, where not by torch's operators.
     """
 
@@ -187,7 +188,7 @@ class ExpertFFN(nn.Module, FeedForward):
 
 def choose(scores_TE: Tensor, policy: PolicyBatch, rows: Tensor | None = None) -> Tensor:
     """The choice of every token, or of those in these rows of the batch, bool [T, E]."""
-    if policy.same_k is not None:  # the usual case, in a quarter of the operators
+    if policy.same_k is not None:  # the usual case takes a quarter of the operators this way
         best_TK = scores_TE.topk(policy.same_k, sorted=False).indices
         return torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, best_TK, True)
     k_T, mass_T = policy.k_T, policy.mass_T
@@ -199,7 +200,8 @@ def choose(scores_TE: Tensor, policy: PolicyBatch, rows: Tensor | None = None) -
 def router_scores(x_TD: Tensor, router_ED: Tensor) -> Tensor:
     """x @ router.T, float32 [T, E], without gradients."""
     x_TD = x_TD.detach().float()
-    if torch.is_autocast_enabled(x_TD.device.type):  # near ties must fall as in evaluation
+    # near ties must be decided as in evaluation, whatever autocast says
+    if torch.is_autocast_enabled(x_TD.device.type):
         with torch.autocast(x_TD.device.type, enabled=False):
             return x_TD @ router_ED.T
     return x_TD @ router_ED.T
@@ -211,10 +213,10 @@ def mixture(
     """Outputs and choices of a whole batch from those of its sparse and of its dense tokens.
 
     Args:
-        sparse_nD, chosen_nE: of the n sparse tokens.
-        rows: where these stand in the batch.
-        dense_mD: of the m dense tokens.
-        dense_rows: likewise.
+        sparse_nD, chosen_nE: outputs and choices of the n sparse tokens.
+        rows: their rows in the batch.
+        dense_mD: outputs of the m dense tokens.
+        dense_rows: their rows in the batch.
 
     Returns:
         (y [n + m, D], chosen bool [n + m, E]).

@@ -43,7 +43,7 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x_TD, self.normalized_shape, self.full_weight, self.bias, self.eps)
 
     def add(self, x_TD: Tensor, delta_TD: Tensor, multiplier: float = 1.0) -> tuple[Tensor, Tensor]:
-        """As `RMSNorm.add`."""
+        """x + multiplier * delta, and its norm."""
         x_TD = add_scaled(x_TD, delta_TD, multiplier)
         return x_TD, self(x_TD)
 

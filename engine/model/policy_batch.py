@@ -24,12 +24,12 @@ class PolicyBatch:
         k_R: most experts of a token, int32.
         mass_R: predicted mass that suffices, float32; NO_MASS_LIMIT where it never binds.
         max_k: the largest k of the requests that are not dense; 0 if all are dense.
-        tokens: of each request, in batch order; None if each has one.
+        tokens: how many tokens each request has, in batch order; None if each has one.
         dense: which requests are dense, where some are and others are not; else None.
         same_k: the k of all requests that are not dense, if it is one k and mass never binds.
         oracle: experts are chosen by true activation mass instead of the router (evaluation).
-        quarters: of the experts that such batches use together, rounded up; 0: unknown. It may
-            decide how the batch is computed, never what.
+        quarters: how many quarters of all experts such batches use together, rounded up; 0 if it is
+            unknown. It may decide how the batch is computed, never the result.
     """
 
     k_R: Tensor
@@ -105,7 +105,7 @@ class PolicyBatch:
 
     @functools.cached_property
     def _request_T(self) -> Tensor:
-        """The request of each token. How many there are is known here, so nothing waits."""
+        """The request of each token. The host knows how many tokens there are, so nothing waits."""
         assert self.tokens is not None
         tokens_R = torch.tensor(self.tokens, device=self.k_R.device)
         return torch.repeat_interleave(tokens_R, output_size=sum(self.tokens))

@@ -21,7 +21,8 @@ def rope_table(max_positions: int, head_dim: int, theta: float) -> tuple[Tensor,
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every position of a model, each [P, d/2].
 
-    Dimensions that are not rotated turn by the angle 0, in models without rotary positions all.
+    Dimensions that are not rotated have the angle 0; so have all in models without rotary
+    positions.
     """
     half, positions = config.head_dim // 2, config.max_position_embeddings
     if not config.is_rotary:
@@ -56,11 +57,12 @@ def _scaled(inverse: Tensor, theta: float, scaling: RopeScaling) -> tuple[Tensor
         return _llama3(inverse, scaling), 1.0
     if scaling.rope_type == "yarn":
         return _yarn(inverse, theta, scaling), _yarn_factor(scaling)
-    return inverse, 1.0  # dynamic: a request ends where it would begin to matter
+    # "dynamic" scales only positions beyond the model's limit, which no request reaches
+    return inverse, 1.0
 
 
 def _llama3(inverse: Tensor, scaling: RopeScaling) -> Tensor:
-    """Low frequencies divided, high ones kept, those between interpolated (Llama 3.1)."""
+    """Divide low frequencies, keep high ones, and interpolate between them (Llama 3.1)."""
     turns = (scaling.original_max_position_embeddings or 0) * inverse / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = ((turns - low) / (high - low)).clamp(0, 1)
@@ -68,7 +70,7 @@ def _llama3(inverse: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def _yarn(inverse: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
-    """Interpolated by dimension (YaRN, Peng et al. 2023, "NTK-by-parts")."""
+    """Interpolate the frequencies by dimension (YaRN, Peng et al. 2023, "NTK-by-parts")."""
     half = inverse.numel()
     context = scaling.original_max_position_embeddings or 0
 

@@ -29,7 +29,7 @@ from engine.model.activations import ACTIVATIONS, activate_reference
 def sparse_ffn_reference(
     x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, chosen_TE: Tensor, activation: str
 ) -> Tensor:
-    """As `sparse_ffn`: the dense FFN with the activations of unchosen experts set to zero."""
+    """What `sparse_ffn` computes: the dense FFN with unchosen experts' activations zeroed."""
     size = up_FD.shape[0] // chosen_TE.shape[1]
     chosen_TF = chosen_TE.repeat_interleave(size, dim=1)
     return (activate_reference(x_TD @ up_FD.T, activation) * chosen_TF) @ down_FD

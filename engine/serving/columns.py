@@ -20,7 +20,8 @@ class Columns:
     `name in columns` decides whether a stage runs at all.
 
     Attributes:
-        widths: sizes that shape tensors, so that nobody asks the device for them.
+        widths: sizes of tensors, kept on the host so that reading them does not wait for the
+            device.
     """
 
     def __init__(self) -> None:

@@ -45,7 +45,7 @@ from engine.serving.stats import Stats, usage_of
 from engine.serving.token_experts import check_size
 from engine.text.structured import Grammars
 
-# Gives the parameters when it is told how many tokens the prompt leaves for the output.
+# A function from the number of tokens that the prompt leaves for the output to the parameters.
 SamplingFor = Callable[[int], SamplingParams]
 
 
@@ -255,7 +255,7 @@ class Engine:
         return events
 
     def end_running(self, reason: FinishReason, error: str) -> list[TokenEvent]:
-        """End the requests that own blocks, after a step that raised; all events that are owed.
+        """End the requests that own blocks, after a step that raised; returns all owed events.
 
         Raises:
             AssertionError: what is left is not clean; the engine must not be used any more.
@@ -269,7 +269,7 @@ class Engine:
         return events
 
     def release(self) -> None:
-        """Give weights and cache up; what was counted stays, but `step` never works again."""
+        """Release weights and cache. The statistics stay readable, but `step` never works again."""
         with torch.device("meta"):
             model = Decoder(self.model_config)
         self.checkpoint = replace(self.checkpoint, model=model)
@@ -283,7 +283,7 @@ class Engine:
         error: str | None = None,
         own_fault: bool = False,
     ) -> TokenEvent:
-        """Take a request out from outside of a step; its terminal event."""
+        """Take a request out between two steps; returns its terminal event."""
         now = time.monotonic()
         request = self.scheduler.abort(request_id)
         assert request is not None
@@ -308,7 +308,7 @@ class Engine:
     # The step
 
     def step(self) -> list[TokenEvent]:
-        """Advance every request that the plan reaches; what their readers see of it."""
+        """Advance every request that the plan reaches; returns the events for their readers."""
         started = time.monotonic()
         plan = self.scheduler.schedule()
         if plan:
@@ -353,7 +353,7 @@ class Engine:
             self.stats.record_decode(result.activated, sum(result.layer_loaded), seconds)
 
     def _emit(self, result: StepResult, tokens: list[Sampled]) -> None:
-        """Hand out the drawn tokens; an event made stays owed even if a later one fails."""
+        """Make an event of each drawn token; if one fails, those before it are still delivered."""
         now, available = time.monotonic(), self.num_layers * self.num_experts
         used = zip(result.last_activated, result.last_chosen, strict=True)
         for request, token, (count, chosen) in zip(result.ready, tokens, used, strict=True):

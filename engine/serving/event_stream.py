@@ -24,9 +24,10 @@ logger = logging.getLogger(__name__)
 class EventStream:
     """The events of one request, in order, up to and including its terminal event.
 
-    Read it one by one, or by `take` what there is. Closing the stream early aborts the request, as
-    does cancelling a task that waits for its next event. Use it as an asynchronous context manager,
-    or call `aclose`. All of it belongs to the thread of the loop that made it.
+    Iterate over it for one event at a time, or call `take` for all that are there. Closing the
+    stream early aborts the request, as does cancelling a task that waits for its next event. Use it
+    as an asynchronous context manager, or call `aclose`. All of it belongs to the thread of the
+    loop that made it.
     """
 
     def __init__(self, request: Request, abort: Callable[[str], None]) -> None:
@@ -36,7 +37,7 @@ class EventStream:
         self._events: deque[TokenEvent] = deque()
         self._some = asyncio.Event()  # set while there are events
         self._complete = False  # the terminal event has been put
-        self._exhausted = False  # the terminal event has been read, or nobody reads any more
+        self._exhausted = False  # the terminal event has been read, or the reader has gone
 
     def put(self, events: Sequence[TokenEvent]) -> None:
         """Append events; nothing may follow a terminal one."""
@@ -99,8 +100,8 @@ class EventStream:
 class Outbox:
     """Hands events over to the streams of one loop, those of `interval` seconds together.
 
-    What comes after a pause goes at once, and so does all that a stream has when its first or last
-    event is among it. Without an interval everything goes at once.
+    Events that come after a pause are handed over at once, and so are all events of a stream whose
+    first or last event is among them. Without an interval every event is handed over at once.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, interval: float) -> None:

@@ -10,9 +10,9 @@ findable after its last owner has left, until it is taken for new data. So a blo
 three states:
 
 - owned, by as many requests as share it;
-- cached: nobody's, but findable; taken for new data once no blank block is left, the one that was
-  given up first before the others;
-- blank: nobody's, and nobody can find it.
+- cached: without an owner, but findable; once no blank block is left, the block that was given up
+  first is taken for new data;
+- blank: without an owner, and nobody can find it.
 
 Cached and blank blocks are both free. A request gives its blocks up last block first, so children
 go before their parents: a block without its parents could never be found.
@@ -29,7 +29,8 @@ from typing import Final
 
 from engine.config import check_range
 
-_KEY_BYTES: Final = 16  # two contents with the same key: never, even if somebody looks for them
+# cryptographic: nobody can find two contents with the same key, even on purpose
+_KEY_BYTES: Final = 16
 
 
 def root_key(policy: str) -> bytes:
@@ -57,7 +58,8 @@ class BlockAllocator:
         self.block_size = block_size
         # Last in, first out: the block freed last is the one most likely still in a CPU cache.
         self._blank = list(range(num_blocks - 1, -1, -1))
-        self._cached: OrderedDict[int, None] = OrderedDict()  # given up first comes first
+        # ordered by when they were given up, the earliest first
+        self._cached: OrderedDict[int, None] = OrderedDict()
         self._num_owners = [0] * num_blocks
         self._block_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}

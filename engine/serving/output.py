@@ -51,7 +51,7 @@ class RequestText:
         self._request = request
         self._decoder = IncrementalDecoder(tokenizer, request.prompt_ids)
         self._stops = StopMatcher(request.sampling.stop)
-        # Of each prompt token; the first has none.
+        # The log-probability of each prompt token; the first token has none.
         self.prompt: list[Sampled | None] = [None] * request.prompt_len
 
     def push(self, token_id: int | None) -> tuple[str, bool]:
@@ -67,5 +67,5 @@ class RequestText:
         return (text, True) if stopped else (text + self._stops.flush(), False)
 
     def _search(self, text: str) -> tuple[str, bool]:
-        """Look for stop strings, which the text of the first `min_tokens` tokens has no part in."""
+        """Look for stop strings in what follows the text of the first `min_tokens` tokens."""
         return self._stops.push(text) if self._request.may_end else (text, False)

@@ -200,18 +200,20 @@ class Request:
 
     # the scheduler's
     status: Status = Status.WAITING
-    rank: int = 0  # its place in line: lower comes first
+    rank: int = 0  # its place in line; a lower number comes first
     blocks: list[int] = field(default_factory=list)
-    block_keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as needed
+    # keys of its full blocks, computed as far as they were needed
+    block_keys: list[bytes] = field(default_factory=list)
     num_computed: int = 0
-    cached_prompt_tokens: int = 0  # of num_computed when it was first admitted
+    # how many of its prompt's tokens the cache had when it was first admitted
+    cached_prompt_tokens: int = 0
     preemptions: int = 0
 
     # the sampler's
     counts: TokenCounts = field(default_factory=TokenCounts)
 
     # the engine's
-    matcher: Matcher | None = None  # of its grammar
+    matcher: Matcher | None = None  # follows its grammar
     token_ids: list[int] = field(init=False)
     finish_reason: FinishReason | None = None
     experts_activated: int = 0

@@ -2,7 +2,7 @@
 
 The router predicts where the activation mass of a token lies; its *coverage* is the share of the
 true mass that the chosen experts hold. Knowing the true mass takes the whole first product of the
-FFN, so it is asked of a few tokens of a sampled step alone. Tokens that use every expert cover
+FFN, so only a few tokens of a sampled step are measured. Tokens that use every expert cover
 everything, and are left out.
 
 Shapes: n sampled tokens, E experts, L layers.
@@ -17,7 +17,7 @@ import torch
 from engine.model.trace import Trace
 from engine.serving.stats import RouterSample
 
-SAMPLED_TOKENS: Final = 8  # of a step, at most
+SAMPLED_TOKENS: Final = 8  # the most that are measured in one step
 
 
 def sampling_trace(tokens: int) -> Trace:

@@ -51,9 +51,9 @@ class StepResult:
         activated: per plan entry, those used by all its tokens.
         layer_activated: per layer, the (token, expert) pairs that ran.
         layer_loaded: per layer, the distinct experts that ran.
-        last_chosen: which ones the last token of each ready request used, as
+        last_chosen: which experts the last token of each ready request used, as
             `engine.serving.token_experts` packs them; empty where not asked for.
-        sample: what the routers missed; None unless this step is one that is sampled, and sparse.
+        sample: what the routers missed; None unless this step was sampled and had sparse tokens.
     """
 
     ready: list[Request]
@@ -104,7 +104,8 @@ class Runner:
 
     Attributes:
         backend: the model and its KV cache.
-        graphs, prompt_graphs: captured steps of decoding, and of any kind; None without graphs.
+        graphs, prompt_graphs: captured decoding steps, and captured steps with prompts; None
+            without.
     """
 
     def __init__(self, model: Decoder, config: EngineConfig, num_blocks: int) -> None:
@@ -121,7 +122,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> StepResult:
-        """Compute the plan's tokens; `num_computed` of its requests is still that before it."""
+        """Compute the plan's tokens. The requests' `num_computed` does not count them yet."""
         if self._is_sampled():
             return self._run(plan, sampled=True)
         if self.graphs is not None and all(n == r.num_uncomputed == 1 for r, n in plan):
@@ -140,7 +141,7 @@ class Runner:
         return bool(self.sample_every) and self._steps % self.sample_every == 0
 
     def _replay(self, graphs: DecodeGraphs, requests: list[Request], key: GraphKey) -> StepResult:
-        """One token of each request, which are all ready then and predict no prompt token."""
+        """Replay a step of one token a request: all are ready, none predicts a prompt token."""
         logits_BV, totals = graphs.run(requests, key)
         n, layers = len(requests), self.model.config.num_hidden_layers
         per_token = totals[:n]
@@ -150,7 +151,7 @@ class Runner:
         return StepResult(requests, logits_BV, [], per_token, per_token, per_layer, union, chosen)
 
     def _replay_prompts(self, graphs: PromptGraphs, plan: Plan, key: PromptKey) -> StepResult:
-        """Any plan that has a shape; nobody asks for more than logits and numbers of experts."""
+        """Replay any plan that has a graph. Graphs give only logits and numbers of experts."""
         logits_BV, totals = graphs.run(plan, key)
         ready = [r for r, n in plan if n == r.num_uncomputed]
         spans = _spans(plan)
@@ -159,7 +160,7 @@ class Runner:
         return StepResult(ready, logits_BV, [], *counts, [b""] * len(ready))
 
     def _run(self, plan: Plan, *, sampled: bool = False) -> StepResult:
-        """Any plan, launched operator by operator."""
+        """Compute any plan without a graph, launching operator by operator."""
         spans = _spans(plan)
         ready_rows, prompt_rows = _rows(plan, spans)
         trace = sampling_trace(sum(n for _, n in plan)) if sampled else Trace()
@@ -179,7 +180,7 @@ class Runner:
         return StepResult(ready, logits[: len(ready)], prompts, *counts, chosen, sample)
 
     def _chosen(self, trace: Trace, ready: list[Request], rows: list[int]) -> list[bytes]:
-        """As `StepResult.last_chosen`."""
+        """The value of `StepResult.last_chosen`."""
         choices = trace.choices() if any(map(token_experts.asks, ready)) else []
         chosen_LTE = torch.stack(choices) if choices else None
         return token_experts.read(ready, rows, chosen_LTE, self.model.config)
@@ -189,7 +190,7 @@ class Runner:
 
 
 def _wants_more(request: Request, num_tokens: int) -> bool:
-    """Whether a step must leave more of the request than its last logits and numbers of experts."""
+    """Whether the request wants more from a step than its last logits and numbers of experts."""
     sampling = request.sampling
     if sampling.prompt_logprobs and not request.num_output:
         return True
@@ -250,9 +251,10 @@ def _prompt_parts(plan: Plan, rows: list[range], logits_NV: Tensor) -> list[Prom
 def _count_experts(
     trace: Trace, spans: Sequence[SequenceSpan], ready_rows: Sequence[int]
 ) -> tuple[list[int], list[int], list[int], list[int]]:
-    """As `_split_counts`, of a step that was not replayed."""
+    """What `_split_counts` returns, for a step that ran without a graph."""
     counts_LT, union_L = trace.counts()
-    # One transfer: the totals of the tokens, of the layers, and the layers' unions.
+    # One transfer brings the totals of the tokens, the totals of the layers, and the distinct
+    # experts.
     numbers = torch.cat([counts_LT.sum(0), counts_LT.sum(1), union_L]).tolist()
     return _split_counts(numbers, spans, ready_rows)
 

@@ -128,7 +128,7 @@ def _is_early(request: Request) -> bool:
 def _pack_allowed(
     columns: Columns, bound: Sequence[tuple[int, Request]], eos_token_id: int
 ) -> None:
-    """The tokens that grammars allow, a bit each, in as many words for each row."""
+    """Write which tokens the grammars allow: a bit each, the same number of words for every row."""
     allowed = array("q")
     for _, request in bound:
         assert request.matcher is not None
@@ -141,7 +141,7 @@ def _pack_allowed(
 
 
 def _ends(params: SamplingParams, eos_token_id: int) -> tuple[int, ...]:
-    """The tokens that end the output."""
+    """The ids of the tokens that end the request's output."""
     return params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, eos_token_id)
 
 
@@ -208,15 +208,15 @@ def pack_filters(columns: Columns, params: Sequence[SamplingParams], like_BV: Te
     _pack_filter(columns, "top_p", [p.top_p for p in params], 1.0)
     _pack_filter(columns, "min_p", [p.min_p for p in params], 0.0)
     _pack_filter(columns, "typical_p", [p.typical_p for p in params], 1.0)
-    # Where top-k leaves few tokens, these are all that top-p has to sort. Else it tries a prefix,
-    # but on a GPU, where to ask whether that sufficed would be to wait: there it sorts all.
+    # Where top-k leaves few tokens, top-p sorts just these. Otherwise it sorts a prefix first,
+    # except on a GPU: asking whether the prefix sufficed would wait for it, so it sorts all.
     unknown = _TOP_P_PREFIX if like_BV.device.type == "cpu" else vocabulary
     widths = [k or unknown for k, p in zip(top_k, params, strict=True) if p.top_p < 1.0]
     columns.widths |= {"top_k": max(top_k), "top_p": min(max(widths, default=0), vocabulary)}
 
 
 def _pack_filter(columns: Columns, name: str, values: Sequence[float], off: float) -> None:
-    """One filter's values for the rows that ask for it; no column if none does."""
+    """Write one filter's values for the rows that ask for it; no column if none does."""
     if rows := [row for row, value in enumerate(values) if value != off]:
         columns.put_ints(f"{name}_rows", rows)
         columns.put_floats(name, (values[row] for row in rows))
@@ -265,8 +265,9 @@ def _top_p(width: int, logits_pV: Tensor, top_p_p1: Tensor) -> Tensor:
 def _least_of_mass(width: int, logits_pV: Tensor, mass_p1: Tensor) -> Tensor:
     """The logit at which the sum of the exponentials, from the largest down, reaches `mass_p1`.
 
-    `width` of the largest are sorted. If they do not suffice on the CPU, all are; elsewhere they
-    must suffice, up to ties with the last, which do not change the result.
+    Only the `width` largest are sorted. On the CPU, all are sorted if these do not suffice;
+    elsewhere the caller has made sure that they do, up to ties with the last, which do not change
+    the result.
     """
     whole = width == logits_pV.shape[-1]
     sorted_pw = (
@@ -309,7 +310,7 @@ def _typical_p(logits_pV: Tensor, typical_p_p1: Tensor) -> Tensor:
 
 
 def _pack_draws(columns: Columns, requests: Sequence[Request]) -> None:
-    """Which rows draw, and at which number."""
+    """Write which rows are drawn at random, and the random number of each."""
     if rows := [row for row, request in enumerate(requests) if not request.sampling.greedy]:
         columns.put_ints("draw_rows", rows)
         numbers = (uniform(requests[row].seed, requests[row].num_output) for row in rows)
@@ -317,7 +318,7 @@ def _pack_draws(columns: Columns, requests: Sequence[Request]) -> None:
 
 
 def _choose(logits_BV: Tensor, columns: Columns) -> Tensor:
-    """Token ids [B]: drawn, or the likeliest of greedy rows."""
+    """Token ids [B]: drawn at random, or the likeliest where a row is greedy."""
     if "draw_rows" not in columns:
         return logits_BV.argmax(-1)
     rows_b = columns["draw_rows"]
@@ -361,7 +362,7 @@ def token_logprobs(logits_NV: Tensor, token_ids: Sequence[int], top_n: int = 0) 
 
 
 def _pack_report(columns: Columns, top_n: Sequence[int]) -> None:
-    """Which rows report alternatives."""
+    """Write which rows report alternatives."""
     if rows := [row for row, n in enumerate(top_n) if n]:
         columns.put_ints("top_rows", rows)
 
@@ -372,7 +373,8 @@ def _report(
     """Tokens with log-probabilities and alternatives, brought to the host in one transfer."""
     logprobs_nV = logits_nV.log_softmax(-1)
     numbers = [ids_n, logprobs_nV.gather(-1, ids_n[:, None])]
-    k = min(MAX_TOP_N, logits_nV.shape[-1])  # for all the same: fewer could cut ties differently
+    # the same k for all rows: with a smaller one, ties could be cut differently
+    k = min(MAX_TOP_N, logits_nV.shape[-1])
     if "top_rows" in columns:
         rows_p = columns["top_rows"]
         asked_pV = logprobs_nV if len(rows_p) == len(logprobs_nV) else logprobs_nV[rows_p]

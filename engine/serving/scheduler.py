@@ -57,10 +57,10 @@ class Scheduler:
         running: requests that own blocks, first in line first.
         waiting: requests that own none, first in line first.
         num_queued: requests that wait and were never admitted.
-        queued_tokens: prompt tokens of those.
+        queued_tokens: prompt tokens of these.
         preemptions: how often a request had to give its blocks up.
         prefix_queried_tokens: prompt tokens that were looked up in the prefix cache.
-        prefix_hit_tokens: those of them that were found.
+        prefix_hit_tokens: how many of these were found.
     """
 
     def __init__(self, config: EngineConfig, allocator: BlockAllocator, max_model_len: int) -> None:
@@ -165,7 +165,7 @@ class Scheduler:
         return plan
 
     def advance(self, plan: Plan) -> None:
-        """Note that the step was computed: its tokens have keys and values, for others too."""
+        """Note that the step was computed: its keys and values are cached and may be shared."""
         for request, num_tokens in plan:
             first = request.num_computed // self.allocator.block_size
             request.num_computed += num_tokens
@@ -206,7 +206,7 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Back to the head of the waiting line; what is no longer cached is computed again."""
+        """Return the request to the head of `waiting`; what left the cache is computed again."""
         _leave(self.running, request)
         self._release(request)
         request.status = Status.WAITING
@@ -258,7 +258,7 @@ class Scheduler:
         return True
 
     def _may_use_cache(self, request: Request) -> bool:
-        """Not if its whole prompt must be computed, because the logits of all of it are wanted."""
+        """Whether it may use the prefix cache: not if the logits of its whole prompt are wanted."""
         wants_prompt = request.sampling.prompt_logprobs and not request.num_output
         return self.config.prefix_caching and not wants_prompt
 
@@ -278,7 +278,7 @@ class Scheduler:
         keys, size = request.block_keys, self.allocator.block_size
         for start in range(len(keys) * size, (index + 1) * size, size):
             policy = request.policy
-            # Not str(policy), which rounds.
+            # str(policy) would not do: it rounds.
             parent = keys[-1] if keys else root_key(f"{policy.kind}:{policy.value!r}")
             keys.append(child_key(parent, request.token_ids[start : start + size]))
         return keys[index]

@@ -74,9 +74,9 @@ class Numbers:
     (`EngineConfig.sample_every`), as in `RouterSample`: `mass_captured`, `mass_total`,
     `neurons_fired`, `neurons_sampled`, and per layer and expert `expert_load`.
 
-    Of steps that only decode, one token of each request, per kind and batch (`DECODE_KINDS`,
-    `DECODE_BATCHES`): how many they were, how long they took, and the distinct experts that they
-    read, over all layers, out of those that exist. Sampled steps, which take longer, are left out.
+    Steps that only decode (one token of each request) are counted by kind and batch size
+    (`DECODE_KINDS`, `DECODE_BATCHES`): their number, their duration, and the distinct experts that
+    they read, over all layers, out of those that exist. Sampled steps take longer and are left out.
     """
 
     experts_activated: list[int]
@@ -127,17 +127,17 @@ class Numbers:
         return self.finished["abort"]
 
     def __add__(self, other: Numbers) -> Numbers:
-        """What two engines counted together; the one of fewer layers counts zero in the others."""
+        """The sum of two engines' counts; an engine with fewer layers adds zero to the others."""
         names = [f.name for f in dataclasses.fields(self)]
         return Numbers(**{name: _sum(getattr(self, name), getattr(other, name)) for name in names})
 
     def settled(self) -> Numbers:
-        """What is left of an engine that has ended: its counts, but no state."""
+        """The counts of an engine that has ended, without its gauges, which describe a state."""
         return dataclasses.replace(self, running=0, waiting=0, kv_blocks_used=0, kv_blocks_total=0)
 
 
 def _sum(one: Any, other: Any) -> Any:
-    """Sums of numbers, of what adds up, and of lists of these, the shorter one filled up."""
+    """The sum of two numbers, or of two lists element by element; a shorter list is filled up."""
     if not isinstance(one, list):
         return one + other
     if any(isinstance(part, list) for part in (*one, *other)):
@@ -291,7 +291,7 @@ class Stats:
 
 
 def decode_kind(activated: Sequence[int], every: int) -> str:
-    """Which of DECODE_KINDS a batch is whose tokens used so many experts, out of `every`."""
+    """The entry of DECODE_KINDS for a batch whose tokens used so many experts, out of `every`."""
     dense = sum(count == every for count in activated)
     if 0 < dense < len(activated):
         return "mixed"
@@ -299,7 +299,7 @@ def decode_kind(activated: Sequence[int], every: int) -> str:
 
 
 def usage_of(request: Request, now: float) -> Usage:
-    """What a request took until `now`; its seed only if one was given or used."""
+    """What a request took until `now`; it names a seed only if one was given or used."""
     sampling = request.sampling
     admitted = now if request.admitted is None else request.admitted
     return Usage(

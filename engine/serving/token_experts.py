@@ -18,7 +18,7 @@ from engine.config import ModelConfig
 from engine.errors import InvalidRequest, require
 from engine.serving.request import Request, SamplingParams
 
-MAX_BYTES: Final = 16 << 20  # of all bitsets of a request
+MAX_BYTES: Final = 16 << 20  # the most that all bitsets of one request may take
 
 
 def bitset_bytes(model: ModelConfig) -> int:
@@ -49,9 +49,9 @@ def read(
     """The bitset of each request's newest token; empty for those that did not ask.
 
     Args:
-        requests, rows: whose token lies in which row of the batch.
+        requests, rows: requests, and the row of the batch in which each one's token lies.
         chosen_LTE: what the batch's tokens chose; None if every token used every expert.
-        model: for the shape.
+        model: gives the number of layers and experts.
     """
     wanted = [row for request, row in zip(requests, rows, strict=True) if asks(request)]
     if not wanted:
@@ -67,5 +67,5 @@ def read(
 
 
 def asks(request: Request) -> bool:
-    """Whether it wants to know the experts of each token."""
+    """Whether the request wants to know the experts of each token."""
     return request.sampling.token_experts

@@ -7,8 +7,8 @@ thread.
 
 A step that raises ends the requests that were running, with an error. If the engine then proves
 clean it goes on with those that wait; otherwise, and after MAX_FAILED_STEPS in a row, the worker
-has failed for good, as it has when a step hangs: nothing can end a thread, so it is left to itself.
-`on_failure` tells whoever can put another worker in its place.
+has failed for good, as it has when a step hangs: a thread cannot be stopped from outside, so a hung
+one is left behind. `on_failure` tells whoever can put another worker in its place.
 
 Who touches what: `_inbox`, `_aborts` and `_streams` under `_lock`; the engine only from the thread
 (`Engine.make_request`, `Engine.stats` and the queue's counters are safe to use elsewhere); a stream
@@ -33,10 +33,11 @@ from engine.serving.stats import usage_of
 
 logger = logging.getLogger(__name__)
 
-STEP_TIMEOUT: Final = 120.0  # seconds; the first step may compile kernels
-MAX_FAILED_STEPS: Final = 3  # in a row: more are no accident
+STEP_TIMEOUT: Final = 120.0  # in seconds; the first step may compile kernels, so this is long
+MAX_FAILED_STEPS: Final = 3  # in a row; more than this is no accident
 _POLL_SECONDS: Final = 0.01
-_ABORT_SECONDS: Final = 5.0  # that `drain` grants a step under way before it ends streams itself
+# how long `drain` waits for a step under way before it ends streams itself
+_ABORT_SECONDS: Final = 5.0
 
 
 class Worker:
@@ -151,7 +152,7 @@ class Worker:
             return request_id in self._streams
 
     def why_not_ready(self) -> str:
-        """A sentence, for when it is not."""
+        """Why the worker takes no requests, as a sentence."""
         if self.failure is not None:
             return f"the engine has failed: {self.failure}"
         if self.hung:
@@ -179,7 +180,7 @@ class Worker:
         self._wake.set()
         await self._wait_until_empty(_ABORT_SECONDS)
         self._end_streams("abort")
-        await asyncio.sleep(0)  # lets the loop run what was handed to it
+        await asyncio.sleep(0)  # lets the event loop deliver what was handed to it
 
     async def _wait_until_empty(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
@@ -200,9 +201,11 @@ class Worker:
     def _run(self) -> None:
         try:
             self._serve()
-            if self.failure is None:  # otherwise this thread hung, and its requests have ended
+            # otherwise this thread hung, and the watchdog has ended its requests
+            if self.failure is None:
                 self._deliver(self.engine.end_all("abort"))
-        except BaseException as error:  # whatever it is, nobody above this thread would hear of it
+        except BaseException as error:
+            # catch everything: no caller above this thread would see the exception
             logger.exception("the engine failed")
             self._fail(_text(error))
         finally:

@@ -1,7 +1,8 @@
 """The chat template that a checkpoint brings: a Jinja text, kept but not run here.
 
-As Hugging Face's tokenizers keep it: `chat_template.jinja`, or else the key `chat_template` of
-`tokenizer_config.json`, which holds the text or a list of {name, template} with one named default.
+It lies where Hugging Face's tokenizers keep it: `chat_template.jinja`, or else the key
+`chat_template` of `tokenizer_config.json`, which holds the text or a list of {name, template} with
+one named default.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def read_chat_template(directory: Path, files: Container[str]) -> str | None:
 
     Args:
         directory: the checkpoint.
-        files: those that its manifest lists; no other is read.
+        files: the files that its manifest lists; no other is read.
 
     Raises:
         CheckpointError: a file is too large or cannot be read.

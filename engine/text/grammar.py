@@ -86,11 +86,12 @@ class Matcher:
     It depends on the output's tokens alone, so it survives a preemption, which keeps them.
 
     Args:
-        state: at the grammar's beginning. Copies of one state share what they may find out.
+        state: llguidance's state at the grammar's beginning. Copies of one state share a budget for
+            what they work out lazily.
         field: what the client calls the grammar.
         vocab_size: tokens of the model.
-        renew: makes a state that shares nothing, for when the others have used that up; None if
-            that takes too long for a step.
+        renew: makes a state that shares nothing, for when the copies have used their budget up;
+            None if that takes too long for a step.
 
     Attributes:
         failure: why it cannot go on, a sentence; None while it can.
@@ -113,8 +114,9 @@ class Matcher:
     def allowed(self, unwanted: Sequence[int] = ()) -> bytes:
         """Which tokens may come next, one bit each, the lowest bit of a byte first.
 
-        Whole words of 64 bits. The `unwanted` are left out, unless nothing else may come: the
-        grammar goes first. All bits are set after a failure, for who draws before they look at it.
+        The mask has whole words of 64 bits. The `unwanted` tokens are left out unless nothing else
+        may come, because the grammar takes precedence. After a failure all bits are set, so that a
+        caller who has not looked at `failure` yet can still draw.
         """
         mask = self._mask()
         if self._state.is_error() and self._renew is not None:
@@ -140,7 +142,7 @@ class Matcher:
 
 
 def _without(mask: bytes, unwanted: Sequence[int]) -> bytes:
-    """`mask` without the bits of `unwanted`, or as it is if these are all that it has."""
+    """`mask` without the bits of `unwanted`; unchanged if no bit would be left."""
     if not unwanted:
         return mask
     rest = bytearray(mask)

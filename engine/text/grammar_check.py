@@ -15,12 +15,14 @@ from typing import Final
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
-MAX_BYTES: Final = 1 << 30  # of address space, the interpreter's included
-MAX_CPU_SECONDS: Final = 60  # whoever waits gives up earlier; this is for when nobody does
+# limit of the address space, which the interpreter itself needs a part of
+MAX_BYTES: Final = 1 << 30
+# the parent gives up earlier; this limit ends the process if the parent has died
+MAX_CPU_SECONDS: Final = 60
 
 
 class Bytes:
-    """A vocabulary of single bytes and an end: what is slow does not depend on the vocabulary."""
+    """A vocabulary of single bytes and an end; compiling takes as long with any vocabulary."""
 
     eos_token_id = 256
     bos_token_id = None

@@ -1,7 +1,7 @@
 """From grammars to matchers: compiled by llguidance, within bounds, and kept.
 
 A grammar is compiled once and copied for each request, which takes some microseconds. Whether it
-can be compiled in time is tried out in a process of its own first (`engine.text.grammar_check`), so
+can be compiled in time is first tried in a process of its own (`engine.text.grammar_check`), so
 that no client's schema can stop the server. What a step may spend on a grammar is bounded as well,
 in llguidance's own units; a grammar that needs more fails its request. Copies share what they have
 found out, and its bound: once one of them has used that up, the others go on with states of their
@@ -32,9 +32,9 @@ logger = logging.getLogger("ambidex.engine")
 
 COMPILE_SECONDS: Final = 5.0
 MAX_KEPT: Final = 32
-# Of the states that the expressions of a grammar have been in, 1 to 2 kB each.
+# How many states of a grammar's expressions its copies may keep together; each takes 1 to 2 kB.
 MAX_LEXER_STATES: Final = 20_000
-# And of a request that goes on by itself: each of those that run may have as many.
+# The same for a request that goes on by itself: every running request may keep so many.
 MAX_OWN_STATES: Final = 5_000
 # CPU time to compile a grammar again within a step; the usual one takes 1 to 6 ms.
 MAX_RENEWAL_SECONDS: Final = 0.05
@@ -52,12 +52,13 @@ class _Compiled:
 
 
 class Grammars:
-    """The compiled grammars of one model, the latest used of them. Thread-safe."""
+    """The most recently used compiled grammars of one model. Thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._kept: OrderedDict[Grammar, _Compiled | str] = OrderedDict()  # or what is wrong
+        # or a sentence about what is wrong with it
+        self._kept: OrderedDict[Grammar, _Compiled | str] = OrderedDict()
         self._lock = threading.Lock()
         self._compiling = threading.Lock()
 
@@ -92,7 +93,7 @@ class Grammars:
         return Matcher(beginning, grammar.field, self._vocab_size, renew if quick else None)
 
     def knows(self, grammar: Grammar) -> bool:
-        """Whether `matcher` need not compile it."""
+        """Whether the grammar is compiled already, so that `matcher` returns at once."""
         with self._lock:
             return grammar in self._kept
 
@@ -122,7 +123,9 @@ class Grammars:
         return compiled
 
     def _compile(self, grammar: Grammar) -> _Compiled | str:
-        """The compiled grammar, or what is wrong with it: a sentence without its subject."""
+        """The compiled grammar, or a predicate that says what is wrong with it ("takes too
+        long").
+        """
         try:
             source = _source(grammar)
         except ValueError as error:
@@ -141,7 +144,8 @@ class Grammars:
         return "is too complex" if first.is_error() else _Compiled(compiled, source, seconds)
 
     def _build(self, source: str, max_states: int) -> LLMatcher:
-        from llguidance import LLMatcher, LLParserLimits  # nothing but grammars needs it
+        # imported late, because only grammars need it
+        from llguidance import LLMatcher, LLParserLimits
 
         limits = LLParserLimits(max_lexer_states=max_states, verbose_errors=False)
         return LLMatcher(self._words(), source, log_level=0, limits=limits)
@@ -156,7 +160,8 @@ class Grammars:
             raise InvalidRequest(reason[:MAX_REASON]) from error
 
 
-@lru_cache(maxsize=2)  # the model that serves and the one that takes its place, often the same
+# two: the model that serves, and the one that takes its place (often with the same tokenizer)
+@lru_cache(maxsize=2)
 def _vocabulary(source: str, vocab_size: int, eos_id: int) -> LLTokenizer:
     """The tree of a tokenizer's words. llguidance keeps Python's lock while it grows."""
     from llguidance import LLTokenizer
@@ -165,7 +170,7 @@ def _vocabulary(source: str, vocab_size: int, eos_id: int) -> LLTokenizer:
 
 
 def _is_spent(compiled: LLMatcher) -> bool:
-    """Whether its copies, which share what they have found out, have used up what they may."""
+    """Whether the copies of the grammar have used up the states that they may keep together."""
     probe = compiled.deep_copy()
     probe.compute_bitmask()
     return bool(probe.is_error())
@@ -177,15 +182,15 @@ def _source(grammar: Grammar) -> str:
 
     if grammar.kind == "regex":
         return LLMatcher.grammar_from_regex(grammar.source)
-    # At most one space between the parts of JSON: small models never tire of white space.
-    # A schema cannot change that, nor have what is not supported passed over.
+    # At most one space between the parts of JSON: small models repeat white space for ever.
+    # A schema cannot change that, nor can it have unsupported keywords ignored.
     return LLMatcher.grammar_from_json_schema(
         grammar.source, overrides={"whitespace_pattern": " ", "lenient": False}
     )
 
 
 def _check(source: str) -> str | None:
-    """Compile within bounds of time and memory; what is wrong, a sentence without its subject."""
+    """Compile within bounds of time and memory; returns a predicate that says what went wrong."""
     command = [sys.executable, "-I", str(_CHECK)]
     try:
         run = subprocess.run(
@@ -206,7 +211,7 @@ def _check(source: str) -> str | None:
 
 
 def _problem(error: str) -> str:
-    """llguidance's complaint in one line; those about expressions quote and underline them."""
+    """llguidance's error in one line; it may quote an expression and underline a part of it."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
     reason = next((x.removeprefix("error: ") for x in lines if x.startswith("error: ")), lines[0])
     return f"cannot be compiled: {reason}"[:MAX_REASON]

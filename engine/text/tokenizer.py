@@ -18,8 +18,8 @@ END_OF_TEXT: Final = "<|endoftext|>"
 _REPLACEMENT: Final = "\ufffd"  # what decoding an incomplete UTF-8 character yields
 _BYTE_TOKEN: Final = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's spelling of a single byte
 _SPACE: Final = "\u2581"  # and of a space
-_CONTEXT: Final = 4  # tokens of a prompt that its continuation is decoded behind
-_MOST_CONTEXT: Final = 16  # where these are no text, or begin inside a character
+_CONTEXT: Final = 4  # how many tokens of the prompt are decoded together with its continuation
+_MOST_CONTEXT: Final = 16  # the same where these give no text, or begin inside a character
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -64,7 +64,7 @@ class Tokenizer:
         self.backend = backend
         self.eos_id: int = eos_id
         self.bos_id: int = eos_id if bos_id is None else bos_id
-        # At most one for each token of the vocabulary.
+        # A cache; it holds at most one entry for each token of the vocabulary.
         self._token_texts: dict[int, str] = {}
         self._token_bytes: dict[int, bytes] = {}
         # A prompt that spells the special token must not end the text: it is encoded as plain text.
@@ -106,8 +106,8 @@ class Tokenizer:
     def start_ids(self) -> list[int]:
         """What stands in front of every text, `<s>` for one; empty for models trained here.
 
-        As `tokenizer.json` has it in its post-processor, which is where transformers finds it. What
-        that may put behind a text is left out: a prompt goes on.
+        It is read from the post-processor in `tokenizer.json`, as transformers does. Tokens that
+        the post-processor puts behind a text are left out, because a prompt is continued.
         """
         plain = self.encode("a")
         whole = self.backend.encode("a", add_special_tokens=True).ids
@@ -124,8 +124,8 @@ class Tokenizer:
         """Ids of a text that the model is to continue: `start_ids`, then the text's own.
 
         Args:
-            text: of the prompt.
-            truncate: tokens to keep, `start_ids` among them, and of the text the last ones.
+            text: the prompt's text.
+            truncate: how many tokens to keep: `start_ids` and the last ones of the text.
         """
         ids = self.started(self.encode(text))
         if truncate is None or len(ids) <= truncate:
@@ -154,7 +154,7 @@ class Tokenizer:
 
     @cached_property
     def _parsing(self) -> tokenizers.Tokenizer:
-        """A second backend: the flag is the backend's own, and other threads encode meanwhile."""
+        """A second backend: the flag belongs to a backend, and other threads use the first one."""
         backend = tokenizers.Tokenizer.from_str(self.source)
         backend.encode_special_tokens = False
         return backend
@@ -162,7 +162,7 @@ class Tokenizer:
     def encode_parsing(self, text: str) -> list[int]:
         """Ids of a text in which the spelling of a special token stands for that token.
 
-        For texts of our own, such as chat templates: a client's text may end nothing.
+        Only for texts of our own, such as chat templates: a client's text must not end the prompt.
         """
         return self._parsing.encode(text, add_special_tokens=False).ids
 
@@ -217,10 +217,10 @@ class Tokenizer:
 
     @cached_property
     def _decoders(self) -> frozenset[str]:
-        """The kinds of the steps that make text of tokens: they say what a token's letters mean."""
+        """The types of the decoder's steps, which tell how the letters of a token spell bytes."""
         if self.backend.decoder is None:
             return frozenset()
-        # Its JSON by itself; that of the whole tokenizer takes 80 ms where there are 50k tokens.
+        # Only the decoder's JSON: that of a whole tokenizer of 50k tokens takes 80 ms.
         found = json.loads(self.backend.decoder.__getstate__())
         return frozenset(step["type"] for step in found.get("decoders", [found]))
 
@@ -242,7 +242,8 @@ class IncrementalDecoder:
         self._window = prompt_ids[_context_start(tokenizer, prompt_ids) :]
         raw = [tokenizer.token_bytes(token) for token in self._window]
         begun = _begun_bytes(b"".join(raw))
-        # The first `_read` tokens are out, and so is `_known`, which the window's text begins with.
+        # The text of the first `_read` tokens has been returned; it ends with `_known`, the text
+        # that the window begins with.
         self._read = len(self._window)
         tail = b""
         while len(tail) < begun:
@@ -264,7 +265,9 @@ class IncrementalDecoder:
     def _emit(self, text: str) -> str:
         if text.startswith(self._known):
             new = text[len(self._known) :]
-        else:  # bytes that never became a character spoil those before them, which are out
+        else:
+            # Bytes that never became a character change how those before them decode, whose text
+            # has been returned already.
             new = self._tokenizer.decode(self._window[self._read :])
         if new:
             self._window = self._window[self._read :]
@@ -274,10 +277,10 @@ class IncrementalDecoder:
 
 
 def _context_start(tokenizer: Tokenizer, ids: list[int]) -> int:
-    """Where the end of a prompt begins that shows how text goes on behind it.
+    """Where the last part of a prompt begins, which is decoded together with what follows it.
 
-    At the beginning of a character, and so that it has text: some tokenizers drop a space in front
-    of everything.
+    That end begins at a character and is not empty as text: some tokenizers drop a space in front
+    of the first token.
     """
     start = max(0, len(ids) - _CONTEXT)
     while start > 0 and len(ids) - start < _MOST_CONTEXT:
@@ -307,7 +310,7 @@ def text_offsets(tokens: Sequence[bytes], text: str) -> list[int]:
     the U+FFFD that decoding makes of them.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    offsets, at = [], 0  # `at` counts the characters that are whole
+    offsets, at = [], 0  # `at` counts the complete characters so far
     if tokens and tokens[0].startswith(b" ") and not text.startswith(" "):
         at = -1  # some tokenizers put a space in front, which is no part of the text
     for raw in tokens:

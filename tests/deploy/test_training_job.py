@@ -28,7 +28,7 @@ import pytest
 
 from benchmarks.records import Record, write_records
 from engine import checkpoint as checkpoints
-from tests.deploy.manifests import REFERENCES, Volumes, container, one, pod
+from tests.deploy.kubernetes.manifests import REFERENCES, Volumes, container, one, pod
 
 SERVER, JOB = "overlays/cpu", "training/cpu"
 RECORD = os.environ.get("AMBIDEX_JOB_RECORD")  # where `make job-check` wants its numbers

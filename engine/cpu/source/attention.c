@@ -1,4 +1,5 @@
-/* Attention of a flat batch over the paged cache. Its Python face says what the arguments are.
+/* Attention of a flat batch over the paged cache. engine/cpu/cache.py calls it and describes the
+ * arguments.
  *
  * A block holds BLOCK tokens of every key-value head: keys packed as `packed_product` wants its
  * weights, values row by row. So scores and values are the two products of products.h, and a query's
@@ -14,9 +15,9 @@
 typedef struct {
     const void *q;                                 /* [T, H, d], rows q_stride apart */
     const void *keys, *values;                     /* one layer's cache */
-    const int32_t *table, *first, *rows, *context; /* per sequence: see __init__.py */
+    const int32_t *table, *first, *rows, *context; /* per sequence, as in engine/cpu/cache.py */
     void *out;                                     /* [T, H, d] */
-    ix B, H, G, d, q_stride, table_stride, window; /* tokens that one sees; 0: all */
+    ix B, H, G, d, q_stride, table_stride, window; /* window: tokens that a token sees; 0: all */
     float scale;
 } attend_call;
 
@@ -24,7 +25,7 @@ typedef struct {
 INLINE vec exponential(vec x) {
     bits keep = (bits)(x > -87.0f);
     x = (vec)((bits)x & keep);
-    /* The sum's low bits hold the nearest integer. */
+    /* Adding this constant leaves the nearest integer in the sum's low bits. */
     vec n = multiply_add(splat(12582912.0f), x, splat(1.44269504f));
     bits power = (bits)n << 23;
     n -= 12582912.0f;
@@ -39,7 +40,8 @@ INLINE vec exponential(vec x) {
     return (vec)(((bits)y + power) & keep);
 }
 
-/* Asks for one head's part of a block. Blocks lie anywhere, so the processor foresees none. */
+/* Prefetches one head's part of a block: blocks lie anywhere in memory, so the processor cannot
+ * foresee the next one. */
 INLINE void ask_for(const void *cache, const attend_call *call, ix block, ix g, const int half) {
     const char *part = at(cache, (block * call->G + g) * BLOCK * call->d, half);
     for (ix i = 0; i < bytes(BLOCK * call->d, half); i += 64) __builtin_prefetch(part + i, 0, 2);
@@ -49,7 +51,7 @@ INLINE void ask_for(const void *cache, const attend_call *call, ix block, ix g, 
 INLINE void score(const attend_call *call, const int32_t *table, ix g, const void *const *q, int M,
                   ix b, ix blocks, float *scores, ix stride, const int half) {
 #if VECTORS == 1
-    /* Several blocks side by side: one alone is a single chain of sums, each waiting for the last. */
+    /* Several blocks are computed side by side: a single one is a chain of sums that wait for each other. */
     for (; b + MOST_VECTORS <= blocks; b += MOST_VECTORS) {
         vec sums[TOKENS][MOST_VECTORS] = {};
         for (int n = 0; M < TOKENS && n < MOST_VECTORS; n++) { /* more rows take longer to compute */
@@ -108,7 +110,8 @@ INLINE void add_values(int M, const void *const *weights, const void *values, ix
     }
 }
 
-/* M rows of queries that share a key-value head: (token, head) of each, into `out`. */
+/* Attention of M queries that share the key-value head g, given as (token, head); writes to `out`.
+ * `scratch` holds the scores, their rounded copies and the sums of values, for TOKENS rows each. */
 INLINE void attend_rows(const attend_call *call, ix sequence, ix g, int M, const ix *token,
                         const ix *head, float *scratch, ix stride, const int half) {
     const ix d = call->d, H = call->H;
@@ -130,6 +133,7 @@ INLINE void attend_rows(const attend_call *call, ix sequence, ix g, int M, const
     const ix blocks = (longest + BLOCK - 1) / BLOCK, length = blocks * BLOCK, window = call->window;
     const ix skipped = window && least > window ? (least - window) / BLOCK : 0;
     score(call, table, g, q, M, skipped, blocks, scores, stride, half);
+    /* Scores become weights; in bfloat16 they are rounded, as the product takes both sides alike. */
     for (int m = 0; m < M; m++) {
         const ix seen = window && context[m] > window ? context[m] - window : 0;
         sums[m] = weigh(scores + m * stride, skipped * BLOCK, seen, context[m], length);
@@ -141,12 +145,14 @@ INLINE void attend_rows(const attend_call *call, ix sequence, ix g, int M, const
         const ix start = b * BLOCK, block = ((ix)table[b] * call->G + g) * BLOCK * d;
         const void *now[TOKENS], *rows_of_values = at(call->values, block, half);
         for (int m = 0; m < M; m++) now[m] = at(weights[m], start, half);
+        /* A block that all M tokens see to the same extent is one product. */
         if (start + BLOCK <= least || least == longest) {
             ix left = longest - start;
             add_values(M, now, rows_of_values, left < BLOCK ? left : BLOCK, d, y, half);
             continue;
         }
-        for (int m = 0; m < M; m++) { /* a later token must not show, not even times zero */
+        for (int m = 0; m < M; m++) { /* one by one: a later token's values must not
+                                         * count, not even times zero (they may be NaN) */
             ix left = context[m] - start;
             if (left > 0)
                 add_values(1, now + m, rows_of_values, left < BLOCK ? left : BLOCK, d, y + m, half);
@@ -201,7 +207,7 @@ void attend_half(ARGUMENTS) {
     attend(&call, 1, threads);
 }
 
-/* Keys and values of T tokens into their slots, [slot / BLOCK, G, ...] each. */
+/* Writes keys and values of T tokens to their slots, [slot / BLOCK, G, ...] each. */
 INLINE void store_kv(const void *k, const void *v, const int64_t *slot, void *keys, void *values, ix T,
                      ix G, ix d, ix k_stride, ix v_stride, const int half, int threads) {
 #pragma omp parallel for schedule(static) num_threads(T * G * d > 1 << 15 ? threads : 1)

@@ -1,4 +1,4 @@
-/* The small steps between the products. Its Python face says what the arguments are. */
+/* The small steps between the products. engine/cpu/elementwise.py describes the arguments. */
 #include "vectors.h"
 
 /* One row of x += multiplier * delta, unless that is NULL. */
@@ -25,7 +25,7 @@ INLINE void rms_norm(void *x, const void *delta, const void *weight, void *out, 
     }
 }
 
-/* The same of (x - mean) / sqrt(variance + eps) * weight + bias; `out` may be x. */
+/* The same with LayerNorm, (x - mean) / sqrt(variance + eps) * weight + bias; `out` may be x. */
 INLINE void layer_norm(void *x, const void *delta, const void *weight, const void *bias, void *out,
                        ix T, ix D, float multiplier, float eps, const int half, int threads) {
 #pragma omp parallel for schedule(static) num_threads(T * D > 1 << 15 ? threads : 1)

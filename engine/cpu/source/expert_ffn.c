@@ -1,7 +1,8 @@
-/* y = sum over a token's experts of h_e @ down_e. Its Python face says what the arguments are.
+/* y = sum over a token's experts of h_e @ down_e. engine/cpu/experts.py describes the
+ * arguments.
  *
- * h_e = act(x @ up_e.T + up_bias), or act(x @ gate_e.T) * (x @ up_e.T + up_bias). What points to
- * nothing is absent. down_bias is added once a token.
+ * h_e = act(x @ up_e.T + up_bias), or act(x @ gate_e.T) * (x @ up_e.T + up_bias). A NULL
+ * pointer means that the part is absent. down_bias is added once a token.
  *
  * Both matrices are packed expert by expert; to be packed, down_e is turned. Pairs (token, expert)
  * come sorted by expert: those of the u-th expert in use are offsets[u] .. offsets[u + 1].
@@ -31,7 +32,7 @@ INLINE vec activate(vec x, int activation, float threshold) {
     return x;
 }
 
-/* One panel of the u-th expert's neurons, for all its tokens. */
+/* Computes one panel of the u-th expert's neurons, for all its tokens. */
 INLINE void up_panel(const ffn_call *call, ix u, ix panel, const int half) {
     const ix D = call->D, S = call->S, width = call->vectors * LANES;
     const ix panels = (S + width - 1) / width, row = S + S % 2;
@@ -69,8 +70,8 @@ INLINE void up_panel(const ffn_call *call, ix u, ix panel, const int half) {
     }
 }
 
-/* Whether passing weights over pays: most neurons did not fire. (Half of them do in an untrained
- * model, and reading all in one stream is faster then.) */
+/* Whether skipping the weights of silent neurons pays: it does if most neurons did not fire. (In an
+ * untrained model half of them fire, and then reading all weights in one stream is faster.) */
 INLINE int mostly_silent(const void *h, ix row, const int half) {
     const uint32_t *word = h; /* a pair in bfloat16, one neuron in float32 */
     ix words = half ? row / 2 : row, fired = 0;
@@ -78,7 +79,7 @@ INLINE int mostly_silent(const void *h, ix row, const int half) {
     return 2 * fired < words;
 }
 
-/* One panel of the outputs, for all tokens of all experts in use, one expert after another. */
+/* Computes one panel of the outputs, for all tokens of all experts in use, one expert after another. */
 INLINE void down_panel(const ffn_call *call, ix panel, const int half) {
     const ix D = call->D, row = call->S + call->S % 2, width = call->down_vectors * LANES;
     const ix c = panel * width, size = row * width, panels = D / width;

@@ -1,12 +1,13 @@
 /* All layers of the decoder in one call: for small models and few tokens, going back to Python between
- * the steps of a layer costs as much as the steps. Nothing is computed here. engine/cpu/layers.py says what the arguments are.
+ * the steps of a layer costs as much as the steps. The steps themselves are in the other files.
+ * engine/cpu/layers.py describes the arguments.
  */
 #include <stddef.h>
 #include <stdint.h>
 
 typedef int64_t ix;
 
-/* One layer's weights, as layers.py lays them out; what points to nothing is absent. A norm with a
+/* One layer's weights, in the order of `_LayerWeights` in layers.py; NULL means absent. A norm with a
  * bias is a LayerNorm. */
 typedef struct {
     const void *attention_norm, *qkv, *out, *ffn_norm, *up, *down;
@@ -17,14 +18,14 @@ typedef struct {
     const float *up_bias, *down_bias;
 } layer_weights;
 
-/* Sizes, and the vectors of each matrix's panels. */
+/* Sizes, and how many vectors wide each matrix's panels are. */
 typedef struct {
     ix layers, D, H, G, d, E, S, qkv_vectors, out_vectors, up_vectors, down_vectors, activation;
     ix window, norm_first;
     double epsilon, multiplier, threshold;
 } model_shape;
 
-/* One step's batch; what points to nothing is absent. */
+/* One step's batch; NULL means absent. */
 typedef struct {
     ix T, B, table_stride, cache_bytes; /* of one layer's keys, or values */
     const float *cos, *sin;             /* [T, d / 2]; absent: nothing is rotated */

@@ -1,7 +1,9 @@
-/* y = x @ W.T + bias from packed weights; without a bias, NULL. Its Python face says what the arguments are. */
+/* y = x @ W.T + bias from packed weights; without a bias, NULL.
+ * engine/cpu/linear.py describes the arguments. */
 #include "products.h"
 
-/* Tokens x[0 .. T) times one panel of N vectors, `real` of its columns, to y + m * y_stride. */
+/* Multiplies tokens x[0 .. T) with one panel of N vectors and writes its first `real` columns to
+ * y + m * y_stride; the others are padding. */
 INLINE void panel_product(const int half, const void *const *x, ix T, const void *panel, int N, ix K,
                           ix real, const float *bias, void *y, ix y_stride) {
     for (ix t = 0; t < T; t += TOKENS) {
@@ -20,7 +22,7 @@ INLINE void panel_product(const int half, const void *const *x, ix T, const void
     }
 }
 
-/* Tokens whose inputs stay in the cache while the panels pass by. */
+/* How many tokens' inputs stay in the processor's cache while all panels are read. */
 #define CACHED_TOKENS 96
 
 INLINE void linear(const int half, const void *x, const void *w, const float *bias, void *y, ix T, ix N,

@@ -1,9 +1,9 @@
 /* The two products that everything is made of, each of a few tokens with weights that are read once.
  *
  * `packed_product`: weights packed in panels of N vectors of outputs, input by input (pairs of inputs
- * in bfloat16): y = x @ W.T. The way of the linear layers, of an FFN's matrices and of attention scores.
+ * in bfloat16): y = x @ W.T. Linear layers, an FFN's matrices and attention scores use it.
  *
- * `row_product`: weights row by row as they are, y += h @ W: the way of attention's values.
+ * `row_product`: weights row by row as they are: y += h @ W. Attention's values use it.
  *
  * Both add a token's numbers one after another, in the order of the inputs, whatever else is in the
  * batch: an output depends on its own token alone, to the last bit.
@@ -80,7 +80,7 @@ INLINE void packed_product(int M, int N, const int half, const void *const *x, c
     }
 }
 
-/* `packed_tile` of MOST_VECTORS panels of one vector each. */
+/* What `packed_tile` computes, for MOST_VECTORS panels of one vector each. */
 INLINE void panels_tile(const int M, const int half, const void *const *x, const void *const *panel,
                         ix K, vec sums[TOKENS][MOST_VECTORS]) {
     vec sum[TOKENS][MOST_VECTORS];
@@ -131,7 +131,8 @@ INLINE int is_zero(uint32_t word, const int half) {
     return !(word & (half ? 0x7fff7fffu : 0x7fffffffu));
 }
 
-/* `packed_tile` of one token with many zeros among its inputs: their weights are not read. */
+/* What `packed_tile` computes, for one token with many zeros among its inputs: it does not read the
+ * weights of those. */
 INLINE void thin_product(const int N, const int half, const void *x, const void *panel, ix K, vec *sums) {
     vec sum[MOST_VECTORS];
 #pragma GCC unroll 4
@@ -177,7 +178,7 @@ INLINE void unpack_rows(const int N, const void *even, const void *odd, bits col
 #endif
 }
 
-/* The sums at y as they meet unpacked rows, and back. */
+/* Bring the sums at y into the order of unpacked rows, and back. */
 INLINE void take_sums(const int N, const int half, const float *y, vec *sum) {
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) sum[n] = *(const vec *)(y + n * LANES);

@@ -1,5 +1,5 @@
-/* Which experts each token uses, by the rule of engine/model/routing.py. engine/cpu/experts.py says
- * what the arguments are. */
+/* Which experts each token uses, by the rule of engine/model/routing.py. engine/cpu/experts.py
+ * describes the arguments. */
 #include <stdlib.h>
 
 #include "vectors.h"
@@ -17,7 +17,7 @@ INLINE void scores_of(const void *x, const float *router, ix E, ix D, float *sco
     }
 }
 
-/* Chosen: rank 0, and every rank below k before whose share `mass` is not yet reached. */
+/* Chooses rank 0, and every rank below k as long as the ranks before it hold less than `mass`. */
 INLINE void choose(float *scores, ix E, int k, float mass, uint8_t *chosen) {
     float top = -INFINITY, sum = 0, before = 0;
     for (ix e = 0; e < E; e++) top = scores[e] > top ? scores[e] : top;

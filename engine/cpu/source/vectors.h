@@ -15,7 +15,7 @@
 #include <arm_neon.h>
 #endif
 
-/* LANES of a vector; TOKENS are computed at a time, with at most 4 vectors of outputs each, so that
+/* A vector has LANES numbers. TOKENS tokens are computed at a time, with at most 4 vectors of outputs each, so that
  * all sums stay in registers. */
 #if defined(__AVX512F__)
 #define LANES 16
@@ -39,8 +39,8 @@ typedef int64_t ix;
 INLINE vec splat(float x) { return (vec){0} + x; }
 
 /* sum + a * b in one rounding, where the processor has that. Spelled out, because a compiler that is
- * free to fuse does so in one tile and not in another, and a token's bits would change with its
- * company; it is told not to (build.py). */
+ * free to fuse does so in one tile and not in another, and a token's bits would depend on the other
+ * tokens; build.py forbids it to fuse on its own. */
 INLINE vec multiply_add(vec sum, vec a, vec b) {
 #if defined(__AVX512F__)
     return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);

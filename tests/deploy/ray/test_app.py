@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy.ray.exposition import merge
 from deploy.ray.options import Options, warnings
+from deploy.ray.wire import merged_metrics
 from server.settings import Settings
 
 DEPLOY = Path(__file__).parents[3] / "deploy" / "ray"
@@ -127,7 +127,7 @@ y_bucket{le="+Inf"} 3.0
 y_count 3.0
 y_sum 4.5
 """
-    merged = merge([("a", page), ("b", page.replace(b"1.0\n", b"7.0\n"))]).decode()
+    merged = merged_metrics([("a", page), ("b", page.replace(b"1.0\n", b"7.0\n"))]).decode()
     lines = merged.splitlines()
     assert lines.count("# TYPE x_total counter") == lines.count("# TYPE y histogram") == 1
     assert 'x_total{layer="0",replica="a"} 1.0' in lines

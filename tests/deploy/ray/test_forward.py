@@ -16,7 +16,7 @@ from starlette.types import Message
 from deploy.ray import forward
 from deploy.ray.affinity import prompt_key
 from deploy.ray.forward import Forwarder, ReplicaLost
-from deploy.ray.wire import Accepted, Target, merged
+from deploy.ray.wire import Accepted, Target, merged_body
 from server.app import add_middleware
 from server.http.ratelimit import RateLimiter
 from server.settings import Settings
@@ -226,5 +226,5 @@ def test_a_client_that_leaves_closes_the_call() -> None:
 
 def test_pieces_of_a_body_become_one() -> None:
     pieces = [start(), body("a", True), body("b", True), body("")]
-    assert merged(pieces) == [start(), body("ab")]
-    assert merged(pieces[:2]) == pieces[:2]
+    assert merged_body(pieces) == [start(), body("ab")]
+    assert merged_body(pieces[:2]) == pieces[:2]

@@ -13,7 +13,7 @@ import yaml
 from cloudcoil.models.prometheus_operator import v1 as operator
 
 from deploy.kubernetes import prometheus_rule
-from tests.deploy.manifests import (
+from tests.deploy.kubernetes.manifests import (
     ALL,
     KUBERNETES,
     SERVERS,

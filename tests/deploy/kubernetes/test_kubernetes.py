@@ -14,7 +14,7 @@ from server.http.security import HEALTH_PATHS, METRICS_PATHS
 from server.process.serve import CLOSE_SECONDS
 from server.routes import ops
 from server.settings import Settings
-from tests.deploy.manifests import (
+from tests.deploy.kubernetes.manifests import (
     ALL,
     KUBERNETES,
     SERVERS,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-KUBERNETES = Path(__file__).parents[2] / "deploy" / "kubernetes"
+KUBERNETES = Path(__file__).parents[3] / "deploy" / "kubernetes"
 Manifest = dict[str, Any]
 
 SERVERS = ("overlays/cpu", "overlays/gpu")

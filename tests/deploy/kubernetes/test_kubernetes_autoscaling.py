@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from server.settings import Settings
-from tests.deploy.manifests import KUBERNETES, SERVERS, environment, one
+from tests.deploy.kubernetes.manifests import KUBERNETES, SERVERS, environment, one
 from tests.deploy.prometheus import BINARIES, WHY_SKIPPED
 
 ADAPTER = yaml.safe_load((KUBERNETES / "prometheus-adapter.yaml").read_text())
