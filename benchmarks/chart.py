@@ -3,8 +3,8 @@
     python -m benchmarks.chart [--results benchmarks/results] [--out docs/images/decode.png]
 
 Draws what `ambidex bench decode --json cpu-decode-*.json` left in the folder, a row for each shape,
-and beside it vLLM's times from `benchmarks.vs_vllm --json cpu-vs-vllm-*.json`, if there are any.
-matplotlib draws it.
+and beside it vLLM's times from `benchmarks.peers.vs_vllm --json cpu-vs-vllm-*.json`, if there are
+any. matplotlib draws it.
 """
 
 from __future__ import annotations

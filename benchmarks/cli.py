@@ -23,7 +23,7 @@ def ffn(json_file: JsonFile = None) -> None:
     Widths 768 and 2048 with 6 of 32 experts, 1 to 256 tokens, float32 and bfloat16, weights
     prepacked for both; every token with the same experts, and every token with its own.
     """
-    from benchmarks.ffn import main as run_bench
+    from benchmarks.engine.ffn import main as run_bench
 
     check_writable(json_file)
     run_bench(["--json", str(json_file)] if json_file is not None else [])
@@ -36,7 +36,7 @@ def train_steps(json_file: JsonFile = None) -> None:
     Widths 256, 768 and 1024, three layers, 8 of 64 experts, 2048 and 4096 tokens a step, float32:
     forward and backward pass, penalty, clipping and optimiser. About two minutes on two cores.
     """
-    from benchmarks.sparse_step import main as run_bench
+    from benchmarks.training.sparse_step import main as run_bench
 
     check_writable(json_file)
     run_bench(["--json", str(json_file)] if json_file is not None else [])
@@ -139,7 +139,7 @@ def start(
 
     Writes a checkpoint of random weights first, into a temporary directory (2.6 GB for opt-1.3b).
     """
-    from benchmarks.start import main as run_bench
+    from benchmarks.engine.start import main as run_bench
 
     check_writable(json_file)
     arguments = [f"--shape={shape}", f"--rounds={rounds}"]
@@ -147,7 +147,7 @@ def start(
 
 
 def _bench_engine(command: str, json_file: Path | None, **options: object) -> None:
-    from benchmarks.engine_speed import main as run_bench
+    from benchmarks.engine.engine_speed import main as run_bench
 
     check_writable(json_file)
     arguments = [command, *(f"--{name}={value}" for name, value in options.items())]

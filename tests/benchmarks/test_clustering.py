@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import clustering
+from benchmarks.training import clustering
 
 
 def test_one_table_of_the_packaged_model_and_its_records(

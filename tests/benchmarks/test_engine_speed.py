@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import engine_speed
-from benchmarks.engine_speed import Options
+from benchmarks.engine import engine_speed
+from benchmarks.engine.engine_speed import Options
 from benchmarks.load import Percentiles, Served
 from engine.errors import ConfigError
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu
-from benchmarks.gpu import Report
-from benchmarks.gpu_kernels import Case
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu.__main__ import Report
+from benchmarks.gpu.kernels import Case
 from benchmarks.records import Record, write_records
 
 RECORD = Record("name", {"tokens": 1, "dtype": "bf16"}, 2.0, "us", 5.0, 2.5)
@@ -109,7 +109,7 @@ def test_a_lost_device_hands_the_rest_to_a_new_process(
         write_records(further, [RECORD])
         return Finished()
 
-    monkeypatch.setattr("benchmarks.gpu.subprocess.run", run)
+    monkeypatch.setattr("benchmarks.gpu.__main__.subprocess.run", run)
     report = Report(time.monotonic() + 60, tmp_path / "records.json", [RECORD])
     gpu.go_on_elsewhere(report, ["kernels", "tiles"], tiny=True)
     (command,) = commands

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import gpu_training
-from benchmarks.gpu_timing import Call
-from benchmarks.gpu_training import check_layer, layer_records, random_layer
+from benchmarks.gpu import training
+from benchmarks.gpu.timing import Call
+from benchmarks.gpu.training import check_layer, layer_records, random_layer
 
 TINY = (40, (48, 6 * 16), (6, 2))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -21,7 +21,7 @@ def test_the_check_measures_every_gradient() -> None:
 
 def test_a_wrong_gradient_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = random_layer(*TINY, torch.float32, DEVICE)
-    monkeypatch.setattr(gpu_training.Layer, "kernels", gpu_training.Layer.dense)
+    monkeypatch.setattr(training.Layer, "kernels", training.Layer.dense)
     with pytest.raises(SystemExit, match=r"training y tiny: relative error .* exceeds 2e-05"):
         check_layer(layer, "tiny")
 
@@ -40,8 +40,8 @@ def test_every_rival_and_product_is_timed(monkeypatch: pytest.MonkeyPatch) -> No
             call(0)
         return [10.0 * calls + i for i in range(len(rivals))]
 
-    monkeypatch.setattr(gpu_training, "interleaved_us", run_once)
-    monkeypatch.setattr(gpu_training, "eager_us", lambda call: run_once([call], 1)[0])
+    monkeypatch.setattr(training, "interleaved_us", run_once)
+    monkeypatch.setattr(training, "eager_us", lambda call: run_once([call], 1)[0])
     records = layer_records(random_layer(*TINY, torch.bfloat16, DEVICE), calls=1)
     names = [record.name.removesuffix(" k=2/6") for record in records]
     assert names == [

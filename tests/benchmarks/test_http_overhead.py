@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import http_overhead
+from benchmarks.server import http_overhead
 
 
 def test_one_line_and_its_record(

@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from benchmarks import soak
-from benchmarks.soak import Report, Sample, Tally
+from benchmarks.server import soak
+from benchmarks.server.soak import Report, Sample, Tally
 
 LAG = "ambidex_event_loop_lag_seconds"
 METRICS = {f'{LAG}_bucket{{le="0.1"}}': 98.0, f'{LAG}_bucket{{le="0.5"}}': 99.0}

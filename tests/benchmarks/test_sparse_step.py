@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import sparse_step
 from benchmarks.records import write_records
+from benchmarks.training import sparse_step
 
 
 @pytest.fixture

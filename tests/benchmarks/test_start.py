@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import start
+from benchmarks.engine import start
 
 
 def test_one_table_and_its_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

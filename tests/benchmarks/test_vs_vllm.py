@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import vllm_worker, vs_vllm
 from benchmarks.models import SHAPES
-from benchmarks.peer import Peer, PeerFailed
-from benchmarks.vs_vllm import Case, Side
+from benchmarks.peers import vllm_worker, vs_vllm
+from benchmarks.peers.peer import Peer, PeerFailed
+from benchmarks.peers.vs_vllm import Case, Side
 from engine.errors import ConfigError
 
 ABOUT = {"vllm": "0.0-test", "torch": "none", "weight_std": 1.0}

@@ -7,7 +7,7 @@ them.
 With few tokens time is the bytes of the chosen rows over the memory's bandwidth. So both launches
 read each pair's rows once, every program a block of them in one burst of wide loads, and leave the
 tensor cores alone. Tokens that share an expert read it again, through the cache: past a few pairs
-other ways win, and benchmarks/gpu.py measures where.
+other ways win, and benchmarks/gpu measures where.
 
 `first_product` gives a program a few of an expert's neurons. `second_product` gives it some of an
 expert's neurons and of the columns; it does not read rows whose neuron is silent. The programs of a

@@ -1,6 +1,6 @@
 """The other side of a comparison, in a process of its own; idle, it uses no processor.
 
-`benchmarks.vllm_worker.answer_all` is what such a process does.
+`benchmarks.peers.vllm_worker.answer_all` is what such a process does.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Peer:
             stdout=subprocess.PIPE,
             stderr=self._log,
             env={**os.environ, **environment},
-            cwd=Path(__file__).parent.parent,
+            cwd=Path(__file__).parents[2],
             bufsize=0,
         )
         try:

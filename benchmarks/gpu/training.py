@@ -1,4 +1,4 @@
-"""The section `training` of benchmarks/gpu.py: one FFN layer's forward and backward pass.
+"""The section `training` of benchmarks/gpu: one FFN layer's forward and backward pass.
 
     python -m benchmarks.gpu --sections training [--json FILE]
 
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_timing import Call, check, eager_us, interleaved_us, relative_error
+from benchmarks.gpu.timing import Call, check, eager_us, interleaved_us, relative_error
 from benchmarks.records import Record
 from engine.gpu.ffn import products, training
 from engine.gpu.ffn.products import Pairs

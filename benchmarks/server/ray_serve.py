@@ -1,6 +1,6 @@
 """What Ray Serve costs and what replicas bring, on one machine: tokens a second, and latency.
 
-    .venv-ray/bin/python -m benchmarks.ray_serve [--model starter] [--json FILE]
+    .venv-ray/bin/python -m benchmarks.server.ray_serve [--model starter] [--json FILE]
 
 The plain server, the application of deploy/ray with one replica and with two take turns at the same
 load: 32 streamed completions at once, then one alone; 64 prompt tokens and 128 output tokens each,
@@ -28,10 +28,10 @@ from urllib.parse import urlsplit
 import ray
 from ray import serve
 
-from benchmarks.http_overhead import Case, case_of
-from benchmarks.http_server import http_server
 from benchmarks.load import Arrival, random_load
 from benchmarks.records import MACHINE, VERSIONS, Record, write_records
+from benchmarks.server.http_overhead import Case, case_of
+from benchmarks.server.http_server import http_server
 from deploy.ray.app import application
 from deploy.ray.options import Options
 from engine.config import check_range

@@ -1,6 +1,6 @@
 """Clustering and routing on a checkpoint: what each way to group and to choose keeps, and its time.
 
-    python -m benchmarks.clustering [--model DIR] [--data PATH ...] [--json FILE]
+    python -m benchmarks.training.clustering [--model DIR] [--data PATH ...] [--json FILE]
 
 The first table times balanced k-means on random rows, and on rows with planted clusters, at widths
 of real models. The second compares groupings of the checkpoint's neurons (by weights, as they are,

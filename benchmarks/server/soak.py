@@ -1,6 +1,6 @@
 """A server at twice its capacity, with clients that misbehave: does it lose, leak or slow down?
 
-    python -m benchmarks.soak --minutes 10 --json benchmarks/results/cpu-soak.json
+    python -m benchmarks.server.soak --minutes 10 --json benchmarks/results/cpu-soak.json
 
 Starts a server of its own, measures what it serves when clients wait for each other, then sends
 twice as many requests a second, in random order: streams and whole answers, clients that leave in
@@ -30,8 +30,8 @@ from typing import Any, Final
 
 import httpx
 
-from benchmarks.http_server import http_server
 from benchmarks.records import Record, write_records
+from benchmarks.server.http_server import http_server
 from engine.checkpoint import STARTER
 
 KEY: Final = "soak-0123456789abcdef"

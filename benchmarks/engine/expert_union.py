@@ -1,6 +1,6 @@
 """The experts that a batch reads together, on held-out text, and choices that may reduce them.
 
-    python -m benchmarks.expert_union [--model DIR] [--data PATH ...] [--json FILE]
+    python -m benchmarks.engine.expert_union [--model DIR] [--data PATH ...] [--json FILE]
 
 A step that decodes B requests reads the union of the experts that their tokens choose. Sequences
 are cut from the whole text at even distances and read side by side, each from its own offset (and

@@ -1,7 +1,8 @@
 """SSD against dense training and against a static mixture of experts: quality, FLOPs, time.
 
-    python -m benchmarks.ssd_vs_dense --data TEXT [--valid TEXT] [--preset gpt-5m] [--seeds 1 2 3]
-        [--modes dense ssd static] [--device cpu] [--out runs/ssd_vs_dense] [--json FILE]
+    python -m benchmarks.training.ssd_vs_dense --data TEXT [--valid TEXT] [--preset gpt-5m]
+        [--seeds 1 2 3] [--modes dense ssd static] [--device cpu] [--out runs/ssd_vs_dense]
+        [--json FILE]
 
 Trains, from the same weights, tokens and schedule: `dense`, clustered when it ends; `ssd`; and
 `static`, converted once, early, and never back. Every run has its own directory below --out; one
@@ -75,7 +76,7 @@ def train(config: TrainConfig, run: Path, options: argparse.Namespace) -> None:
             run,
             options.data,
             monitor,
-            f"python -m benchmarks.ssd_vs_dense --preset {config.preset}",
+            f"python -m benchmarks.training.ssd_vs_dense --preset {config.preset}",
             device=options.device,
             fresh=report.exists(),
             valid_paths=options.valid,

@@ -1,6 +1,6 @@
 """How long a random OPT-1.3B takes to import on this machine, and how much memory.
 
-    python -m benchmarks.import_speed [--layers 24] [--model DIR] [--json FILE]
+    python -m benchmarks.training.import_speed [--layers 24] [--model DIR] [--json FILE]
 
 transformers makes the model (random weights, float16, safetensors), `ambidex import` imports it
 with its default settings in a process of its own; the text is Python's standard library. The
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 _MAKE: Final = """
 import sys
 from pathlib import Path
-from benchmarks.import_speed import make_model
+from benchmarks.training.import_speed import make_model
 make_model(Path(sys.argv[1]), int(sys.argv[2]))
 """
 

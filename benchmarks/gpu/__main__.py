@@ -4,10 +4,10 @@
 
 Sections, in the order in which they run: `check` (every kernel against its reference) and
 `prompt-check` (the rest of them, and captured prompt steps), `decode` and `prefill` (whole models,
-benchmarks/gpu_model.py), `kernels` (bandwidth and rate against ceilings measured in the same run,
-benchmarks/gpu_kernels.py), `prompts` (rivals for large prompts, benchmarks/gpu_prompts.py), `tiles`
-(candidates for the kernels' tiles, benchmarks/gpu_tiles.py), and `training`
-(benchmarks/gpu_training.py). `prompts` and `training` run only when asked.
+benchmarks/gpu/model.py), `kernels` (bandwidth and rate against ceilings measured in the same run,
+benchmarks/gpu/kernels.py), `prompts` (rivals for large prompts, benchmarks/gpu/prompts.py), `tiles`
+(candidates for the kernels' tiles, benchmarks/gpu/tiles.py), and `training`
+(benchmarks/gpu/training.py). `prompts` and `training` run only when asked.
 
 Every time is of work replayed from a CUDA graph, which is how the engine decodes, unless a row says
 otherwise. Rivals of one row are replayed in turn, round after round, and the median round counts.
@@ -31,12 +31,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
 
-from benchmarks import gpu_kernels, gpu_model, gpu_prompts, gpu_tiles, gpu_training
-from benchmarks.gpu_kernels import Case
+from benchmarks.gpu import kernels, model, prompts, tiles, training
+from benchmarks.gpu.kernels import Case
 from benchmarks.records import MACHINE, VERSIONS, Record, write_records
 
 HEADER = f"{'measurement':<34} {'parameters':<60} {'value':>10} {'unit':<9}{'peer':>10}{'ratio':>8}"
@@ -55,22 +53,22 @@ def row(record: Record) -> str:
 
 def training_cases() -> Iterator[Case]:
     """The section `training`, one case a group of its records."""
-    for number, found in enumerate(gpu_training.measurements()):
+    for number, found in enumerate(training.measurements()):
         yield f"training {number}", partial(list, found)
 
 
 def sections(tiny: bool) -> dict[str, Callable[[], Iterator[Case]]]:
     """The cases of each section, made as they are needed."""
-    sizes = gpu_kernels.TINY if tiny else gpu_kernels.FULL
-    shapes = gpu_model.TINY if tiny else gpu_model.FULL
+    sizes = kernels.TINY if tiny else kernels.FULL
+    shapes = model.TINY if tiny else model.FULL
     return {
-        "check": partial(gpu_kernels.checks, sizes),
-        "prompt-check": partial(gpu_prompts.check_cases, sizes),
-        "decode": partial(gpu_model.decode_cases, shapes),
-        "prefill": partial(gpu_model.prefill_cases, shapes),
-        "kernels": partial(gpu_kernels.cases, sizes),
-        "prompts": partial(gpu_prompts.cases, sizes),
-        "tiles": partial(gpu_tiles.cases, sizes),
+        "check": partial(kernels.checks, sizes),
+        "prompt-check": partial(prompts.check_cases, sizes),
+        "decode": partial(model.decode_cases, shapes),
+        "prefill": partial(model.prefill_cases, shapes),
+        "kernels": partial(kernels.cases, sizes),
+        "prompts": partial(prompts.cases, sizes),
+        "tiles": partial(tiles.cases, sizes),
         "training": training_cases,
     }
 

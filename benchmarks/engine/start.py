@@ -70,7 +70,7 @@ def _memory() -> dict[str, int]:
 
 def started(path: Path) -> dict[str, Any]:
     """`start` in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.start", "--worker", str(path)]
+    command = [sys.executable, "-m", "benchmarks.engine.start", "--worker", str(path)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=WAIT, text=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 

@@ -1,4 +1,4 @@
-"""The section `prompts` of benchmarks/gpu.py: what large prompts run on, checked, then compared.
+"""The section `prompts` of benchmarks/gpu: what large prompts run on, checked, then compared.
 
 First the checks: products by TMA and attention over the paged cache against float64, and a captured
 prompt step against the same step launched. Then rivals, the one in use first, each checked against
@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_tiles
-from benchmarks.gpu_kernels import (
+from benchmarks.gpu.kernels import (
     CHOSEN,
     EXPERTS,
     LIMITS,
@@ -29,7 +28,7 @@ from benchmarks.gpu_kernels import (
     random_pairs,
     weight_sets,
 )
-from benchmarks.gpu_model import (
+from benchmarks.gpu.model import (
     BLOCK,
     BenchmarkPrompts,
     Shape,
@@ -37,8 +36,8 @@ from benchmarks.gpu_model import (
     random_model,
     set_experts,
 )
-from benchmarks.gpu_tiles import Blocks, brief, compare_calls, params_of
-from benchmarks.gpu_timing import DEVICE, Call, check, interleaved_us, relative_error
+from benchmarks.gpu.tiles import Blocks, brief, compare, compare_calls, params_of
+from benchmarks.gpu.timing import DEVICE, Call, check, interleaved_us, relative_error
 from benchmarks.records import Record
 from engine.gpu.attention import attend_chunks
 from engine.gpu.attention.rotate_and_store import rotate_and_store
@@ -283,7 +282,7 @@ def combine_case(case: Problem) -> list[Record]:
     usual = product_blocks.combine_blocks(width)
     sizes = ((128, 1), (256, 2), (512, 2), (512, 4), (1024, 4))
     others = [{"BLOCK_K": 8, "BLOCK_D": d, "num_warps": w} for d, w in sizes if d <= width]
-    return gpu_tiles.compare("combine", params_of(case), [usual, *others], run, 4)
+    return compare("combine", params_of(case), [usual, *others], run, 4)
 
 
 def ffn_case(case: Problem, kind: str, ceilings: Ceilings) -> list[Record]:

@@ -1,4 +1,4 @@
-"""The sections `decode` and `prefill` of benchmarks/gpu.py: whole models, sparse against dense.
+"""The sections `decode` and `prefill` of benchmarks/gpu: whole models, sparse against dense.
 
 Random bfloat16 weights in the shapes of OPT 1.3B and 6.7B, made on the device: what is measured is
 time, and times do not depend on what the weights say. Sparse and dense are one set of weights, one
@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_kernels import Case
-from benchmarks.gpu_timing import DEVICE, ROUNDS, Call, eager_us, interleaved_us, replay_ms
+from benchmarks.gpu.kernels import Case
+from benchmarks.gpu.timing import DEVICE, ROUNDS, Call, eager_us, interleaved_us, replay_ms
 from benchmarks.records import Record
 from engine.config import ExpertConfig, ModelConfig
 from engine.gpu.attention.batches import attend_spans

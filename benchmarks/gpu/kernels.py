@@ -1,4 +1,4 @@
-"""The sections `check` and `kernels` of benchmarks/gpu.py: single kernels, correct, then timed.
+"""The sections `check` and `kernels` of benchmarks/gpu: single kernels, correct, then timed.
 
 A graph holds one call on each of enough weight sets to exceed the L2 cache three times, so weights
 come from memory as they do in a model of many layers; weights are random, never zeros.
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu_timing import DEVICE, Call, check, interleaved_us, relative_error
+from benchmarks.gpu.timing import DEVICE, Call, check, interleaved_us, relative_error
 from benchmarks.records import Record
 from engine.gpu.arrivals import Arrivals
 from engine.gpu.attention import attend_step

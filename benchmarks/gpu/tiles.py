@@ -1,4 +1,4 @@
-"""The section `tiles` of benchmarks/gpu.py: other tiles than those the kernels take, timed.
+"""The section `tiles` of benchmarks/gpu: other tiles than those the kernels take, timed.
 
 One row a candidate, its peer the tile in use today; the fastest of a group is named in a last row.
 A candidate that does not compile or does not fit is reported and left out.
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.gpu_kernels import (
+from benchmarks.gpu.kernels import (
     ARRIVALS,
     Case,
     Problem,
@@ -20,7 +20,7 @@ from benchmarks.gpu_kernels import (
     problem,
     weight_sets,
 )
-from benchmarks.gpu_timing import Call, interleaved_us, relative_error
+from benchmarks.gpu.timing import Call, interleaved_us, relative_error
 from benchmarks.records import Record
 from engine.gpu.ffn import few_tokens, product_blocks, products, used_experts
 from engine.gpu.ffn.products import Pairs

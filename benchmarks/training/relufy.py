@@ -1,6 +1,7 @@
 """A GELU model becomes a ReLU one: what the swap breaks, and what a short training repairs.
 
-    python -m benchmarks.relufy --data PATH [--valid PATH] [--minutes 5] [--steps 200] [--json FILE]
+    python -m benchmarks.training.relufy --data PATH [--valid PATH] [--minutes 5]
+        [--steps 200] [--json FILE]
 
 Trains a small OPT with GELU (transformers' own class, 4.3 M parameters) in the plain, dense way,
 then does what `ambidex train --relufy --from` does: all weights stay, ReLU takes GELU's place, and
@@ -16,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.import_quality import train_opt
 from benchmarks.records import Record, write_records
+from benchmarks.training.import_quality import train_opt
 from engine.checkpoint import read_json
 from engine.config import check_range
 from training.importing.start import read_start

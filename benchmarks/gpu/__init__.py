@@ -1,0 +1,1 @@
+"""Benchmarks of the GPU kernels and of whole models on a GPU."""

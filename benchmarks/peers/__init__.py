@@ -1,0 +1,1 @@
+"""Benchmarks against other systems, which run in processes of their own."""

@@ -1,0 +1,1 @@
+"""Benchmarks of training steps, of trained quality and of importing models."""
