@@ -27,7 +27,9 @@ def run(command: Callable[[], object]) -> None:
     try:
         command()
     except (AmbidexError, OSError) as error:
-        stderr().print(f"error: {error}", style="red", markup=False, highlight=False)
+        # Whole, where no terminal breaks it: a break inside a path would hide what to look for.
+        problem = f"error: {error}"
+        stderr().print(problem, style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
