@@ -103,7 +103,7 @@ def pass_layer(
         length: L, the length of every sequence.
         stream: how experts are chosen.
         generator: draws the experts that are chosen by chance.
-        advance: hears of every batch how many tokens it had.
+        advance: is called after every batch with its number of tokens.
         inputs: gains the FFN's inputs, batch by batch.
 
     Returns:

@@ -289,7 +289,7 @@ class EncodedTask:
         policy: ExpertPolicy,
         advance: Callable[[int], None] = lambda _tokens: None,
     ) -> TaskResult:
-        """Score every example under `policy`; `advance` hears of each batch's tokens."""
+        """Score every example under `policy`; `advance` gets each batch's number of tokens."""
         use = ExpertUse()
         scores = score(model, self._continuations, policy, use, advance)
         groups: list[list[Score]] = []

@@ -1,4 +1,3 @@
-# ruff: noqa
 # fmt: off
 """Times without Python: python graphs.py ffn | step SECONDS. Every call is a CUDA graph's replay.
 
